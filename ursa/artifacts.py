@@ -1,0 +1,257 @@
+"""The frozen records that cross steps: references, counts and fingerprints, never tensors.
+
+Every record is JSON (pydantic, frozen, unknown keys refused). A step's output exists when its
+`manifest.json` exists; the manifest holds the record and is written last.
+"""
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
+
+from ursa.config import FrozenModel, RunConfig, StageName
+
+SCHEMA_VERSION = 1
+"""Version of every manifest and Parquet schema; a reader refuses another one."""
+
+Modality = Literal["image", "video"]
+Split = Literal["train", "validation"]
+
+
+class FailureReason(StrEnum):
+    """Why a file was quarantined at ingestion."""
+
+    EMPTY_FILE = "empty_file"
+    NOT_REGULAR_FILE = "not_regular_file"
+    FILE_TOO_LARGE = "file_too_large"
+    NOT_A_VIDEO = "not_a_video"
+    UNREADABLE = "unreadable"
+    NO_VIDEO_STREAM = "no_video_stream"
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    FPS_TOO_LOW = "fps_too_low"
+    RESOLUTION_TOO_LOW = "resolution_too_low"
+    RESOLUTION_TOO_HIGH = "resolution_too_high"
+    PIXEL_BUDGET = "pixel_budget"
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    CRASHED = "crashed"
+
+
+class RejectReason(StrEnum):
+    """Why a readable clip was not selected."""
+
+    TOO_STATIC = "too_static"
+    TOO_FAST = "too_fast"
+    BLURRED = "blurred"
+    TOO_DARK = "too_dark"
+    TOO_BRIGHT = "too_bright"
+    BLACK_BORDERS = "black_borders"
+    DUPLICATE = "duplicate"
+    NOT_MEASURED = "not_measured"
+
+
+class SourceVideo(FrozenModel):
+    """One file at the source. `etag` changes whenever the content may have changed."""
+
+    uri: str
+    num_bytes: int = Field(ge=0)
+    etag: str
+
+
+class VideoInfo(FrozenModel):
+    """What a file or a clip is, after decoding."""
+
+    width_px: int = Field(gt=0)
+    height_px: int = Field(gt=0)
+    fps: float = Field(gt=0)
+    num_frames: int = Field(gt=0)
+    duration_s: float = Field(gt=0)
+    codec: str
+
+
+class ClipScores(FrozenModel):
+    """Raw measurements of a clip; `None` is "not measured", never a sentinel number."""
+
+    motion_px_per_s: float | None = Field(
+        description="mean optical flow magnitude at 256 px width, px/s"
+    )
+    sharpness: float | None = Field(description="variance of the Laplacian of 8-bit luma")
+    luminance: float | None = Field(description="mean luma, 0..255")
+    black_border_fraction: float | None = Field(description="share of the picture in black bars")
+    perceptual_hash: str | None = Field(description="64-bit hash of the middle frame, hexadecimal")
+
+
+class Clip(FrozenModel):
+    """A normalised clip: H.264, constant frame rate, closed GOP, upright, in MP4."""
+
+    clip_id: str = Field(description="sha256 of source bytes and span, 32 hexadecimal digits")
+    source_uri: str
+    source_sha256: str
+    start_s: float = Field(ge=0)
+    end_s: float = Field(gt=0)
+    media_uri: str
+    media_sha256: str
+    info: VideoInfo
+    scores: ClipScores
+    caption: str | None = None
+    caption_source: Literal["sidecar", "manifest", "template"] | None = None
+
+
+class IngestedVideo(FrozenModel):
+    """What became of one source file: its clips, or the reason why it has none."""
+
+    source: SourceVideo
+    source_sha256: str | None
+    info: VideoInfo | None
+    clips: tuple[Clip, ...]
+    failure: FailureReason | None
+    detail: str = ""
+    num_dropped_shots: int = Field(default=0, ge=0, description="shots shorter than min_clip_s")
+
+
+class ClipSet(FrozenModel):
+    """All clips of a source, committed. Rows are in `clips.parquet` beside the manifest."""
+
+    manifest_uri: str
+    clips_uri: str
+    source_uri: str
+    num_videos: int
+    num_failed: int
+    num_clips: int
+    num_dropped_shots: int
+    failures: dict[FailureReason, int]
+    fingerprint: str
+
+
+class ClipSelection(FrozenModel):
+    """Verdict, reason and split of every clip, committed in `selection.parquet`."""
+
+    manifest_uri: str
+    selection_uri: str
+    clips: ClipSet
+    num_kept: int
+    num_train: int
+    num_validation: int
+    rejections: dict[RejectReason, int]
+    fingerprint: str
+
+
+class SelectedClip(FrozenModel):
+    """The verdict on one clip; a kept clip has a split, a rejected one a reason."""
+
+    clip: Clip
+    kept: bool
+    reason: RejectReason | None
+    split: Split | None
+
+
+class TokenizerRef(FrozenModel):
+    """A visual or text tokenizer directory, committed."""
+
+    manifest_uri: str
+    directory_uri: str
+    kind: Literal["visual", "text"]
+    vocab_size: int = Field(gt=0, description="codes of a visual, ids of a text tokenizer")
+    metrics: dict[str, float]
+    fingerprint: str
+
+
+class ShardInfo(FrozenModel):
+    """One Parquet shard."""
+
+    uri: str
+    num_samples: int = Field(ge=0)
+    num_bytes: int = Field(gt=0)
+    sha256: str
+
+
+class TokenDataset(FrozenModel):
+    """Token shards of one modality and split, committed. Shards are listed in the manifest."""
+
+    manifest_uri: str
+    modality: Modality
+    split: Split
+    num_samples: int
+    num_tokens: int
+    codebook_size: int
+    visual_tokenizer_fingerprint: str
+    latent_shape: tuple[int, int, int] = Field(description="(T, H, W) in latent units")
+    shards: tuple[ShardInfo, ...]
+    schema_version: int
+    fingerprint: str
+
+
+class TokenDatasets(FrozenModel):
+    """The four token data sets of a run."""
+
+    manifest_uri: str
+    image_train: TokenDataset
+    image_validation: TokenDataset
+    video_train: TokenDataset
+    video_validation: TokenDataset
+    num_failed_clips: int
+    fingerprint: str
+
+    def get(self, modality: Modality, split: Split) -> TokenDataset:
+        """Return the data set of a modality and split."""
+        dataset: TokenDataset = getattr(self, f"{modality}_{split}")
+        return dataset
+
+
+class CheckpointRef(FrozenModel):
+    """A committed checkpoint of a stage."""
+
+    uri: str
+    stage: StageName
+    step: int
+    num_samples_seen: int
+    metrics: dict[str, float]
+    fingerprint: str
+    parent_uri: str | None
+
+
+class StageRequest(FrozenModel):
+    """Everything that decides one training stage."""
+
+    stage: StageName
+    config: RunConfig
+    datasets: TokenDatasets
+    visual_tokenizer: TokenizerRef
+    text_tokenizer: TokenizerRef
+    init_from: CheckpointRef | None
+    output_uri: str
+
+
+class ExportedModel(FrozenModel):
+    """A directory that `UrsaPipeline.from_pretrained` reads, committed; no pickle inside."""
+
+    manifest_uri: str
+    directory_uri: str
+    checkpoint: CheckpointRef
+    sha256: dict[str, str] = Field(description="sha256 of every file by its relative path")
+    fingerprint: str
+
+
+class EvalReport(FrozenModel):
+    """Metrics on held-out tokens and generated samples, committed."""
+
+    manifest_uri: str
+    model: ExportedModel
+    metrics: dict[str, float]
+    samples_uri: str
+    samples: tuple[str, ...] = Field(description="files under samples_uri")
+    gate_passed: bool
+    failed_gates: tuple[str, ...]
+    fingerprint: str
+
+
+class ModelVersion(FrozenModel):
+    """A version in the model registry."""
+
+    name: str
+    version: str
+    run_id: str
+    model_uri: str
+    alias: str | None
+    is_new: bool = Field(description="False when the same model had been registered before")

@@ -1,0 +1,322 @@
+"""The configuration of a run: complete, typed and frozen before work begins.
+
+A preset is one complete YAML file in `ursa/presets`; overrides are a nested mapping merged over
+it. Every key is checked: an unknown one is an error that names it. Configuration decides the
+result of a run; where a run takes place (addresses, pool sizes) is in `tasks.settings`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from ursa.errors import ConfigError
+
+Preset = Literal["tiny", "small"]
+PRESETS: tuple[Preset, ...] = ("tiny", "small")
+StageName = Literal["image_pretrain", "video_pretrain", "async_finetune"]
+STAGES: tuple[StageName, ...] = ("image_pretrain", "video_pretrain", "async_finetune")
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class FrozenModel(BaseModel):
+    """An immutable record that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class IngestionConfig(FrozenModel):
+    """From foreign files to normalised, measured clips."""
+
+    max_file_bytes: int = Field(gt=0, description="larger files are quarantined, bytes")
+    max_duration_s: float = Field(gt=0, description="longer files are quarantined, seconds")
+    max_side_px: int = Field(gt=0, description="wider or higher frames are quarantined, pixels")
+    min_side_px: int = Field(gt=0, description="narrower or lower frames are quarantined, pixels")
+    min_fps: float = Field(gt=0, description="slower videos are quarantined, frames per second")
+    pixel_budget: int = Field(gt=0, description="frames x width x height decoded per file at most")
+    child_timeout_s: float = Field(gt=0, description="wall time of the decoding process per file")
+    child_memory_bytes: int = Field(gt=0, description="address space of the decoding process")
+    clip_fps: float = Field(gt=0, description="frame rate of normalised clips, frames per second")
+    clip_height_px: int = Field(gt=0, description="normalised clips are at most this high, pixels")
+    shot_threshold: float = Field(gt=0, description="PySceneDetect ContentDetector threshold")
+    min_clip_s: float = Field(gt=0, description="shorter shots are dropped, seconds")
+    max_clip_s: float = Field(gt=0, description="longer shots are cut into pieces, seconds")
+    max_failed_fraction: Fraction = Field(description="more failed files stop the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_clip_s > self.max_clip_s:
+            raise ValueError(
+                f"min_clip_s {self.min_clip_s} must not exceed max_clip_s {self.max_clip_s}"
+            )
+        return self
+
+
+class SelectionConfig(FrozenModel):
+    """Thresholds over stored scores; `None` switches a threshold off."""
+
+    min_motion_px_per_s: float | None = Field(description="slower clips are rejected, px/s")
+    max_motion_px_per_s: float | None = Field(description="faster clips are rejected, px/s")
+    min_sharpness: float | None = Field(description="variance of the Laplacian, 8-bit luma squared")
+    min_luminance: float | None = Field(description="mean luma of the clip, 0..255")
+    max_luminance: float | None = Field(description="mean luma of the clip, 0..255")
+    max_black_border_fraction: float | None = Field(description="share of the picture in bars")
+    drop_duplicates: bool = Field(description="reject clips with equal source bytes and span")
+    validation_fraction: Fraction = Field(description="share of clips held out, by source video")
+
+
+class VisualTokenizerConfig(FrozenModel):
+    """A causal FSQ autoencoder fitted to the selected clips, or one that exists already."""
+
+    directory_uri: str | None = Field(description="an existing tokenizer; None fits one")
+    levels: tuple[int, ...] = Field(min_length=1, description="FSQ levels, one a channel")
+    temporal_stride: Literal[4] = Field(description="frames per latent frame after the first")
+    spatial_stride: Literal[8] = Field(description="pixels per latent row and column")
+    hidden_channels: int = Field(gt=0, description="width of the residual networks")
+    num_residual_blocks: int = Field(ge=0, description="per side; 0 is the plain PCA solution")
+    max_steps: int = Field(ge=0, description="optimizer steps; 0 keeps the PCA solution")
+    batch_size: int = Field(gt=0, description="clips a step")
+    learning_rate: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes: the product of the levels."""
+        size = 1
+        for level in self.levels:
+            size *= level
+        return size
+
+
+class TokenizationConfig(FrozenModel):
+    """How clips are cut into samples for the visual tokenizer."""
+
+    fps: float = Field(gt=0, description="frame rate of a sample, frames per second")
+    num_frames: int = Field(gt=0, description="frames of a video sample: 1 + 4k")
+    height_px: int = Field(gt=0, description="height of a sample, pixels; divisible by 8")
+    width_px: int = Field(gt=0, description="width of a sample, pixels; divisible by 8")
+    window_stride_s: float = Field(gt=0, description="distance between starts of samples, seconds")
+    image_stride_s: float = Field(gt=0, description="distance between frames used as images")
+    clips_per_shard: int = Field(gt=0, description="clips a unit of work and a shard")
+    max_failed_fraction: Fraction = Field(description="more failed clips stop the run")
+
+
+class TextTokenizerConfig(FrozenModel):
+    """A byte-level BPE trained on the captions, or one that exists already."""
+
+    directory_uri: str | None = Field(description="an existing tokenizer; None trains one")
+    vocab_size: int = Field(ge=260, description="text vocabulary including the special tokens")
+    max_prompt_length: int = Field(gt=0, description="prompts are padded or cut to it, tokens")
+
+
+class ModelConfig(FrozenModel):
+    """The transformer: Qwen3 blocks with full attention, 3-D RoPE and a visual head."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=8)
+    rope_theta: float = Field(gt=0)
+    rms_norm_eps: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class PathConfig(FrozenModel):
+    """The metric path beta_t = c (t / (1 - t)) ** alpha over the codebook."""
+
+    schedule: Literal["fitted", "fixed"] = Field(
+        description="fitted: alpha and c make the mean distance fall linearly; fixed: as given"
+    )
+    alpha: float = Field(gt=0, description="exponent, used when fixed")
+    c: float = Field(gt=0, description="scale, used when fixed")
+
+
+class StageConfig(FrozenModel):
+    """One training stage; the three stages differ only in these values."""
+
+    modality: Literal["image", "video"]
+    timesteps: Literal["synchronous", "per_frame"] = Field(
+        description="one t a sample, or one t a latent frame (asynchronous)"
+    )
+    timestep_shift: float = Field(gt=0, description="1 is none, larger means more noise")
+    max_steps: int = Field(gt=0, description="optimizer steps")
+    global_batch_size: int = Field(gt=0, description="samples a step over all workers")
+    learning_rate: float = Field(gt=0)
+    final_learning_rate: float = Field(ge=0, description="end of the cosine")
+    warmup_steps: int = Field(ge=0)
+    adam_betas: tuple[float, float]
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    ema_decay: float = Field(ge=0, lt=1)
+    prompt_dropout: Fraction = Field(description="probability of the empty prompt")
+    motion_prefix_probability: Fraction = Field(description="probability of `motion=..., `")
+    checkpoint_every: int = Field(gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(gt=0)
+    validate_every: int = Field(gt=0, description="steps between validations")
+    log_every: int = Field(gt=0, description="steps between metrics")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.modality == "image" and self.timesteps == "per_frame":
+            raise ValueError("timesteps 'per_frame' needs modality 'video', got 'image'")
+        return self
+
+
+class StagesConfig(FrozenModel):
+    """The three stages in their fixed order."""
+
+    image_pretrain: StageConfig
+    video_pretrain: StageConfig
+    async_finetune: StageConfig
+
+
+class SamplingConfig(FrozenModel):
+    """How samples are drawn for evaluation."""
+
+    num_inference_steps: int = Field(gt=0)
+    guidance_scale: float = Field(ge=0)
+    guidance_trunc: float = Field(ge=0, le=1)
+    timestep_shift: float = Field(gt=0)
+    num_prompts: int = Field(gt=0, description="training captions sampled, most frequent first")
+
+
+class EvaluationConfig(FrozenModel):
+    """What is measured on held-out clips."""
+
+    timesteps: tuple[float, ...] = Field(min_length=1, description="t at which loss is measured")
+    max_samples: int = Field(gt=0, description="held-out samples used at most")
+    batch_size: int = Field(gt=0)
+    sampling: SamplingConfig
+
+
+class ReleaseConfig(FrozenModel):
+    """What a version must reach to become champion."""
+
+    model_name: str = Field(min_length=1)
+    gate_min_timestep: Fraction = Field(description="from this t on, loss must beat the unigram")
+    max_regression: float = Field(ge=0, description="nats by which the champion may be missed")
+
+
+class RunConfig(FrozenModel):
+    """Everything that decides the result of a run."""
+
+    seed: int = Field(ge=0)
+    ingestion: IngestionConfig
+    selection: SelectionConfig
+    visual_tokenizer: VisualTokenizerConfig
+    tokenization: TokenizationConfig
+    text_tokenizer: TextTokenizerConfig
+    model: ModelConfig
+    path: PathConfig
+    stages: StagesConfig
+    evaluation: EvaluationConfig
+    release: ReleaseConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stride_t = self.visual_tokenizer.temporal_stride
+        if (self.tokenization.num_frames - 1) % stride_t:
+            raise ValueError(
+                f"tokenization.num_frames must be 1 + {stride_t}k, "
+                f"got {self.tokenization.num_frames}"
+            )
+        stride_s = self.visual_tokenizer.spatial_stride
+        for name in ("height_px", "width_px"):
+            value = getattr(self.tokenization, name)
+            if value % stride_s:
+                raise ValueError(f"tokenization.{name} must be divisible by {stride_s}, got {value}")
+        if self.tokenization.fps > self.ingestion.clip_fps:
+            raise ValueError(
+                f"tokenization.fps {self.tokenization.fps} must not exceed "
+                f"ingestion.clip_fps {self.ingestion.clip_fps}"
+            )
+        return self
+
+
+def _partial(model: type[BaseModel]) -> type[BaseModel]:
+    """Return a copy of a configuration model in which every field may be left out."""
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        annotation: Any = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = _partial(annotation)
+        fields[name] = (annotation, Field(default=None, description=info.description))
+    return create_model(
+        f"{model.__name__}Overrides", __config__=ConfigDict(extra="forbid", frozen=True), **fields
+    )
+
+
+ConfigOverrides = _partial(RunConfig)
+"""RunConfig with every field optional: the type of the flow parameter `overrides`."""
+
+
+def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a preset and merge overrides over it.
+
+    Args:
+        preset: Name of a file in `ursa/presets`, without its ending.
+        overrides: Nested mapping of the values to change, as in
+            `{"stages": {"video_pretrain": {"max_steps": 10}}}`.
+
+    Returns:
+        The complete, frozen configuration.
+
+    Raises:
+        ConfigError: If the preset does not exist, a key is unknown or a value not allowed.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    text = resources.files("ursa.presets").joinpath(f"{preset}.yaml").read_text("utf-8")
+    values = _merge(yaml.safe_load(text), overrides or {})
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """Build a RunConfig from a complete mapping; raise ConfigError naming every bad key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}"
+            f" (got {str(item['input'])[:80]!r})"
+            for item in error.errors()
+        ]
+        raise ConfigError("configuration refused: " + "; ".join(lines)) from error
+
+
+def _merge(base: Any, overrides: Any) -> Any:
+    if isinstance(base, dict) and isinstance(overrides, Mapping):
+        merged = dict(base)
+        for key, value in overrides.items():
+            merged[key] = _merge(base[key], value) if key in base else value
+        return merged
+    return overrides
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 of the canonical JSON of the parts, 64 hexadecimal digits.
+
+    Args:
+        *parts: JSON values or pydantic models: the configuration sections, parent fingerprints
+            and schema versions that decide a step's output. No clock, host or run id.
+    """
+    plain = [
+        part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts
+    ]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

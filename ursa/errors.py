@@ -1,0 +1,90 @@
+"""Exceptions raised by ursa.
+
+UrsaError
+├── ConfigError               an unknown key or a value out of range (also a ValueError)
+├── DataError                 the data cannot be used as they are
+│   ├── VideoDecodeError      one file cannot be read
+│   ├── ShardFormatError      a shard is damaged or of another schema
+│   ├── ManifestError         missing, incomplete, or of another schema version
+│   └── FailureBudgetExceeded too many inputs failed
+├── StorageError              the store did not answer; transient
+│   └── StorageConfigurationError  no such bucket, no permission, disk full; not transient
+├── ServiceError              Prefect, MLflow or Ray cannot be reached; transient
+├── TrainingError
+│   ├── NonFiniteLossError    the loss or a gradient became NaN or infinite
+│   ├── DataExhaustedError    a stage has no samples
+│   └── CheckpointError       a checkpoint is missing or damaged
+└── RegistrationError         a model version could not be registered whole
+
+Every class takes one positional message, so that it survives pickling between processes.
+"""
+
+from typing import ClassVar
+
+
+class UrsaError(Exception):
+    """Base class; `transient` says whether the same call may succeed if repeated."""
+
+    transient: ClassVar[bool] = False
+
+
+class ConfigError(UrsaError, ValueError):
+    """A configuration has an unknown key or a value that is not allowed."""
+
+
+class DataError(UrsaError):
+    """The data cannot be used as they are."""
+
+
+class VideoDecodeError(DataError):
+    """One video or image file cannot be read."""
+
+
+class ShardFormatError(DataError):
+    """A shard is damaged, incomplete or written in another schema."""
+
+
+class ManifestError(DataError):
+    """A manifest is missing, incomplete or of another schema version."""
+
+
+class FailureBudgetExceeded(DataError):
+    """More inputs failed than the configuration allows."""
+
+
+class StorageError(UrsaError):
+    """The store refused or did not answer."""
+
+    transient: ClassVar[bool] = True
+
+
+class StorageConfigurationError(StorageError):
+    """The store answered, but will never accept the call: no such bucket, no permission, disk full."""
+
+    transient: ClassVar[bool] = False
+
+
+class ServiceError(UrsaError):
+    """A service that the run needs (tracking server, cluster) cannot be reached."""
+
+    transient: ClassVar[bool] = True
+
+
+class TrainingError(UrsaError):
+    """Training cannot go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss or a gradient became NaN or infinite before the optimizer update."""
+
+
+class DataExhaustedError(TrainingError):
+    """A stage has fewer samples than it needs to form one batch."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is missing, damaged or belongs to another configuration."""
+
+
+class RegistrationError(UrsaError):
+    """A model version could not be registered as a whole."""

@@ -1,0 +1,431 @@
+"""The only door to object storage and files: read, write, list, commit.
+
+A URI is `s3://bucket/key`, `file:///absolute/percent-encoded/path` or a plain local path. Nothing
+half-written is ever visible: local files are written beside their place and renamed, objects are
+put in one request with a deadline. `put_if_absent` is the commit: of several writers one wins and
+all learn what stands there. Credentials and the S3 endpoint come from the environment only
+(`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, ...).
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote_to_bytes
+
+import tenacity
+from pydantic import ValidationError
+
+from ursa.artifacts import SCHEMA_VERSION
+from ursa.config import FrozenModel
+from ursa.errors import ManifestError, StorageConfigurationError, StorageError
+
+PUT_DEADLINE_S = 120.0
+"""An upload that takes longer is abandoned and repeated; s3fs alone would wait for ever."""
+GET_DEADLINE_S = 300.0
+MANIFEST_LIMIT_BYTES = 64 << 20
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR)
+
+Record = TypeVar("Record", bound=FrozenModel)
+
+
+class StoredFile(NamedTuple):
+    """A regular file in a listing; `etag` is the store's, or the sha256 of a local file."""
+
+    uri: str
+    num_bytes: int
+    etag: str
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path segments to a URI or local path."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI names an object store."""
+    return uri.startswith("s3://")
+
+
+def local_path(uri: str) -> Path:
+    """Return the local path of a `file://` URI or plain path."""
+    if uri.startswith("file://"):
+        return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))))
+    if "://" in uri:
+        raise StorageConfigurationError(
+            f"unsupported URI {uri!r}; use s3://bucket/prefix, file:///path or a local path"
+        )
+    return Path(uri)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return the whole content.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the URI.
+        StorageError: If the store refuses or does not answer.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            return local_path(uri).read_bytes()
+    data: bytes = _s3_call("_cat_file", uri, deadline_s=GET_DEADLINE_S)
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the whole content at once, replacing what is there."""
+    if is_remote(uri):
+        _s3_call("_pipe_file", uri, data, deadline_s=PUT_DEADLINE_S)
+        return
+    with _local_errors(uri), _temporary_beside(local_path(uri), data) as temporary:
+        temporary.replace(local_path(uri))
+
+
+def put_if_absent(uri: str, data: bytes) -> bytes:
+    """Write the content unless the URI is taken; return what stands there afterwards.
+
+    Of several writers exactly one wins. A lost answer is read back, so the caller only has to
+    compare the returned bytes with its own.
+    """
+    if is_remote(uri):
+        with contextlib.suppress(FileExistsError):
+            _s3_call("_pipe_file", uri, data, mode="create", deadline_s=PUT_DEADLINE_S)
+            return data
+        return read_bytes(uri)
+    path = local_path(uri)
+    with _local_errors(uri), _temporary_beside(path, data) as temporary:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+            _sync_directory(path.parent)
+            return data
+        return path.read_bytes()
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or object stands at the URI."""
+    if not is_remote(uri):
+        with _local_errors(uri):
+            return local_path(uri).is_file()
+    try:
+        _s3_call("_info", uri, deadline_s=30.0)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
+    """List all regular files below a URI, sorted by URI; links and pipes are not followed.
+
+    Args:
+        uri: Directory or prefix.
+        with_etag: Local files are hashed for their etag; False leaves it empty.
+
+    Raises:
+        FileNotFoundError: If the directory does not exist or the prefix holds nothing.
+        StorageError: If the store refuses or does not answer.
+    """
+    if is_remote(uri):
+        found: dict[str, dict[str, Any]] = _s3_call(
+            "_find", uri, detail=True, deadline_s=GET_DEADLINE_S
+        )
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, "nothing below this prefix", uri)
+        return sorted(
+            StoredFile(f"s3://{key}", int(info["size"]), str(info.get("ETag", "")).strip('"'))
+            for key, info in found.items()
+            if info["type"] == "file" and not key.endswith("/")
+        )
+    root = local_path(uri)
+    with _local_errors(uri):
+        if root.is_file():
+            paths = [root]
+        elif root.is_dir():
+            paths = [
+                Path(folder) / name for folder, _, names in os.walk(root) for name in names
+            ]
+        else:
+            raise FileNotFoundError(errno.ENOENT, "no such file or directory", uri)
+        return sorted(
+            StoredFile(
+                path.absolute().as_uri(),
+                path.lstat().st_size,
+                sha256_file(path) if with_etag else "",
+            )
+            for path in paths
+            if stat.S_ISREG(path.lstat().st_mode)
+        )
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """Yield a local path with the content: the file itself, or a download that is removed."""
+    if not is_remote(uri):
+        yield local_path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="ursa-") as folder:
+        target = Path(folder) / "content"
+        _s3_call("_get_file", uri, str(target), deadline_s=GET_DEADLINE_S)
+        yield target
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """Copy a local file to a URI, visible only when whole."""
+    if is_remote(uri):
+        _s3_call("_put_file", uri, str(path), source_first=True, deadline_s=GET_DEADLINE_S)
+        return
+    target = local_path(uri)
+    with _local_errors(uri):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            shutil.copyfile(path, temporary)
+            _sync_file(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def upload_directory(folder: Path, uri: str) -> dict[str, str]:
+    """Copy all files of a directory; return their sha256 by relative path."""
+    hashes: dict[str, str] = {}
+    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        upload_file(path, join(uri, relative))
+        hashes[relative] = sha256_file(path)
+    return hashes
+
+
+@contextlib.contextmanager
+def local_directory(uri: str) -> Iterator[Path]:
+    """Yield a local directory with all files below the URI; remote ones are downloaded."""
+    if not is_remote(uri):
+        yield local_path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="ursa-") as folder:
+        for item in list_files(uri):
+            target = Path(folder) / item.uri.removeprefix(uri.rstrip("/") + "/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _s3_call("_get_file", item.uri, str(target), deadline_s=GET_DEADLINE_S)
+        yield Path(folder)
+
+
+def remove_directory(uri: str) -> None:
+    """Delete everything below a URI; nothing there is fine."""
+    if is_remote(uri):
+        with contextlib.suppress(FileNotFoundError):
+            _s3_call("_rm", uri, recursive=True, deadline_s=GET_DEADLINE_S)
+        return
+    with _local_errors(uri), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(local_path(uri))
+
+
+def load_record(uri: str, kind: type[Record]) -> Record | None:
+    """Read a committed record; None when it was never committed.
+
+    Raises:
+        ManifestError: If it is damaged, too large or of another schema version.
+    """
+    try:
+        data = read_bytes(uri)
+    except FileNotFoundError:
+        return None
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise ManifestError(f"{uri}: {len(data)} bytes, expected at most {MANIFEST_LIMIT_BYTES}")
+    return _parse_record(uri, data, kind)
+
+
+def commit_record(uri: str, record: Record) -> Record:
+    """Commit a record if there is none yet; return the one that stands there."""
+    envelope = _Envelope(
+        schema_version=SCHEMA_VERSION,
+        kind=type(record).__name__,
+        record=record.model_dump(mode="json"),
+    )
+    data = put_if_absent(uri, envelope.model_dump_json(indent=1).encode())
+    return _parse_record(uri, data, type(record))
+
+
+def check_store(uri: str, *, min_free_bytes: int = 256 << 20) -> None:
+    """Refuse a place that cannot be written, has no room, or has no conditional writes.
+
+    Raises:
+        StorageConfigurationError: With what is wrong and what to do.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            local_path(uri).mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(local_path(uri)).free
+        if free < min_free_bytes:
+            raise StorageConfigurationError(
+                f"disk full: {free >> 20} MB free at {uri}, expected at least "
+                f"{min_free_bytes >> 20} MB; free some space or choose another directory"
+            )
+    probe = join(uri, f".probe-{secrets.token_hex(8)}")
+    try:
+        put_if_absent(probe, b"first")
+        if put_if_absent(probe, b"second") != b"first":
+            raise StorageConfigurationError(
+                f"{uri}: the store overwrites existing objects (no conditional writes); use a "
+                "store that honours If-None-Match, such as Amazon S3 or MinIO"
+            )
+    finally:
+        with contextlib.suppress(FileNotFoundError, StorageError):
+            remove_file(probe)
+
+
+def remove_file(uri: str) -> None:
+    """Delete one file or object."""
+    if is_remote(uri):
+        _s3_call("_rm_file", uri, deadline_s=30.0)
+        return
+    with _local_errors(uri):
+        local_path(uri).unlink()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a local file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Envelope(FrozenModel):
+    schema_version: int
+    kind: str
+    record: dict[str, Any]
+
+
+def _parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
+    try:
+        envelope = _Envelope.model_validate_json(data)
+    except ValidationError as error:
+        raise ManifestError(f"{uri}: not a manifest ({error.error_count()} errors)") from error
+    if envelope.schema_version != SCHEMA_VERSION or envelope.kind != kind.__name__:
+        raise ManifestError(
+            f"{uri}: holds {envelope.kind} of schema version {envelope.schema_version}, "
+            f"expected {kind.__name__} of version {SCHEMA_VERSION}"
+        )
+    try:
+        return kind.model_validate(envelope.record)
+    except ValidationError as error:
+        raise ManifestError(f"{uri}: {kind.__name__} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _local_errors(uri: str) -> Iterator[None]:
+    """Turn operating system errors into errors that say what to do."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageConfigurationError(
+                f"disk full while writing {uri}; free some space, then run again: finished work "
+                "is kept"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageConfigurationError(
+                f"no permission at {uri} ({error.strerror}); choose another directory"
+            ) from error
+        raise StorageError(f"{uri}: {error.strerror or error}") from error
+
+
+def _filesystem() -> Any:
+    import s3fs  # noqa: PLC0415  (0.5 s, not needed for local runs)
+
+    return s3fs.S3FileSystem(
+        use_listings_cache=False,
+        config_kwargs={
+            "retries": {"mode": "standard", "max_attempts": 5},
+            "connect_timeout": 5,
+            "read_timeout": 30,
+        },
+    )
+
+
+class _Transient(Exception):
+    """The call may succeed if repeated."""
+
+
+def _s3_call(
+    method: str,
+    uri: str,
+    *arguments: Any,
+    deadline_s: float,
+    source_first: bool = False,
+    **options: Any,
+) -> Any:
+    """Run one coroutine of s3fs with a deadline; repeat what may succeed, name what cannot."""
+    import botocore.exceptions  # noqa: PLC0415
+    from fsspec.asyn import sync  # noqa: PLC0415
+    from fsspec.exceptions import FSTimeoutError  # noqa: PLC0415
+
+    def once() -> Any:
+        filesystem = _filesystem()
+        where = uri.removeprefix("s3://")
+        call = (*arguments, where) if source_first else (where, *arguments)
+        try:
+            return sync(
+                filesystem.loop, getattr(filesystem, method), *call, timeout=deadline_s, **options
+            )
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except FSTimeoutError as error:
+            raise _Transient(f"no answer within {deadline_s:g} s") from error
+        except botocore.exceptions.NoCredentialsError as error:
+            raise StorageConfigurationError(
+                f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        except botocore.exceptions.EndpointConnectionError as error:
+            raise _Transient(f"{error}; check AWS_ENDPOINT_URL and the network") from error
+        except PermissionError as error:
+            raise StorageConfigurationError(
+                f"{uri}: access denied ({error}); check the S3 credentials and bucket policy"
+            ) from error
+        except (botocore.exceptions.BotoCoreError, OSError) as error:
+            raise _Transient(str(error) or type(error).__name__) from error
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(_Transient),
+        stop=tenacity.stop_after_attempt(3),
+        wait=tenacity.wait_exponential_jitter(initial=0.5, max=5),
+        reraise=True,
+    )
+    try:
+        return retrying(once)
+    except _Transient as error:
+        raise StorageError(f"{uri}: the object store cannot be reached: {error}") from error
