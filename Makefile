@@ -1,0 +1,60 @@
+# The commands that people and CI run. `make` alone lists them.
+
+PYTHON ?= python3
+PRESET ?= tiny
+SOURCE ?= tests/data/videos
+PARAMS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SERVICES := $(BIN)/python infra/local/services.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run up down status deploy check test test-unit test-slow
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PRESET=tiny|small  SOURCE=directory or s3://...  PARAMS='--param only_new=true'"
+	@echo "             URSA_PREFECT_PORT=4200  URSA_MLFLOW_PORT=5000  PYTHON=python3"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, got $$($(PYTHON) --version); Try: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned dependencies (some minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## make the virtual environment (.venv) if it is not up to date
+
+run: setup ## from videos to a registered model: start the services, run the whole pipeline
+	@$(SERVICES) run --preset '$(PRESET)' --source '$(SOURCE)' --parameters="$(PARAMS)"
+
+up: setup ## start the services (Prefect, MLflow, worker) without running
+	@$(SERVICES) up
+
+down: ## stop the services that this checkout has started
+	@test -x $(BIN)/python && $(SERVICES) down || true
+
+status: setup ## say which services are up
+	@$(SERVICES) status
+
+deploy: setup ## deploy prefect.yaml again
+	@$(SERVICES) deploy
+
+check: setup ## format, lint, layers, types, docstrings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet ursa tasks flows
+
+test: setup ## everything but slow and GPU tests
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-unit: setup ## unit, property and parity tests: seconds
+	$(BIN)/pytest tests/unit tests/property tests/parity -m "not slow and not gpu"
+
+test-slow: setup ## the slow ones
+	$(BIN)/pytest -m "slow and not gpu"

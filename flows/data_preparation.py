@@ -1,0 +1,43 @@
+"""Flow: from video files to token data sets."""
+
+from prefect import flow
+
+from tasks import ingestion, tokenization
+from tasks.context import PreparedData, RunContext, commit_prepared, find_prepared, run_session
+from tasks.options import ConfigOverrides
+from ursa.config import Preset
+
+
+@flow(name="ursa-data-preparation", flow_run_name="data {preset}", validate_parameters=True)
+def data_preparation(
+    source_uri: str,
+    preset: Preset = "tiny",
+    overrides: ConfigOverrides | None = None,
+    context: RunContext | None = None,
+) -> PreparedData:
+    """Ingest, select, fit the tokenizers and tokenize.
+
+    Args:
+        source_uri: Directory or `s3://` prefix with videos.
+        preset: Name of a complete configuration.
+        overrides: Values that replace those of the preset.
+        context: Set when the flow is part of a larger one.
+    """
+    with run_session(source_uri, preset, overrides, context) as run:
+        prepared = find_prepared(run)
+        if prepared is not None:
+            return prepared
+        clips = ingestion.ingest_videos(run)
+        selection = ingestion.select_clips(run, clips)
+        visual_tokenizer = ingestion.fit_visual_tokenizer(run, selection)
+        text_tokenizer = ingestion.fit_text_tokenizer(run, selection)
+        datasets = tokenization.tokenize_clips(run, selection, visual_tokenizer)
+        return commit_prepared(
+            run,
+            PreparedData(
+                selection=selection,
+                visual_tokenizer=visual_tokenizer,
+                text_tokenizer=text_tokenizer,
+                datasets=datasets,
+            ),
+        )

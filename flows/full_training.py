@@ -1,0 +1,53 @@
+"""Flow: from video files to a registered model."""
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows.data_preparation import data_preparation
+from flows.model_release import model_release
+from flows.staged_training import staged_training
+from tasks.context import run_session
+from tasks.options import ConfigOverrides
+from tasks.registration import find_version, finish_run, has_new_data
+from ursa.artifacts import ModelVersion
+from ursa.config import Preset
+
+
+@flow(name="ursa", flow_run_name="full-training {preset} {source_uri}")
+def full_training(
+    source_uri: str,
+    preset: Preset = "tiny",
+    overrides: ConfigOverrides | None = None,
+    only_new: bool = False,  # noqa: FBT001, FBT002  (a field of the Prefect form)
+) -> State[ModelVersion]:
+    """Prepare the data, train in three stages, evaluate and register.
+
+    Finished work is never done again: a run that was stopped goes on where it was, and a run with
+    nothing to do ends as `NothingChanged`.
+
+    Args:
+        source_uri: Directory or `s3://` prefix with videos.
+        preset: Name of a complete configuration.
+        overrides: Values that replace those of the preset.
+        only_new: End as `NoNewData` when the newest version was made from the same files.
+    """
+    with run_session(source_uri, preset, overrides) as run:
+        if only_new and not has_new_data(run):
+            return Completed(name="NoNewData", message=f"no new data at {run.source_uri}")
+        version = find_version(run)
+        if version is None:
+            data_preparation(source_uri, preset, context=run)
+            staged_training(source_uri, preset, context=run)
+            version = model_release(source_uri, preset, context=run)
+        return finish_run(run, version)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source_uri")
+    parser.add_argument("--preset", default="tiny")
+    arguments = parser.parse_args()
+    full_training(arguments.source_uri, arguments.preset)

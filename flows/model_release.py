@@ -1,0 +1,36 @@
+"""Flow: evaluate the trained model and register it as a version."""
+
+from prefect import flow
+
+from flows.staged_training import staged_training
+from tasks.context import RunContext, find_trained, run_session
+from tasks.evaluation import evaluate_model, export_model
+from tasks.options import ConfigOverrides
+from tasks.registration import find_version, register_model
+from ursa.artifacts import ModelVersion
+from ursa.config import Preset
+
+
+@flow(name="ursa-model-release", flow_run_name="release {preset}")
+def model_release(
+    source_uri: str,
+    preset: Preset = "tiny",
+    overrides: ConfigOverrides | None = None,
+    context: RunContext | None = None,
+) -> ModelVersion:
+    """Export, evaluate and register; the version becomes champion when the gate holds.
+
+    Args:
+        source_uri: Directory or `s3://` prefix with videos.
+        preset: Name of a complete configuration.
+        overrides: Values that replace those of the preset.
+        context: Set when the flow is part of a larger one.
+    """
+    with run_session(source_uri, preset, overrides, context) as run:
+        version = find_version(run)
+        if version is not None:
+            return version
+        trained = find_trained(run) or staged_training(source_uri, preset, context=run)
+        model = export_model(run, trained)
+        report = evaluate_model(run, trained, model)
+        return register_model(run, trained, report)

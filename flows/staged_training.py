@@ -1,0 +1,48 @@
+"""Flow: the three training stages, each starting from the weights of the last."""
+
+from prefect import flow
+
+from flows.data_preparation import data_preparation
+from tasks.context import (
+    RunContext,
+    TrainedModel,
+    commit_trained,
+    find_prepared,
+    find_trained,
+    run_session,
+)
+from tasks.options import ConfigOverrides
+from tasks.training import stage_request, train_stage
+from ursa.artifacts import CheckpointRef
+from ursa.config import STAGES, Preset
+
+
+@flow(name="ursa-staged-training", flow_run_name="training {preset}")
+def staged_training(
+    source_uri: str,
+    preset: Preset = "tiny",
+    overrides: ConfigOverrides | None = None,
+    context: RunContext | None = None,
+) -> TrainedModel:
+    """Train on images, then on videos, then with one time a frame.
+
+    Args:
+        source_uri: Directory or `s3://` prefix with videos.
+        preset: Name of a complete configuration.
+        overrides: Values that replace those of the preset.
+        context: Set when the flow is part of a larger one.
+    """
+    with run_session(source_uri, preset, overrides, context) as run:
+        trained = find_trained(run)
+        if trained is not None:
+            return trained
+        prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
+        checkpoint: CheckpointRef | None = None
+        for stage in STAGES:
+            request = stage_request(run, prepared, stage, checkpoint)
+            checkpoint = train_stage(run, request)
+        assert checkpoint is not None
+        return commit_trained(
+            run,
+            TrainedModel(selection=prepared.selection, request=request, checkpoint=checkpoint),
+        )

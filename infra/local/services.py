@@ -1,0 +1,673 @@
+"""Start, stop and use the embedded services: Prefect server and worker, MLflow server.
+
+Plain processes on 127.0.0.1, each in its own session, with logs, data and pid files below one
+directory of the checkout (`.ursa`, or URSA_STATE_DIR). A pid file holds the pid and the start
+time of the process, so that a recycled pid is never touched. Usage: services.py up|down|run|status
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = Path(os.environ.get("URSA_STATE_DIR") or ROOT / ".ursa").resolve()
+BIN = Path(sys.executable).parent
+POOL = "ursa"
+DEPLOYMENT = "ursa/full-training"
+MARK = "URSA_SERVICES"
+START_LIMIT_S = 180.0
+STOP_LIMIT_S = 20.0
+RUN_ID = re.compile(r"UUID: ([0-9a-f-]{36})")
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    ),
+    "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "60",
+    "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "ursa",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PYTHONUNBUFFERED": "1",
+}
+WORKER_VARIABLES = ("URSA_", "AWS_", "MLFLOW_", "RAY_", "FSSPEC_", "OMP_", "CUDA_")
+
+
+class ServiceError(Exception):
+    """One line that says what is wrong and what to do."""
+
+
+class Service(NamedTuple):
+    """One long-lived process."""
+
+    name: str
+    port: int | None
+    health: str | None
+    command: tuple[str, ...]
+    variable: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Address of the service."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid_file(self) -> Path:
+        """Where pid, start time and port are kept."""
+        return STATE / "run" / f"{self.name}.json"
+
+    @property
+    def log(self) -> Path:
+        """Where the output goes."""
+        return STATE / "logs" / f"{self.name}.log"
+
+
+def say(text: str) -> None:
+    """Write one line."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def start_time(pid: int) -> str | None:
+    """Return what tells a process from a later one with the same pid; None when it is gone."""
+    with contextlib.suppress(OSError, IndexError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if stat[0] in "ZX" else f"{boot}:{stat[19]}"
+    if Path("/proc/self/stat").exists():
+        return None
+    with contextlib.suppress(psutil.Error):
+        return f"{psutil.Process(pid).create_time():.1f}"
+    return None
+
+
+def read_pid_file(service: Service) -> dict[str, Any] | None:
+    """Return the content of a pid file whose process still lives."""
+    try:
+        content = json.loads(service.pid_file.read_text())
+        if start_time(content["pid"]) == content["start"]:
+            return dict(content)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def recorded_port(name: str, variable: str, default: int) -> int:
+    """Return the port asked for, else the one in use by a living service, else the default."""
+    asked = os.environ.get(variable)
+    if asked:
+        if not asked.isdigit() or not 0 < int(asked) < 65536:
+            raise ServiceError(f"{variable} must be a port from 1 to 65535, got {asked!r}")
+        return int(asked)
+    living = read_pid_file(Service(name, None, None, ()))
+    return int(living["port"]) if living and living.get("port") else default
+
+
+def services() -> tuple[Service, Service, Service]:
+    """Return the three services: Prefect, MLflow, worker."""
+    prefect_port = recorded_port("prefect", "URSA_PREFECT_PORT", 4200)
+    mlflow_port = recorded_port("mlflow", "URSA_MLFLOW_PORT", 5000)
+    host = ("--host", "127.0.0.1", "--port")
+    return (
+        Service(
+            "prefect",
+            prefect_port,
+            "/api/health",
+            (str(BIN / "prefect"), "server", "start", *host, str(prefect_port)),
+            "URSA_PREFECT_PORT",
+        ),
+        Service(
+            "mlflow",
+            mlflow_port,
+            "/health",
+            (
+                *(str(BIN / "mlflow"), "server", *host, str(mlflow_port), "--workers", "1"),
+                *("--backend-store-uri", f"sqlite:///{STATE}/mlflow/mlflow.db"),
+                *("--artifacts-destination", str(STATE / "mlflow" / "artifacts")),
+            ),
+            "URSA_MLFLOW_PORT",
+        ),
+        Service(
+            "worker",
+            None,
+            None,
+            (
+                *(str(BIN / "prefect"), "worker", "start", "--pool", POOL, "--type", "process"),
+                *("--name", "local", "--limit", "4", "--install-policy", "never"),
+            ),
+        ),
+    )
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of every child: quiet, and pointing at our services."""
+    prefect, mlflow, _ = services()
+    values = {**QUIET, **os.environ}
+    values.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+    values.setdefault("URSA_MLFLOW_TRACKING_URI", mlflow.url)
+    values.setdefault("URSA_DATA_URI", str(STATE / "data"))
+    python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    values.update(
+        PATH=os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
+        PREFECT_HOME=str(STATE / "prefect"),
+        PREFECT_API_URL=f"{prefect.url}/api",
+        MLFLOW_TRACKING_URI=values["URSA_MLFLOW_TRACKING_URI"],
+        PYTHONPATH=os.pathsep.join(dict.fromkeys(python_path)),
+        URSA_HOME=str(ROOT),
+    )
+    for name in ("PREFECT_PROFILE", "PREFECT_API_KEY", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"):
+        values.pop(name, None)
+    values[MARK] = str(STATE)
+    return values
+
+
+def worker_environment_hash() -> str:
+    """Return a hash of what the worker hands to flow runs; a changed one restarts it."""
+    chosen = {k: v for k, v in environment().items() if k.startswith(WORKER_VARIABLES)}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def request(url: str, body: Any = None, *, timeout_s: float = 10.0) -> Any:
+    """Send a GET, or a POST with a JSON body; return the decoded answer."""
+    call = urllib.request.Request(  # noqa: S310  (our own http:// addresses)
+        url,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(call, timeout=timeout_s) as answer:
+        text = answer.read().decode()
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def healthy(service: Service) -> bool:
+    """Whether the service answers."""
+    try:
+        request(f"{service.url}{service.health}", timeout_s=5.0)
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+    return True
+
+
+def port_owner(port: int) -> psutil.Process | None:
+    """Return the process that listens on a port, if it may be seen."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            address = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and address and address.port == port:
+                return psutil.Process(connection.pid) if connection.pid else None
+    return None
+
+
+def port_taken(port: int) -> bool:
+    """Whether something holds the port on the loopback address."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether a process was started, directly or not, by the services of this checkout."""
+    try:
+        return bool(process.environ().get(MARK) == str(STATE))
+    except psutil.Error:
+        return False
+
+
+def our_processes() -> list[psutil.Process]:
+    """Return all processes that carry our mark, without this one and its ancestors."""
+    me = psutil.Process()
+    spared = {me.pid, *(parent.pid for parent in me.parents())}
+    return [item for item in psutil.process_iter() if item.pid not in spared and is_ours(item)]
+
+
+def write_pid_file(service: Service, pid: int, **extra: str) -> None:
+    """Record a started process."""
+    content = {"pid": pid, "start": start_time(pid), "port": service.port, **extra}
+    service.pid_file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = service.pid_file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(service.pid_file)
+
+
+def launch(service: Service, **extra: str) -> None:
+    """Start a service in its own session with its output in a log file."""
+    service.log.parent.mkdir(parents=True, exist_ok=True)
+    if service.log.exists() and service.log.stat().st_size > 20 << 20:
+        service.log.replace(service.log.with_suffix(".log.old"))
+    (STATE / "mlflow").mkdir(parents=True, exist_ok=True)
+    with service.log.open("ab") as log:
+        child = subprocess.Popen(
+            service.command,
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    write_pid_file(service, child.pid, **extra)
+
+
+def ensure_started(service: Service) -> None:
+    """Start a server unless ours is up on the right port already."""
+    living = read_pid_file(service)
+    if living and living.get("port") == service.port:
+        return
+    if living:
+        say(f"{service.name}: moving from port {living.get('port')} to {service.port}")
+        stop(service)
+    assert service.port is not None
+    if port_taken(service.port):
+        owner = port_owner(service.port)
+        if owner is not None and is_ours(owner):  # started by us, pid file lost
+            stop_processes([owner, *owner.children(recursive=True)])
+        if port_taken(service.port):
+            who = f"{owner.name()} (pid {owner.pid})" if owner else "another process"
+            raise ServiceError(
+                f"port {service.port} for {service.name} is used by {who}; stop it, or choose "
+                f"another port: {service.variable}={service.port + 10} make run"
+            )
+    launch(service)
+
+
+def wait_healthy(service: Service) -> None:
+    """Wait until a server answers; say why when it does not."""
+    deadline = time.monotonic() + START_LIMIT_S
+    while not healthy(service):
+        if read_pid_file(service) is None:
+            service.pid_file.unlink(missing_ok=True)
+            raise ServiceError(
+                f"{service.name} did not start: {last_line(service.log)}; see {service.log}, and if "
+                f"its data are damaged or of another version move {STATE / service.name} away"
+            )
+        if time.monotonic() > deadline:
+            stop(service)
+            raise ServiceError(
+                f"{service.name} did not answer at {service.url} within {START_LIMIT_S:.0f} s; "
+                f"see {service.log}, then try again"
+            )
+        time.sleep(0.2)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that looks like a cause."""
+    with contextlib.suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace")[-8000:].splitlines()]
+        causes = [line for line in lines if re.search(r"(Error|error|Exception)\b", line)]
+        if causes or lines:
+            return (causes or lines)[-1][:300]
+    return "no output"
+
+
+def stop_processes(processes: list[psutil.Process]) -> None:
+    """Terminate processes, kill what is left after a while."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=STOP_LIMIT_S)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+def stop(service: Service) -> bool:
+    """Stop one service with all processes it has started; False when it was not up."""
+    living = read_pid_file(service)
+    service.pid_file.unlink(missing_ok=True)
+    if living is None:
+        return False
+    try:
+        leader = psutil.Process(living["pid"])
+        family = [leader, *leader.children(recursive=True)]
+    except psutil.Error:
+        return False
+    with contextlib.suppress(psutil.Error):
+        leader.send_signal(signal.SIGTERM)
+    psutil.wait_procs([leader], timeout=STOP_LIMIT_S)
+    stop_processes([process for process in family if process.is_running()])
+    return True
+
+
+def deployment_hash() -> str:
+    """Return a hash of everything that a deployment is made of."""
+    digest = hashlib.sha256(f"{ROOT}\n".encode())
+    names = ["prefect.yaml", "ursa/config.py", *sorted(str(p) for p in Path("flows").glob("*.py"))]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            digest.update(Path(name).read_bytes())
+    return digest.hexdigest()
+
+
+def deployed(prefect: Service) -> bool:
+    """Whether the server holds the deployments of the files as they are."""
+    stamp = STATE / "run" / "deployed"
+    if not stamp.exists() or stamp.read_text() != deployment_hash():
+        return False
+    try:
+        request(f"{prefect.url}/api/deployments/name/{DEPLOYMENT}")
+        request(f"{prefect.url}/api/work_pools/{POOL}")
+    except urllib.error.HTTPError:
+        return False
+    return True
+
+
+def deploy(prefect: Service) -> None:
+    """Create the work pool and all deployments of prefect.yaml."""
+    (STATE / "run" / "deployed").unlink(missing_ok=True)
+    pool = {"name": POOL, "type": "process", "description": "Processes on this machine."}
+    try:
+        request(f"{prefect.url}/api/work_pools/", pool)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.CONFLICT:
+            raise
+    digest = deployment_hash()
+    command = (str(BIN / "prefect"), "--no-prompt", "deploy", "--all")
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    log = STATE / "logs" / "deploy.log"
+    log.write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise ServiceError(f"prefect deploy --all failed: {last_line(log)}; see {log}")
+    (STATE / "run" / "deployed").write_text(digest)
+
+
+def flow_process_ids() -> set[str]:
+    """Return the ids of all flow runs that have a living process on this machine."""
+    found = set()
+    for process in our_processes():
+        with contextlib.suppress(psutil.Error):
+            values = process.environ()
+            found.add(values.get("PREFECT__FLOW_RUN_ID", ""))
+            found.add(values.get("PREFECT_FLOW_RUN_ID", ""))
+    return found - {""}
+
+
+def active_runs(prefect: Service) -> list[dict[str, Any]]:
+    """Return the flow runs of our pool that are said to be under way."""
+    query = {
+        "flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}},
+        "work_pools": {"name": {"any_": [POOL]}},
+    }
+    return list(request(f"{prefect.url}/api/flow_runs/filter", query))
+
+
+def settle_dead_runs(prefect: Service, *, min_age_s: float) -> list[dict[str, Any]]:
+    """Mark runs without a process as crashed, so that they hold no slot; return the living."""
+    living = flow_process_ids()
+    alive = []
+    for run in active_runs(prefect):
+        if run["id"] in living or age_s(run) < min_age_s:
+            alive.append(run)
+            continue
+        state = {"type": "CRASHED", "name": "Crashed", "message": "The flow process is gone."}
+        request(
+            f"{prefect.url}/api/flow_runs/{run['id']}/set_state", {"state": state, "force": True}
+        )
+    return alive
+
+
+def age_s(run: dict[str, Any]) -> float:
+    """Return how long a run has been in its state, seconds."""
+    stamp = run["state"]["timestamp"].replace("Z", "+00:00")
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    return (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Let one `up` or `down` work at a time."""
+    (STATE / "run").mkdir(parents=True, exist_ok=True)
+    (STATE / "logs").mkdir(parents=True, exist_ok=True)
+    with (STATE / "run" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def up() -> None:
+    """Start what is not up yet, deploy what has changed."""
+    prefect, mlflow, worker = services()
+    with exclusive():
+        began = time.monotonic()
+        fresh = [item for item in (prefect, mlflow) if read_pid_file(item) is None]
+        for service in (prefect, mlflow):
+            ensure_started(service)
+        if fresh:
+            say(f"starting {' and '.join(item.name for item in fresh)} (logs: {STATE}/logs)")
+        for service in (prefect, mlflow):
+            wait_healthy(service)
+        if not deployed(prefect):
+            deploy(prefect)
+        digest = worker_environment_hash()
+        living = read_pid_file(worker)
+        if living and living.get("environment") != digest:
+            if settle_dead_runs(prefect, min_age_s=30):
+                say("the environment has changed, but a run is under way: the worker keeps its own")
+            else:
+                stop(worker)
+                living = None
+        if living is None:
+            launch(worker, environment=digest)
+        if fresh:
+            say(f"services are up after {time.monotonic() - began:.0f} s")
+            say(f"  Prefect  {prefect.url}\n  MLflow   {mlflow.url}")
+
+
+def down() -> None:
+    """Stop what this checkout has started, and nothing else."""
+    prefect, mlflow, worker = services()
+    with exclusive():
+        stopped = [worker.name] if stop(worker) else []
+        orphans = [item for item in our_processes() if not in_family(item, (prefect, mlflow))]
+        stop_processes(orphans)
+        if read_pid_file(prefect) and healthy(prefect):
+            settle_dead_runs(prefect, min_age_s=0)
+        stopped += [service.name for service in (mlflow, prefect) if stop(service)]
+        stop_processes(our_processes())
+    say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+def in_family(process: psutil.Process, group: tuple[Service, ...]) -> bool:
+    """Whether a process is one of the services or descends from it."""
+    leaders = {living["pid"] for service in group if (living := read_pid_file(service))}
+    with contextlib.suppress(psutil.Error):
+        return bool(leaders & {process.pid, *(parent.pid for parent in process.parents())})
+    return False
+
+
+def status() -> int:
+    """Say what is up; 0 when everything is."""
+    missing = 0
+    prefect, mlflow, worker = services()
+    for service in (prefect, mlflow, worker):
+        living = read_pid_file(service)
+        good = living is not None and (service.health is None or healthy(service))
+        missing += not good
+        where = service.url if service.port else f"pool {POOL}"
+        word = "up" if good else "not answering" if living else "down"
+        say(f"{service.name:8} {word:14} {where}  {service.log}")
+    say(f"for the prefect command: export PREFECT_API_URL={prefect.url}/api")
+    return min(missing, 1)
+
+
+def run(preset: str, source: str, parameters: list[str]) -> int:
+    """Run the literal `prefect deployment run`, follow it and say where to look."""
+    if "://" not in source and not Path(source).is_absolute():
+        source = str((ROOT / source).resolve())
+    up()
+    prefect, mlflow, _ = services()
+    for other in settle_dead_runs(prefect, min_age_s=30):
+        say(f"run {other['name']} is under way: this one starts after it")
+    command = [
+        *(str(BIN / "prefect"), "deployment", "run", DEPLOYMENT, "--watch"),
+        *("--param", f"preset={preset}", "--param", f"source_uri={source}", *parameters),
+    ]
+    say(f"$ prefect {shlex.join(command[1:])}")
+    code, run_id = follow(command)
+    if run_id is None:
+        return code or 1
+    flow_run = request(f"{prefect.url}/api/flow_runs/{run_id}")
+    page = f"{prefect.url}/runs/flow-run/{run_id}"
+    if flow_run["state"]["type"] != "COMPLETED":
+        message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
+        message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
+        say(
+            f"\nFAILED: {message}\nTry: look at {page}, then `make run` again (finished work is kept)"
+        )
+        return code or 1
+    report(flow_run, page, mlflow)
+    return 0
+
+
+def follow(command: list[str]) -> tuple[int, str | None]:
+    """Stream the output of the command; end when the flow run has, whatever the stream does."""
+    columns = str(max(shutil.get_terminal_size((160, 24)).columns, 120))
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environment(), "COLUMNS": columns},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    run_id: str | None = None
+    assert child.stdout is not None
+    watcher: subprocess.Popen[bytes] | None = None
+    try:
+        for line in child.stdout:
+            say(line.rstrip())
+            if run_id is None and (match := RUN_ID.search(line)):
+                run_id = match.group(1)
+                guard = (sys.executable, __file__, "guard", run_id, str(child.pid))
+                watcher = subprocess.Popen(guard, cwd=ROOT, env=environment())
+        return child.wait(), run_id
+    except KeyboardInterrupt:
+        child.wait()
+        if run_id:
+            say(f"the run goes on; stop it with: make down, or prefect flow-run cancel {run_id}")
+        raise
+    finally:
+        if watcher is not None:
+            watcher.terminate()
+            watcher.wait()
+
+
+def guard(run_id: str, pid: int) -> int:
+    """Stop watching when a run has ended but its last event was lost, or its process is gone."""
+    prefect, _, _ = services()
+    child = psutil.Process(pid)
+    ended = 0
+    while child.is_running() and ended < 4:
+        time.sleep(5)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):
+            settle_dead_runs(prefect, min_age_s=60)
+            kind = request(f"{prefect.url}/api/flow_runs/{run_id}")["state"]["type"]
+            ended = ended + 1 if kind in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else 0
+    with contextlib.suppress(psutil.Error):
+        child.terminate()
+    return 0
+
+
+def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
+    """Say where the results of a completed run are; the tracking server holds them as tags."""
+    experiment = request(
+        f"{mlflow.url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=ursa"
+    )["experiment"]["experiment_id"]
+    query = {
+        "experiment_ids": [experiment],
+        "filter": f"tags.`prefect.flow_run_id` = '{flow_run['id']}'",
+    }
+    found = request(f"{mlflow.url}/api/2.0/mlflow/runs/search", query).get("runs", [])
+    runs = [{t["key"]: t["value"] for t in r["data"]["tags"]} | r["info"] for r in found]
+    parents = [run for run in runs if "mlflow.parentRunId" not in run]
+    if not parents:
+        say(f"\n{flow_run['state'].get('message') or flow_run['state']['name']}\n  Prefect  {page}")
+        return
+    tags = parents[0]
+    name, version = tags.get("ursa.model_name", "?"), tags.get("ursa.model_version", "?")
+    if tags.get("ursa.is_new") == "false":
+        say(f"\nnothing changed: version {version} is up to date")
+    say(f"\nPrefect run     {page}")
+    say(f"MLflow run      {mlflow.url}/#/experiments/{experiment}/runs/{tags['run_id']}")
+    say(f"Model version   {mlflow.url}/#/models/{name}/versions/{version}")
+    say(f"                models:/{name}/{version} is models:/{name}@{tags.get('ursa.alias', '?')}")
+    if sample := tags.get("ursa.sample"):
+        say(f"Generated clip  {sample}")
+    if again := tags.get("ursa.generate_command"):
+        say(f"Make it again   {again}")
+
+
+def main() -> int:
+    """Parse the command line and act."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("up", "down", "run", "status", "deploy", "guard"))
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--source", default="tests/data/videos")
+    parser.add_argument("--parameters", default="", help="more `--param name=value`, one string")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    try:
+        match arguments.command:
+            case "up":
+                up()
+            case "down":
+                down()
+            case "status":
+                return status()
+            case "deploy":
+                (STATE / "run" / "deployed").unlink(missing_ok=True)
+                up()
+            case "guard":
+                return guard(arguments.rest[0], int(arguments.rest[1]))
+            case _:
+                return run(arguments.preset, arguments.source, shlex.split(arguments.parameters))
+    except ServiceError as problem:
+        sys.stderr.write(f"ERROR: {problem}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

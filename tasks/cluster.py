@@ -1,0 +1,346 @@
+"""The only importer of Ray: parallel units on Ray Data, distributed training on Ray Train.
+
+Ray is started when the first unit of work needs it and stopped by the flow. This module is
+imported on Ray's workers as well, so it imports neither Prefect nor MLflow.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from tasks.settings import RuntimeSettings
+from ursa import errors
+from ursa.artifacts import CheckpointRef
+from ursa.config import FrozenModel
+from ursa.errors import ServiceError, TrainingError, UrsaError
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item", bound=FrozenModel)
+Result = TypeVar("Result", bound=FrozenModel)
+
+INIT_ATTEMPTS = 3
+UNIT_ROUNDS = 3
+OBJECT_STORE_BYTES = 256 << 20
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def map_units(
+    make_unit: Callable[[], Callable[[Item], Result]],
+    items: Sequence[Item],
+    result_type: type[Result],
+    settings: RuntimeSettings,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """Apply a unit function to all items in parallel; return the results in any order.
+
+    An error of one unit does not stop the others: what is finished stays committed. Transient
+    errors are tried again in up to `UNIT_ROUNDS` rounds, then the first error is raised.
+
+    Args:
+        make_unit: Called once per actor; must pickle and lead to functions of `ursa`.
+        items: Records to work on.
+        result_type: Type of the records that the unit returns.
+        settings: Where to run.
+        on_progress: Called with the number of items done and of all items.
+
+    Returns:
+        One result an item.
+
+    Raises:
+        UrsaError: The first error of a unit that did not go away.
+        ServiceError: If Ray cannot be started or reached.
+    """
+    results: list[Result] = []
+    todo = list(items)
+    failed: list[tuple[Item, UrsaError]] = []
+    for attempt in range(UNIT_ROUNDS):
+        failed = []
+        for index, outcome in _outcomes(make_unit, todo, settings):
+            if outcome["error"]:
+                failed.append((todo[index], _restore_error(outcome)))
+            else:
+                results.append(result_type.model_validate_json(outcome["result"]))
+            if on_progress is not None:
+                on_progress(len(results), len(items))
+        if not failed or not all(error.transient for _, error in failed):
+            break
+        logger.warning("%d units failed in round %d: %s", len(failed), attempt + 1, failed[0][1])
+        todo = [item for item, _ in failed]
+    if failed:
+        raise next((error for _, error in failed if not error.transient), failed[0][1])
+    return results
+
+
+def run_distributed(
+    worker: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    find: Callable[[], CheckpointRef | None],
+    settings: RuntimeSettings,
+) -> CheckpointRef:
+    """Run a training function on `num_train_workers` processes of Ray Train.
+
+    Our own checkpoints do the resuming, so every call starts a new Ray Train run in a scratch
+    folder. A lost worker restarts the group; the stage goes on from its newest checkpoint.
+
+    Args:
+        worker: Top-level function run by every rank; gets `arguments`.
+        arguments: JSON values.
+        find: Returns the committed result of the stage, if there is one.
+        settings: Where to run.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        UrsaError: What the workers raised.
+        TrainingError: If the workers ended without a committed checkpoint.
+        ServiceError: If Ray cannot be started or reached.
+    """
+    _connect(settings)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
+    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
+
+    gpus = settings.gpus_per_train_worker
+    resources: dict[str, float] = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
+    mailbox = _mailbox()
+    with tempfile.TemporaryDirectory(prefix="ursa-train-") as scratch:
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"worker": worker, "arguments": arguments, "mailbox": mailbox},
+            scaling_config=ScalingConfig(
+                num_workers=settings.num_train_workers,
+                use_gpu=gpus > 0,
+                resources_per_worker=resources,
+            ),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=300),
+            run_config=RunConfig(
+                name="stage", storage_path=scratch, failure_config=FailureConfig(max_failures=2)
+            ),
+        )
+        failure: Exception | None = None
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  (Ray wraps everything; unwrapped below)
+            failure = error
+    refused = _read_mailbox(mailbox)
+    if refused is not None:
+        raise refused
+    checkpoint = find()
+    if checkpoint is not None:
+        return checkpoint
+    if failure is not None:
+        raise _cause(failure) from failure
+    raise TrainingError("the training workers ended without a committed checkpoint")
+
+
+def shutdown() -> None:
+    """Stop Ray if this process has started it."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        with _keep_signal_handlers():
+            ray.shutdown()
+
+
+def _connect(settings: RuntimeSettings) -> None:
+    """Start Ray on this machine or join the cluster of the settings; once per process."""
+    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    import ray  # noqa: PLC0415  (2 s; not needed when all work is done)
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"address": settings.ray_address or "local"}
+    if settings.ray_address is None:
+        cores = os.cpu_count() or 1
+        options.update(
+            # one more than needed: the helpers of Ray Train and Ray Data want a slot of their own
+            num_cpus=max(cores, settings.num_workers, settings.num_train_workers) + 1,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+        )
+    for attempt in range(1, INIT_ATTEMPTS + 1):
+        try:
+            with _keep_signal_handlers():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        except Exception as error:
+            logger.warning("Ray did not start (attempt %d): %s", attempt, _first_line(error))
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            if attempt == INIT_ATTEMPTS:
+                where = settings.ray_address or "this machine"
+                raise ServiceError(
+                    f"Ray cannot be started or reached at {where}: {_first_line(error)}; check "
+                    "RAY_ADDRESS and the free memory, or set URSA_LAUNCHER=local"
+                ) from error
+            time.sleep(2 * attempt)
+        else:
+            break
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _keep_signal_handlers() -> Iterator[None]:
+    """Undo Ray's replacement of the SIGTERM handler, which would break cancellation."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _outcomes(
+    make_unit: Callable[[], Callable[[Item], Result]],
+    items: Sequence[Item],
+    settings: RuntimeSettings,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (position of the item, outcome row) as units finish."""
+    if not items:
+        return
+    rows = [
+        {"index": index, "item": item.model_dump_json(), "kind": f"{type(item).__qualname__}"}
+        for index, item in enumerate(items)
+    ]
+    item_type = type(items[0])
+    if settings.launcher == "local":
+        actor = _Unit(make_unit, item_type)
+        for row in rows:
+            yield row["index"], actor(row)  # type: ignore[misc]
+        return
+    _connect(settings)
+    import ray.data  # noqa: PLC0415  (seconds; not needed when all work is done)
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    size = min(settings.num_workers, len(rows))
+    done = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(
+        _Unit,
+        fn_constructor_args=(make_unit, item_type),
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=1,
+        max_restarts=3,
+        max_task_retries=3,
+    )
+    for outcome in done.iter_rows():
+        yield int(outcome["index"]), outcome
+
+
+class _Unit:
+    """What runs in an actor: turns every error into a row, so that one cannot stop the job."""
+
+    def __init__(
+        self, make_unit: Callable[[], Callable[[Any], FrozenModel]], item_type: type[FrozenModel]
+    ) -> None:
+        logging.getLogger("ursa").setLevel(logging.INFO)
+        self._unit = make_unit()
+        self._item_type = item_type
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result = self._unit(self._item_type.model_validate_json(row["item"]))
+        except Exception as error:  # noqa: BLE001  (becomes a row, raised again by the caller)
+            return {"index": row["index"], "result": "", "error": _pack_error(error)}
+        return {"index": row["index"], "result": result.model_dump_json(), "error": ""}
+
+
+def _pack_error(error: Exception) -> str:
+    known = isinstance(error, UrsaError)
+    return json.dumps(
+        {
+            "kind": type(error).__name__,
+            "message": str(error) if known else f"{type(error).__name__}: {error}",
+            "trace": "" if known else traceback.format_exc()[-4000:],
+        }
+    )
+
+
+def _restore_error(outcome: dict[str, Any]) -> UrsaError:
+    packed = json.loads(outcome["error"])
+    kind = getattr(errors, packed["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, UrsaError):
+        restored: UrsaError = kind(packed["message"])
+        return restored
+    logger.error("a unit failed unexpectedly:\n%s", packed["trace"])
+    return UrsaError(packed["message"])
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """Run the worker; put an error that repeating cannot cure in the mailbox and end quietly."""
+    try:
+        config["worker"](config["arguments"])
+    except UrsaError as error:
+        if error.transient:
+            raise
+        import ray  # noqa: PLC0415
+
+        ray.get(config["mailbox"].put.remote(json.dumps({"error": _pack_error(error)})))
+
+
+def _mailbox() -> Any:
+    import ray  # noqa: PLC0415
+
+    return ray.remote(num_cpus=0)(_Mailbox).remote()
+
+
+class _Mailbox:
+    """Holds the first message put into it."""
+
+    def __init__(self) -> None:
+        self._message = ""
+
+    def put(self, message: str) -> None:
+        """Keep the message unless there is one."""
+        self._message = self._message or message
+
+    def get(self) -> str:
+        """Return the message, or an empty string."""
+        return self._message
+
+
+def _read_mailbox(mailbox: Any) -> UrsaError | None:
+    import ray  # noqa: PLC0415
+
+    message = ray.get(mailbox.get.remote(), timeout=60)
+    ray.kill(mailbox)
+    return _restore_error(json.loads(message)) if message else None
+
+
+def _cause(failure: Exception) -> UrsaError:
+    """Find the error of ours that Ray has wrapped, else say the first line of Ray's."""
+    waiting: list[BaseException | None] = [failure]
+    first = failure
+    while waiting:
+        error = waiting.pop(0)
+        if error is None:
+            continue
+        if isinstance(error, UrsaError):
+            return error
+        worker_failures = getattr(error, "worker_failures", None)
+        if worker_failures:
+            waiting.extend(worker_failures.values())
+            first = next(iter(worker_failures.values()))
+        waiting.extend([getattr(error, "cause", None), error.__cause__])
+    return TrainingError(f"training failed: {_first_line(first)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,217 @@
+"""What belongs to one run: configuration, source, tracking run; and the records of its parts.
+
+`start_run` checks everything that can be wrong before any work begins. The parts of a run
+(prepared data, trained model) are committed as records, so that a run that has nothing to do finds
+that out without loading a model.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefect.logging import get_run_logger
+
+import ursa
+from tasks import cluster, reports, tracking
+from tasks.options import ConfigOverrides, show_library_logs, step
+from tasks.settings import RuntimeSettings, absolute_uri
+from tasks.tracking import TrackedRun
+from ursa import ingestion, storage
+from ursa.artifacts import (
+    CheckpointRef,
+    ClipSelection,
+    SourceVideo,
+    StageRequest,
+    TokenDatasets,
+    TokenizerRef,
+)
+from ursa.config import FrozenModel, Preset, RunConfig, fingerprint, load_config
+from ursa.errors import UrsaError
+
+
+class SourceListing(FrozenModel):
+    """The files of a source, as they were when a run began."""
+
+    manifest_uri: str
+    source_uri: str
+    sources: tuple[SourceVideo, ...]
+    fingerprint: str
+
+
+class RunContext(FrozenModel):
+    """What all steps of a run share."""
+
+    source_uri: str
+    data_uri: str
+    preset: Preset
+    config: RunConfig
+    sources_uri: str
+    source_fingerprint: str
+    fingerprint: str
+    run: TrackedRun
+
+    @property
+    def prepared_uri(self) -> str:
+        """Where the record of the prepared data is committed."""
+        key = fingerprint("prepared", self.fingerprint, _code_fingerprint())
+        return storage.join(self.data_uri, "prepared", key[:32], "manifest.json")
+
+    @property
+    def trained_uri(self) -> str:
+        """Where the record of the trained model is committed."""
+        key = fingerprint("trained", self.fingerprint, _code_fingerprint())
+        return storage.join(self.data_uri, "trained", key[:32], "manifest.json")
+
+    @property
+    def release_fingerprint(self) -> str:
+        """What makes two registrations of this run the same: configuration, source and code."""
+        return fingerprint("released", self.fingerprint, _code_fingerprint())
+
+
+class PreparedData(FrozenModel):
+    """The outcome of the data part of a run, committed."""
+
+    selection: ClipSelection
+    visual_tokenizer: TokenizerRef
+    text_tokenizer: TokenizerRef
+    datasets: TokenDatasets
+
+
+class TrainedModel(FrozenModel):
+    """The outcome of the training part of a run, committed."""
+
+    selection: ClipSelection
+    request: StageRequest
+    checkpoint: CheckpointRef
+
+
+@functools.cache
+def _code_fingerprint() -> str:
+    """Return a hash of the source of the library: other code looks at every step again."""
+    root = Path(ursa.__file__).parent
+    return fingerprint(
+        [storage.sha256_file(path) for path in sorted(root.rglob("*.py")) if path.is_file()]
+    )
+
+
+@step(run_name="check and start", retries=1)
+def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None) -> RunContext:
+    """Check configuration, services, store and source; open the run in the tracking server."""
+    settings = RuntimeSettings.from_env()
+    given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
+    config = load_config(preset, given)
+    tracking.check_service(settings.mlflow_tracking_uri)
+    uri = absolute_uri(source_uri)
+    sources = ingestion.discover_videos(uri)
+    storage.check_store(settings.data_uri)
+    source_fingerprint = fingerprint(uri, [item.model_dump(mode="json") for item in sources])
+    sources_uri = settings.uri("sources", source_fingerprint[:32], "manifest.json")
+    storage.commit_record(
+        sources_uri,
+        SourceListing(
+            manifest_uri=sources_uri,
+            source_uri=uri,
+            sources=sources,
+            fingerprint=source_fingerprint,
+        ),
+    )
+    run_fingerprint = fingerprint(config, source_fingerprint)
+    run = tracking.open_run(
+        settings.mlflow_tracking_uri,
+        f"{preset} {Path(uri).name} {run_fingerprint[:8]}",
+        run_fingerprint,
+        {
+            **reports.flow_run_tags(),
+            **tracking.source_version(),
+            "ursa.preset": preset,
+            "ursa.source_uri": uri,
+            "ursa.source_fingerprint": source_fingerprint,
+        },
+    )
+    tracking.log_config(run, config)
+    get_run_logger().info(
+        "%d files at %s, preset %s, run %s: %s", len(sources), uri, preset, run.run_id, run.url
+    )
+    return RunContext(
+        source_uri=uri,
+        data_uri=settings.data_uri,
+        preset=preset,
+        config=config,
+        sources_uri=sources_uri,
+        source_fingerprint=source_fingerprint,
+        fingerprint=run_fingerprint,
+        run=run,
+    )
+
+
+@contextlib.contextmanager
+def run_session(
+    source_uri: str,
+    preset: Preset,
+    overrides: ConfigOverrides | None,
+    context: RunContext | None = None,
+) -> Iterator[RunContext]:
+    """Yield the context of a flow: the given one of the larger flow, or a new one.
+
+    The flow that made the context closes the tracking run with the right status and stops Ray.
+    """
+    if context is not None:
+        yield context
+        return
+    show_library_logs()
+    try:
+        mine = start_run(source_uri, preset, overrides)
+        try:
+            yield mine
+        except BaseException as error:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            with contextlib.suppress(UrsaError):
+                tracking.close_run(mine.run, status)
+            raise
+        tracking.close_run(mine.run, "FINISHED")
+    finally:
+        cluster.shutdown()
+
+
+@step(run_name="look for finished data")
+def find_prepared(context: RunContext) -> PreparedData | None:
+    """Return the prepared data of the run if all of it is there."""
+    found = storage.load_record(context.prepared_uri, PreparedData)
+    if found is None:
+        return None
+    parts = (
+        found.selection.manifest_uri,
+        found.visual_tokenizer.manifest_uri,
+        found.text_tokenizer.manifest_uri,
+        found.datasets.manifest_uri,
+    )
+    return found if all(storage.exists(uri) for uri in parts) else None
+
+
+@step(run_name="commit data")
+def commit_prepared(context: RunContext, prepared: PreparedData) -> PreparedData:
+    """Commit the prepared data of the run."""
+    return storage.commit_record(context.prepared_uri, prepared)
+
+
+@step(run_name="look for a finished model")
+def find_trained(context: RunContext) -> TrainedModel | None:
+    """Return the trained model of the run if it is there."""
+    found = storage.load_record(context.trained_uri, TrainedModel)
+    if found is None or not _checkpoint_exists(found.checkpoint):
+        return None
+    return found
+
+
+def _checkpoint_exists(checkpoint: CheckpointRef) -> bool:
+    try:
+        return bool(storage.list_files(checkpoint.uri, with_etag=False))
+    except FileNotFoundError:
+        return False
+
+
+@step(run_name="commit model")
+def commit_trained(context: RunContext, trained: TrainedModel) -> TrainedModel:
+    """Commit the trained model of the run."""
+    return storage.commit_record(context.trained_uri, trained)

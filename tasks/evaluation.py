@@ -1,0 +1,63 @@
+"""Tasks: export the trained model and evaluate it on what it was never trained on."""
+
+from prefect.logging import get_run_logger
+
+from tasks import reports, tracking
+from tasks.context import RunContext, TrainedModel
+from tasks.options import step
+from ursa.artifacts import EvalReport, ExportedModel
+
+SAMPLES = "samples"
+
+
+@step(run_name="export model")
+def export_model(context: RunContext, trained: TrainedModel) -> ExportedModel:
+    """See `ursa.release.export_model`."""
+    from ursa import release  # noqa: PLC0415  (torch: seconds)
+
+    return release.export_model(trained.request, trained.checkpoint, output_uri=context.data_uri)
+
+
+@step(run_name="evaluate")
+def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedModel) -> EvalReport:
+    """See `ursa.evaluation.evaluate`; metrics and samples go to the tracking server."""
+    from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
+
+    config, datasets = context.config, trained.request.datasets
+    champion = tracking.champion_metrics(
+        context.run.tracking_uri, config.release.model_name, datasets.fingerprint
+    )
+    tags = {"ursa.fingerprint": context.fingerprint, **reports.flow_run_tags()}
+    with tracking.child_run(context.run, "evaluate", tags) as run:
+        tracking.log_inputs(
+            run,
+            [
+                tracking.DatasetInput(
+                    "tokens-video-validation",
+                    datasets.video_validation.manifest_uri,
+                    datasets.video_validation.fingerprint,
+                    "evaluation",
+                )
+            ],
+        )
+        with tracking.MetricSink(run) as sink:
+            report = evaluation.evaluate(
+                *(model, datasets, trained.selection, config),
+                output_uri=context.data_uri,
+                champion_metrics=champion,
+                on_metrics=sink,
+            )
+        tracking.log_metrics(run, report.metrics)
+        media = [name for name in report.samples if name.endswith((".mp4", ".gif", ".png"))]
+        tracking.log_files(run, report.samples_uri, media, SAMPLES)
+        pictures = [name for name in media if name.endswith(".png")]
+        for name in pictures:
+            tracking.log_image_step(
+                *(run, f"{report.samples_uri.rstrip('/')}/{name}"),
+                *(name.rpartition("/")[2].removesuffix(".png"), trained.checkpoint.step),
+            )
+    strip = pictures[0].rpartition("/")[2] if pictures else ""
+    reports.eval_report(report, run.url, tracking.artifact_url(run, f"{SAMPLES}/{strip}"))
+    verdict = "holds" if report.gate_passed else f"fails ({', '.join(report.failed_gates)})"
+    get_run_logger().info("the gate %s", verdict)
+    return report

@@ -1,0 +1,113 @@
+"""Tasks of the data part: ingest, select, fit the tokenizers."""
+
+import functools
+from collections.abc import Sequence
+from typing import TypeVar
+
+from prefect.logging import get_run_logger
+
+from tasks import cluster, reports, tracking
+from tasks.context import RunContext, SourceListing
+from tasks.options import step
+from tasks.settings import RuntimeSettings
+from ursa import ingestion, storage
+from ursa.artifacts import ClipSelection, ClipSet, IngestedVideo, TokenizerRef
+from ursa.errors import ManifestError
+
+Unit = TypeVar("Unit")
+
+
+@step(run_name="ingest videos")
+def ingest_videos(context: RunContext) -> ClipSet:
+    """See `ursa.ingestion.ingest_video`; one unit a file, in parallel, then one commit."""
+    listing = storage.load_record(context.sources_uri, SourceListing)
+    if listing is None:
+        raise ManifestError(f"{context.sources_uri} is gone; run again")
+    config = context.config.ingestion
+    plan = ingestion.plan_ingestion(context.source_uri, listing.sources, context.data_uri, config)
+    if plan.committed is not None:
+        return plan.committed
+    new: list[IngestedVideo] = []
+    if plan.todo:
+        unit = functools.partial(ingestion.ingest_video, output_uri=context.data_uri, config=config)
+        with reports.progress("ingest-progress", "files", before=len(plan.done)) as advance:
+            new = cluster.map_units(
+                functools.partial(_same, unit),
+                plan.todo,
+                IngestedVideo,
+                RuntimeSettings.from_env(),
+                on_progress=advance,
+            )
+    clips = ingestion.commit_clips(
+        context.source_uri, (*plan.done, *new), context.data_uri, plan.fingerprint, config
+    )
+    get_run_logger().info(
+        "%d clips from %d files, %d files quarantined",
+        *(clips.num_clips, clips.num_videos, clips.num_failed),
+    )
+    return clips
+
+
+def _same(unit: Unit) -> Unit:
+    return unit
+
+
+@step(run_name="select clips")
+def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
+    """See `ursa.ingestion.select_clips`."""
+    selection = ingestion.select_clips(
+        clips, context.config.selection, seed=context.config.seed, output_uri=context.data_uri
+    )
+    reports.data_funnel(clips, selection, _failures(clips))
+    reports.clip_examples(ingestion.read_selection(selection))
+    get_run_logger().info("kept %d of %d clips", selection.num_kept, clips.num_clips)
+    with tracking.child_run(
+        context.run, "data", {"ursa.fingerprint": selection.fingerprint, **reports.flow_run_tags()}
+    ) as run:
+        tracking.log_metrics(
+            run,
+            {
+                "data/num_files": clips.num_videos,
+                "data/num_failed_files": clips.num_failed,
+                "data/num_clips": clips.num_clips,
+                "data/num_kept": selection.num_kept,
+                "data/num_train": selection.num_train,
+                "data/num_validation": selection.num_validation,
+            },
+        )
+    return selection
+
+
+def _failures(clips: ClipSet) -> Sequence[IngestedVideo]:
+    return ()
+
+
+@step(run_name="fit visual tokenizer")
+def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
+    """See `ursa.training.visual_tokenizer.fit_visual_tokenizer`."""
+    from ursa.training import visual_tokenizer  # noqa: PLC0415  (torch: seconds)
+
+    with (
+        tracking.child_run(context.run, "data", reports.flow_run_tags()) as run,
+        tracking.MetricSink(run) as sink,
+    ):
+        fitted = visual_tokenizer.fit_visual_tokenizer(
+            selection, context.config, output_uri=context.data_uri, on_metrics=sink
+        )
+        tracking.log_metrics(
+            run, {f"visual_tokenizer/{_bare(k)}": v for k, v in fitted.metrics.items()}
+        )
+    get_run_logger().info("visual tokenizer: %s", fitted.metrics)
+    return fitted
+
+
+@step(run_name="train text tokenizer")
+def fit_text_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
+    """See `ursa.training.text_tokenizer.fit_text_tokenizer`."""
+    from ursa.training import text_tokenizer  # noqa: PLC0415
+
+    return text_tokenizer.fit_text_tokenizer(selection, context.config, output_uri=context.data_uri)
+
+
+def _bare(key: str) -> str:
+    return key.rpartition("/")[2]

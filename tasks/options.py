@@ -1,0 +1,82 @@
+"""What all tasks share: retries of what is transient, JSON results, one-line errors."""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import exponential_backoff
+
+from ursa.errors import UrsaError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel as ConfigOverrides
+else:
+    from ursa.config import ConfigOverrides
+
+__all__ = ["ConfigOverrides", "retry_if_transient", "show_library_logs", "step"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ENGINE_LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.flow_engine", "prefect.engine")
+
+
+def retry_if_transient(_task: Task[..., Any], _task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task may succeed if repeated: only for errors that say so."""
+    try:
+        state.result()
+    except UrsaError as error:
+        return error.transient
+    except Exception:  # noqa: BLE001  (the one place that looks at every error)
+        return False
+    return False
+
+
+def step(
+    *, run_name: str | None = None, retries: int = 2
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a task of a function that wraps one library call.
+
+    Manifests decide what is done already, so Prefect caches nothing. Results are small records in
+    JSON. Only transient errors are repeated, with growing and jittered delays.
+    """
+
+    def wrap(function: Callable[P, R]) -> Task[P, R]:
+        return task(
+            function,
+            task_run_name=run_name,
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(2),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=retry_if_transient,
+            persist_result=True,
+            result_serializer="json",
+            cache_policy=NO_CACHE,
+        )
+
+    return wrap
+
+
+class _OneLine(logging.Filter):
+    """Drop the traceback of errors that say by themselves what to do."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], UrsaError):
+            record.exc_info = None
+            record.exc_text = None
+        return True
+
+
+_one_line = _OneLine()
+
+
+def show_library_logs() -> None:
+    """Let the INFO lines of the library through, and shorten known errors to one line."""
+    logging.getLogger("ursa").setLevel(logging.INFO)
+    for name in ENGINE_LOGGERS:
+        logger = logging.getLogger(name)
+        if _one_line not in logger.filters:
+            logger.addFilter(_one_line)

@@ -1,0 +1,83 @@
+"""The model as MLflow serves it: prompts in, MP4 files out, as base64 text.
+
+MLflow stores this file with the model and runs it when the model is loaded (models from code).
+It needs the package `ursa` only, whose source is stored beside it.
+
+    import mlflow
+    model = mlflow.pyfunc.load_model("models:/ursa@champion")
+    clips = model.predict([{"prompt": "a rabbit in a meadow"}], params={"seed": 1})
+    pathlib.Path("clip.mp4").write_bytes(base64.b64decode(clips[0]))
+"""
+
+import base64
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.models import ModelSignature
+from mlflow.pyfunc import PythonModel
+from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+INPUT_EXAMPLE = [{"prompt": "a rabbit in a meadow"}]
+REQUIREMENTS = (
+    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "pydantic"),
+    *("pyyaml", "av", "tenacity", "fsspec"),
+)
+NOT_GIVEN = -1
+
+
+def signature() -> ModelSignature:
+    """Return the schema of inputs, outputs and parameters; -1 means the model's own value."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema(
+            [
+                ParamSpec("num_frames", DataType.long, NOT_GIVEN),
+                ParamSpec("seed", DataType.long, 0),
+                ParamSpec("num_inference_steps", DataType.long, NOT_GIVEN),
+                ParamSpec("guidance_scale", DataType.double, float(NOT_GIVEN)),
+                ParamSpec("motion_score", DataType.double, float(NOT_GIVEN)),
+            ]
+        ),
+    )
+
+
+def pip_requirements() -> list[str]:
+    """Return the packages that the model needs, in the versions at hand."""
+    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
+
+
+class UrsaModel(PythonModel):  # type: ignore[misc]
+    """Generates one clip a prompt; clip number i uses seed + i."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the exported model."""
+        from ursa.generation import UrsaPipeline  # noqa: PLC0415
+
+        self._pipeline = UrsaPipeline.from_pretrained(context.artifacts["model"])
+
+    # no type hints on `predict`: MLflow would take the schema from them and lose the parameters
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ARG002, D102
+        import torch  # noqa: PLC0415
+
+        from ursa.video.encode import write_video  # noqa: PLC0415
+
+        given = {k: v for k, v in (params or {}).items() if v is not None and v != NOT_GIVEN}
+        seed = int(given.pop("seed", 0))
+        prompts = [str(value) for value in model_input["prompt"]]
+        clips = []
+        with tempfile.TemporaryDirectory() as folder:
+            for number, prompt in enumerate(prompts):
+                generator = torch.Generator().manual_seed(seed + number)
+                output = self._pipeline(prompt, generator=generator, output_type="np", **given)
+                path = Path(folder) / f"{number}.mp4"
+                frames = (output.frames[0] * 255).round().astype("uint8")
+                write_video(path, frames, fps=self._pipeline.fps)
+                clips.append(base64.b64encode(path.read_bytes()).decode("ascii"))
+        return clips
+
+
+mlflow.models.set_model(UrsaModel())

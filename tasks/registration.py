@@ -1,0 +1,109 @@
+"""Tasks: register the evaluated model as a version; find what is registered already."""
+
+import shlex
+
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from tasks import reports, tracking
+from tasks.context import RunContext, TrainedModel
+from tasks.options import step
+from ursa import storage
+from ursa.artifacts import EvalReport, ModelVersion
+
+
+@step(run_name="look for a registered version")
+def find_version(context: RunContext) -> ModelVersion | None:
+    """Return the version that this run has registered before, if it is whole."""
+    return tracking.find_version(
+        context.run.tracking_uri,
+        context.config.release.model_name,
+        "ursa.run_fingerprint",
+        context.release_fingerprint,
+    )
+
+
+@step(run_name="is there anything new")
+def has_new_data(context: RunContext) -> bool:
+    """Whether the source differs from the one of the newest registered version."""
+    newest = tracking.newest_version_tags(
+        context.run.tracking_uri, context.config.release.model_name
+    )
+    return newest.get("ursa.source_fingerprint") != context.source_fingerprint
+
+
+@step(run_name="register model")
+def register_model(context: RunContext, trained: TrainedModel, report: EvalReport) -> ModelVersion:
+    """See `tasks.tracking.register_version`; alias challenger, and champion if the gate holds."""
+    datasets = trained.request.datasets
+    version = tracking.register_version(
+        context.run,
+        report,
+        context.config,
+        {
+            "ursa.run_fingerprint": context.release_fingerprint,
+            "ursa.source_uri": context.source_uri,
+            "ursa.source_fingerprint": context.source_fingerprint,
+            "ursa.preset": context.preset,
+            "ursa.clips": trained.selection.clips.manifest_uri,
+            "ursa.selection": trained.selection.manifest_uri,
+            "ursa.tokens": datasets.manifest_uri,
+            "ursa.tokens_fingerprint": datasets.fingerprint,
+            "ursa.checkpoint": trained.checkpoint.uri,
+            **tracking.source_version(),
+        },
+    )
+    tracking.tag_run(context.run, sample_tags(report))
+    get_run_logger().info("registered %s as %s", version.model_uri, version.alias)
+    return version
+
+
+def sample_tags(report: EvalReport) -> dict[str, str]:
+    """Return where a generated clip lies and the command that makes one again."""
+    clips = [name for name in report.samples if name.endswith(".mp4")]
+    tags = {"ursa.samples_uri": report.samples_uri}
+    if clips:
+        tags["ursa.sample"] = storage.join(report.samples_uri, clips[0])
+    model = shlex.quote(report.model.directory_uri)
+    tags["ursa.model_directory"] = report.model.directory_uri
+    tags["ursa.generate_command"] = (
+        f'ursa generate "a clip" --model {model} --seed 0 --out clip.mp4'
+    )
+    return tags
+
+
+@step(run_name="finish")
+def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:
+    """Note the outcome in the tracking run, write the summary and name the final state."""
+    url = f"{context.run.tracking_uri}/#/models/{version.name}/versions/{version.version}"
+    tracking.tag_run(
+        context.run,
+        {
+            "ursa.model_name": version.name,
+            "ursa.model_version": version.version,
+            "ursa.alias": version.alias or "",
+            "ursa.is_new": str(version.is_new).lower(),
+        },
+    )
+    reports.model_version(version, url)
+    title = (
+        f"registered {version.name} version {version.version}"
+        if version.is_new
+        else f"nothing changed: version {version.version} is up to date"
+    )
+    reports.run_summary(
+        title,
+        [
+            ("model version", f"[{version.name} {version.version}]({url}), {version.alias}"),
+            ("MLflow run", f"[{context.run.run_id}]({context.run.url})"),
+            ("source", f"`{reports.cell(context.source_uri)}`"),
+            ("preset", context.preset),
+            ("data", f"`{context.data_uri}`"),
+            ("fingerprint of the run", f"`{context.fingerprint[:16]}`"),
+            ("next", "`make run` again after adding videos, or with another PRESET"),
+        ],
+    )
+    return Completed(
+        message=title, name="Completed" if version.is_new else "NothingChanged", data=version
+    )

@@ -1,0 +1,251 @@
+"""Prefect artifacts: what a person sees on the page of a run.
+
+Keys are part of the public interface. A report is a courtesy: when the Prefect server does not
+take it, the work goes on. Outside of a flow run nothing is reported.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import runtime
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.exceptions import PrefectHTTPStatusError
+
+from ursa.artifacts import (
+    ClipSelection,
+    ClipSet,
+    EvalReport,
+    IngestedVideo,
+    ModelVersion,
+    SelectedClip,
+    TokenDatasets,
+)
+
+logger = logging.getLogger(__name__)
+
+UPDATE_EVERY_S = 5.0
+EXAMPLES = 8
+
+
+@contextlib.contextmanager
+def _courtesy() -> Iterator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, PrefectHTTPStatusError, OSError) as error:
+        logger.warning("a report could not be stored: %s", error)
+
+
+def in_flow_run() -> bool:
+    """Whether there is a flow run to report to."""
+    return runtime.flow_run.get_id() is not None
+
+
+def flow_run_tags() -> dict[str, str]:
+    """Return what leads from the tracking server to the flow run."""
+    if not in_flow_run():
+        return {}
+    root = runtime.flow_run.get_root_flow_run_id() or runtime.flow_run.get_id()
+    base = (runtime.flow_run.get_ui_url() or "").rpartition("/")[0]
+    return {"prefect.flow_run_id": str(root), "prefect.flow_run_url": f"{base}/{root}"}
+
+
+def start_progress(key: str, description: str) -> UUID | None:
+    """Create a progress artifact at 0 percent."""
+    if not in_flow_run():
+        return None
+    with _courtesy():
+        created = create_progress_artifact(progress=0.0, key=key, description=description)
+        return UUID(str(created))
+    return None
+
+
+def set_progress(artifact_id: UUID | None, percent: float, description: str) -> None:
+    """Update a progress artifact."""
+    if artifact_id is None:
+        return
+    with _courtesy():
+        update_progress_artifact(
+            artifact_id=artifact_id, progress=min(percent, 100.0), description=description
+        )
+
+
+@contextlib.contextmanager
+def progress(key: str, what: str, *, before: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """Report the progress of units of work, at most every 5 s, with the time left.
+
+    Args:
+        key: Key of the artifact.
+        what: Plural noun of the units.
+        before: Units that were done earlier and count as done.
+
+    Yields:
+        A function of (units done now, units to do now).
+    """
+    artifact_id = start_progress(key, what)
+    began = last = time.monotonic()
+    text = what
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last, text
+        now = time.monotonic()
+        left_s = (now - began) / max(done, 1) * (total - done)
+        text = f"{before + done} of {before + total} {what}, {left_s:.0f} s left"
+        if now - last >= UPDATE_EVERY_S:
+            last = now
+            set_progress(artifact_id, 100 * (before + done) / max(before + total, 1), text)
+
+    yield advance
+    set_progress(artifact_id, 100.0, f"{what}: done in {time.monotonic() - began:.0f} s")
+
+
+def table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+    """Store a table."""
+    if in_flow_run():
+        with _courtesy():
+            create_table_artifact([dict(row) for row in rows], key=key, description=description)
+
+
+def markdown(key: str, text: str, description: str) -> None:
+    """Store a page of markdown."""
+    if in_flow_run():
+        with _courtesy():
+            create_markdown_artifact(text, key=key, description=description)
+
+
+def link(key: str, url: str, text: str, description: str) -> None:
+    """Store a link."""
+    if in_flow_run():
+        with _courtesy():
+            create_link_artifact(url, link_text=text, key=key, description=description)
+
+
+def data_funnel(
+    clips: ClipSet, selection: ClipSelection, failures: Sequence[IngestedVideo]
+) -> None:
+    """Store how many files and clips went where, with every quarantined file and its reason."""
+    rows: list[dict[str, Any]] = [
+        _funnel_row("files found", clips.num_videos, clips.num_videos),
+        *(
+            _funnel_row(f"quarantined: {reason}", count, clips.num_videos)
+            for reason, count in sorted(clips.failures.items())
+        ),
+        _funnel_row("clips made", clips.num_clips, clips.num_clips),
+        _funnel_row("shots too short", clips.num_dropped_shots, clips.num_clips),
+        *(
+            _funnel_row(f"rejected: {reason}", count, clips.num_clips)
+            for reason, count in sorted(selection.rejections.items())
+        ),
+        _funnel_row("clips kept", selection.num_kept, clips.num_clips),
+        _funnel_row("kept for training", selection.num_train, clips.num_clips),
+        _funnel_row("kept for validation", selection.num_validation, clips.num_clips),
+    ]
+    rows += [
+        {
+            "step": f"quarantined: {video.failure}",
+            "count": 1,
+            "percent": "",
+            "file": printable(video.source.uri),
+            "detail": video.detail,
+        }
+        for video in failures
+    ]
+    table("data-funnel", rows, "From files to clips, and every file that could not be used.")
+
+
+def _funnel_row(step: str, count: int, total: int) -> dict[str, Any]:
+    percent = f"{100 * count / total:.1f}" if total else ""
+    return {"step": step, "count": count, "percent": percent, "file": "", "detail": ""}
+
+
+def clip_examples(selected: Sequence[SelectedClip]) -> None:
+    """Store some kept and some rejected clips with their scores."""
+    kept = [item for item in selected if item.kept][:EXAMPLES]
+    rejected = [item for item in selected if not item.kept][:EXAMPLES]
+    lines = ["| verdict | caption | motion px/s | source | span |", "|---|---|---|---|---|"]
+    for item in (*kept, *rejected):
+        clip = item.clip
+        verdict = f"kept ({item.split})" if item.kept else f"rejected: {item.reason}"
+        motion = clip.scores.motion_px_per_s
+        lines.append(
+            f"| {verdict} | {cell(clip.caption or '')} | "
+            f"{'' if motion is None else f'{motion:.1f}'} | {cell(clip.source_uri)} | "
+            f"{clip.start_s:.2f} s to {clip.end_s:.2f} s |"
+        )
+    markdown("clip-examples", "\n".join(lines), "Some clips with their verdicts.")
+
+
+def token_shards(datasets: TokenDatasets) -> None:
+    """Store the list of shards."""
+    rows = [
+        {
+            "data set": f"{dataset.modality} {dataset.split}",
+            "samples": shard.num_samples,
+            "bytes": shard.num_bytes,
+            "sha256": shard.sha256[:8],
+            "shard": shard.uri,
+        }
+        for modality in ("image", "video")
+        for split in ("train", "validation")
+        for dataset in (getattr(datasets, f"{modality}_{split}"),)
+        for shard in dataset.shards[:250]
+    ]
+    table("token-shards", rows, "Token shards in Parquet; the first 250 of each data set.")
+
+
+def stage_summary(stage: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> None:
+    """Store what came out of a training stage."""
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    lines += [f"| `{key}` | {value:.5g} |" for key, value in sorted(metrics.items())]
+    markdown(f"train-{slug(stage)}", "\n".join(lines), f"Stage {stage}.")
+
+
+def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
+    """Store the metrics, the gate and a link to the samples."""
+    rows: list[dict[str, Any]] = [
+        {"metric": key, "value": f"{value:.5g}"} for key, value in sorted(report.metrics.items())
+    ]
+    gate = "passed" if report.gate_passed else f"failed: {', '.join(report.failed_gates)}"
+    rows.insert(0, {"metric": "gate", "value": gate})
+    table("eval-report", rows, "Measured on clips that were never trained on.")
+    link("sample-grid", strip_url, "noise, sample, real", f"All samples: {pictures_url}")
+
+
+def model_version(version: ModelVersion, url: str) -> None:
+    """Store a link to the registered version."""
+    alias = f" ({version.alias})" if version.alias else ""
+    text = f"{version.name} version {version.version}{alias}"
+    link("model-version", url, text, f"Load it as `{version.model_uri}`.")
+
+
+def run_summary(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Store the summary of a run."""
+    lines = [f"# {title}", "", "| | |", "|---|---|"]
+    lines += [f"| {cell(key)} | {value} |" for key, value in rows]
+    markdown("run-summary", "\n".join(lines), title)
+
+
+def slug(text: str) -> str:
+    """Return a text in lower case with dashes, as artifact keys must be."""
+    return text.lower().replace("_", "-")
+
+
+def printable(text: str) -> str:
+    """Return a text without what cannot be stored as UTF-8 or would break a line."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+def cell(text: str) -> str:
+    """Return a text that fits into a markdown table."""
+    return printable(text).replace("|", "\\|")

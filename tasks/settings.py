@@ -1,0 +1,79 @@
+"""Where a run takes place: addresses, places and pool sizes, from the environment only.
+
+What decides the result of a run is in `ursa.config`. Every variable is listed in
+`infra/.env.example`.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ursa import storage
+from ursa.errors import ConfigError
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a URI as it is, and a local path made absolute."""
+    if "://" in uri:
+        return uri
+    return str(Path(uri).expanduser().absolute())
+
+
+class RuntimeSettings(BaseSettings):
+    """The settings of one process; read once where work begins and passed on."""
+
+    model_config = SettingsConfigDict(env_prefix="URSA_", frozen=True, extra="ignore")
+
+    data_uri: str = Field(
+        default=".ursa/data", description="everything that a run makes lies below it"
+    )
+    mlflow_tracking_uri: str = Field(
+        default="http://127.0.0.1:5000", description="address of the tracking server"
+    )
+    ray_address: str | None = Field(
+        default=None, description="address of a Ray cluster; None starts one on this machine"
+    )
+    launcher: Literal["ray", "local"] = Field(
+        default="ray", description="local: plain processes on this machine, no Ray"
+    )
+    num_workers: int = Field(
+        default=max(1, os.cpu_count() or 1), ge=1, description="actors that ingest or tokenize"
+    )
+    num_train_workers: int = Field(default=1, ge=1, description="training processes")
+    gpus_per_train_worker: int = Field(default=0, ge=0, description="GPUs of a training process")
+
+    @field_validator("data_uri")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return absolute_uri(value)
+
+    @field_validator("ray_address", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return value or os.environ.get("RAY_ADDRESS") or None
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Read the environment.
+
+        Raises:
+            ConfigError: If a variable has a value that is not allowed; names the variable.
+        """
+        try:
+            settings = cls()
+        except ValidationError as error:
+            problems = "; ".join(
+                f"URSA_{str(item['loc'][0]).upper()}: {item['msg']} (got {item['input']!r})"
+                for item in error.errors()
+            )
+            raise ConfigError(f"environment refused: {problems}") from error
+        if settings.ray_address is None and os.environ.get("RAY_ADDRESS"):
+            return settings.model_copy(update={"ray_address": os.environ["RAY_ADDRESS"]})
+        return settings
+
+    def uri(self, *parts: str) -> str:
+        """Return a place below `data_uri`."""
+        return storage.join(self.data_uri, *parts)

@@ -1,0 +1,65 @@
+"""What every process of a distributed training stage runs; knows neither Prefect nor Ray."""
+
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.tracking import MetricSink, TrackedRun
+from ursa.artifacts import StageRequest
+
+PROGRESS_EVERY_S = 5.0
+
+
+class StageProgress:
+    """Writes the progress of a stage to its Prefect artifact over HTTP."""
+
+    def __init__(self, artifact_url: str, max_steps: int) -> None:
+        self._url = artifact_url
+        self._max_steps = max_steps
+        self._began = time.monotonic()
+        self._last = 0.0
+        self._first_step: int | None = None
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step."""
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = step
+        if not self._url or (now - self._last < PROGRESS_EVERY_S and step < self._max_steps):
+            return
+        self._last = now
+        steps = max(step - self._first_step, 1)
+        left_s = (now - self._began) / steps * (self._max_steps - step)
+        loss = metrics.get("train/loss")
+        text = f"step {step} of {self._max_steps}, {left_s:.0f} s left"
+        text += "" if loss is None else f", loss {loss:.4f}"
+        body = {"data": min(100.0, 100.0 * step / self._max_steps), "description": text}
+        call = urllib.request.Request(  # noqa: S310  (the address of our Prefect server)
+            self._url,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+            method="PATCH",
+        )
+        urllib.request.urlopen(call, timeout=5).close()  # noqa: S310
+
+
+def run_stage(arguments: dict[str, Any]) -> None:
+    """Train a stage as one rank; rank 0 sends metrics to the tracking run.
+
+    Args:
+        arguments: `request` and `run` as JSON texts, `progress_url` of the artifact or "".
+    """
+    from ursa.training.stage import train_stage  # noqa: PLC0415  (torch)
+
+    request = StageRequest.model_validate_json(arguments["request"])
+    if int(os.environ.get("RANK", "0")) != 0:
+        train_stage(request)
+        return
+    run = TrackedRun.model_validate_json(arguments["run"])
+    stage = getattr(request.config.stages, request.stage)
+    progress = StageProgress(arguments["progress_url"], stage.max_steps)
+    with MetricSink(run, on_step=progress) as sink:
+        train_stage(request, on_metrics=sink)

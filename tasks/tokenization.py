@@ -1,0 +1,60 @@
+"""Task: clips to token shards, in parallel."""
+
+import functools
+
+from prefect.logging import get_run_logger
+
+from tasks import cluster, reports, tracking
+from tasks.context import RunContext
+from tasks.options import step
+from tasks.settings import RuntimeSettings
+from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
+
+
+@step(run_name="tokenize clips")
+def tokenize_clips(
+    context: RunContext, selection: ClipSelection, visual_tokenizer: TokenizerRef
+) -> TokenDatasets:
+    """See `ursa.tokenization.ClipTokenizer`; one unit a shard, then one commit."""
+    from ursa import tokenization  # noqa: PLC0415  (torch: seconds)
+
+    config = context.config
+    plan = tokenization.plan_tokenization(
+        selection, visual_tokenizer, config, output_uri=context.data_uri
+    )
+    datasets = plan.committed
+    if datasets is None:
+        with reports.progress("tokenize-progress", "shards", before=len(plan.done)) as advance:
+            new = cluster.map_units(
+                functools.partial(tokenization.ClipTokenizer, visual_tokenizer, config),
+                plan.todo,
+                tokenization.TokenizedUnit,
+                RuntimeSettings.from_env(),
+                on_progress=advance,
+            )
+        datasets = tokenization.commit_tokens(
+            *(plan, (*plan.done, *new), selection, visual_tokenizer, config),
+            output_uri=context.data_uri,
+        )
+    reports.token_shards(datasets)
+    parts = (
+        *(datasets.image_train, datasets.image_validation),
+        *(datasets.video_train, datasets.video_validation),
+    )
+    with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
+        tracking.log_inputs(
+            run,
+            [
+                tracking.DatasetInput(
+                    "clips", selection.clips.manifest_uri, selection.clips.fingerprint, "source"
+                )
+            ],
+        )
+        tracking.log_metrics(
+            run, {f"data/num_{part.modality}_{part.split}": part.num_samples for part in parts}
+        )
+    get_run_logger().info(
+        "%d image and %d video samples to train on",
+        *(datasets.image_train.num_samples, datasets.video_train.num_samples),
+    )
+    return datasets

@@ -1,0 +1,569 @@
+"""The only importer of MLflow: runs, metrics, samples, and the model registry.
+
+One parent run per fingerprint of a run and one child run a step, found again by their tags, so
+that a resumed or repeated run goes on in the same place. MLflow itself is imported when the first
+call needs it (3 s). Imported on Ray's workers as well, so no Prefect here.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from ursa import storage
+from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
+from ursa.config import FrozenModel, RunConfig, fingerprint
+from ursa.errors import RegistrationError, ServiceError, UrsaError
+
+if TYPE_CHECKING:
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT = "ursa"
+FLUSH_EVERY_S = 2.0
+CLOSE_LIMIT_S = 30.0
+METRICS_PER_BATCH = 500
+
+
+class TrackedRun(FrozenModel):
+    """A run in the tracking server."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def url(self) -> str:
+        """Page of the run."""
+        return f"{self.tracking_uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+
+class DatasetInput(NamedTuple):
+    """A data set that a run has used."""
+
+    name: str
+    uri: str
+    digest: str
+    context: str
+
+
+def check_service(tracking_uri: str, *, timeout_s: float = 5.0) -> None:
+    """Make sure that the tracking server answers.
+
+    Raises:
+        ServiceError: With the address and what to do.
+    """
+    if not tracking_uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(  # noqa: S310  (http or https, checked above)
+            f"{tracking_uri.rstrip('/')}/health", timeout=timeout_s
+        ).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ServiceError(
+            f"MLflow does not answer at {tracking_uri} ({reason}); start it with `make up`, or set "
+            "URSA_MLFLOW_TRACKING_URI to a server that is up"
+        ) from error
+
+
+@contextlib.contextmanager
+def _service(tracking_uri: str) -> Iterator["MlflowClient"]:
+    """Yield a client with short time limits; name the server in every error."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    import requests  # noqa: PLC0415
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415
+
+    try:
+        yield MlflowClient(tracking_uri)
+    except (MlflowException, requests.RequestException) as error:
+        first = str(error).splitlines()[0][:300]
+        raise ServiceError(f"MLflow at {tracking_uri}: {first}") from error
+
+
+def open_run(
+    tracking_uri: str, name: str, run_fingerprint: str, tags: Mapping[str, str]
+) -> TrackedRun:
+    """Find the parent run of a fingerprint or create it; mark it as running.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Shown in the list of runs.
+        run_fingerprint: Decides which runs are the same.
+        tags: Set on the run, new values replace old ones.
+
+    Returns:
+        The run.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with _service(tracking_uri) as client:
+        experiment_id = _experiment_id(client)
+        return _find_or_create(
+            tracking_uri,
+            experiment_id,
+            f"tags.`ursa.fingerprint` = '{run_fingerprint}' and tags.`ursa.stage` = 'run'",
+            name,
+            {"ursa.fingerprint": run_fingerprint, "ursa.stage": "run", **tags},
+        )
+
+
+@contextlib.contextmanager
+def child_run(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
+    """Open the child run of a step, new or taken up again, and close it with the right status."""
+    child = _open_child(parent, stage, tags)
+    try:
+        yield child
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        with contextlib.suppress(UrsaError):
+            close_run(child, status)
+        raise
+    close_run(child, "FINISHED")
+
+
+def close_run(run: TrackedRun, status: str) -> None:
+    """Set the final status of a run: FINISHED, FAILED or KILLED."""
+    with _service(run.tracking_uri) as client:
+        client.set_terminated(run.run_id, status)
+
+
+def tag_run(run: TrackedRun, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
+    from mlflow.entities import RunTag  # noqa: PLC0415
+
+    with _service(run.tracking_uri) as client:
+        client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_config(run: TrackedRun, config: RunConfig) -> None:
+    """Log the configuration: flattened dotted parameters and the whole as config.yaml."""
+    from mlflow.entities import Param  # noqa: PLC0415
+
+    with _service(run.tracking_uri) as client:
+        known = client.get_run(run.run_id).data.params
+        flat = _flatten(config.model_dump(mode="json"))
+        new = [Param(key, value) for key, value in flat.items() if key not in known]
+        for start in range(0, len(new), 100):
+            client.log_batch(run.run_id, params=new[start : start + 100])
+        if new:
+            client.log_dict(run.run_id, config.model_dump(mode="json"), "config.yaml")
+
+
+def log_inputs(run: TrackedRun, datasets: Sequence[DatasetInput]) -> None:
+    """Log the data sets that a run has used: manifest address and digest, no data is read."""
+    with _service(run.tracking_uri) as client:
+        from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: PLC0415
+        from mlflow.data.meta_dataset import MetaDataset  # noqa: PLC0415
+        from mlflow.entities import DatasetInput as Input  # noqa: PLC0415
+        from mlflow.entities import InputTag  # noqa: PLC0415
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT  # noqa: PLC0415
+
+        client.log_inputs(
+            run.run_id,
+            [
+                Input(
+                    dataset=MetaDataset(
+                        resolve_dataset_source(item.uri), name=item.name, digest=item.digest[:36]
+                    )._to_mlflow_entity(),
+                    tags=[
+                        InputTag(MLFLOW_DATASET_CONTEXT, item.context),
+                        InputTag("fingerprint", item.digest),
+                    ],
+                )
+                for item in datasets
+            ],
+        )
+
+
+def log_metrics(run: TrackedRun, metrics: Mapping[str, float], *, step: int = 0) -> None:
+    """Log final values at once; a value that is there already is not logged again."""
+    with MetricSink(run) as sink:
+        sink(step, metrics)
+
+
+def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_path: str) -> None:
+    """Log files below a URI as artifacts; images are logged with a step as well."""
+    with _service(run.tracking_uri) as client:
+        present = {
+            Path(item.path).name for item in client.list_artifacts(run.run_id, artifact_path)
+        }
+        for name in names:
+            if Path(name).name in present:
+                continue
+            with (
+                storage.local_copy(storage.join(folder_uri, name)) as path,
+                tempfile.TemporaryDirectory() as folder,
+            ):
+                target = Path(folder) / Path(name).name
+                target.write_bytes(path.read_bytes())
+                client.log_artifact(run.run_id, str(target), artifact_path)
+
+
+def log_image_step(run: TrackedRun, image_uri: str, key: str, step: int) -> None:
+    """Log a picture under a key with a step, which gives a slider on the page of the run."""
+    from PIL import Image  # noqa: PLC0415
+
+    with _service(run.tracking_uri) as client, storage.local_copy(image_uri) as path:
+        already = [item.path for item in client.list_artifacts(run.run_id, "images")]
+        if any(Path(name).name.startswith(f"{key}%step%{step}%") for name in already):
+            return
+        with Image.open(path) as image:
+            client.log_image(run.run_id, image.convert("RGB"), key=key, step=step)
+
+
+def artifact_url(run: TrackedRun, path: str) -> str:
+    """Return an address at which a browser gets an artifact of a run."""
+    return f"{run.tracking_uri}/get-artifact?path={path}&run_uuid={run.run_id}"
+
+
+class MetricSink:
+    """Sends metrics to a run from a background thread; never blocks and never raises.
+
+    Values are sent in batches every two seconds. One value per key and step: steps that the run
+    holds already, from an earlier try that was killed, are skipped. When the server is away the
+    values wait; what cannot be sent at the end is dropped with a warning.
+    """
+
+    def __init__(
+        self, run: TrackedRun, *, on_step: Callable[[int, Mapping[str, float]], None] | None = None
+    ) -> None:
+        self._run = run
+        self._on_step = on_step
+        self._queue: queue.SimpleQueue[tuple[int, int, dict[str, float]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._seen: dict[str, set[int]] = {}
+        self._known: frozenset[str] | None = None
+        self._deadline: float | None = None
+        self._thread = threading.Thread(target=self._work, name="metric-sink", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._deadline = time.monotonic() + CLOSE_LIMIT_S
+        self._queue.put(None)
+        self._thread.join(CLOSE_LIMIT_S + 5)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take metrics of a step; returns at once."""
+        self._queue.put((int(time.time() * 1000), step, dict(metrics)))
+
+    def _work(self) -> None:
+        waiting: list[tuple[int, int, dict[str, float]]] = []
+        ending = False
+        while not ending or waiting:
+            ending = self._collect(waiting, ending=ending)
+            if not waiting:
+                continue
+            try:
+                self._report_step(waiting[-1])
+                self._send(waiting)
+                waiting = []
+            except Exception as error:  # noqa: BLE001  (training must not notice)
+                if ending and self._deadline is not None and time.monotonic() > self._deadline:
+                    logger.warning("%d metric steps could not be logged: %s", len(waiting), error)
+                    return
+                time.sleep(FLUSH_EVERY_S)
+
+    def _collect(self, waiting: list[tuple[int, int, dict[str, float]]], *, ending: bool) -> bool:
+        until = time.monotonic() + FLUSH_EVERY_S
+        while not ending and (left := until - time.monotonic()) > 0:
+            try:
+                item = self._queue.get(timeout=left)
+            except queue.Empty:
+                break
+            if item is None:
+                return True
+            waiting.append(item)
+        return ending
+
+    def _report_step(self, item: tuple[int, int, dict[str, float]]) -> None:
+        if self._on_step is not None:
+            try:
+                self._on_step(item[1], item[2])
+            except Exception as error:  # noqa: BLE001  (progress is a courtesy)
+                logger.debug("progress could not be reported: %s", error)
+
+    def _send(self, waiting: Sequence[tuple[int, int, dict[str, float]]]) -> None:
+        from mlflow.entities import Metric  # noqa: PLC0415
+
+        with _service(self._run.tracking_uri) as client:
+            new = [
+                Metric(key, float(value), stamp, step)
+                for stamp, step, metrics in waiting
+                for key, value in metrics.items()
+                if step not in self._steps(client, key)
+            ]
+            unique = {(metric.key, metric.step): metric for metric in new}
+            batch = list(unique.values())
+            for start in range(0, len(batch), METRICS_PER_BATCH):
+                part = batch[start : start + METRICS_PER_BATCH]
+                client.log_batch(self._run.run_id, metrics=part, synchronous=True)
+                for metric in part:
+                    self._seen[metric.key].add(metric.step)
+
+    def _steps(self, client: "MlflowClient", key: str) -> set[int]:
+        """Return the steps of a key that the run holds; asks the server once a key."""
+        if self._known is None:
+            self._known = frozenset(client.get_run(self._run.run_id).data.metrics)
+        if key not in self._seen:
+            history = client.get_metric_history(self._run.run_id, key) if key in self._known else []
+            self._seen[key] = {metric.step for metric in history}
+        return self._seen[key]
+
+
+@functools.cache
+def source_version() -> dict[str, str]:
+    """Return the tag with the git commit of the checkout; empty outside of one."""
+    root = Path(storage.__file__).parents[1]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return {}
+    done = subprocess.run(  # noqa: S603
+        [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {"mlflow.source.git.commit": done.stdout.strip()} if done.returncode == 0 else {}
+
+
+def registration_key(model: ExportedModel) -> str:
+    """Return what makes two registrations the same: the exported files, byte for byte."""
+    return fingerprint(model.sha256)
+
+
+def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVersion | None:
+    """Return the newest version with a tag, if it was registered as a whole."""
+    with _service(tracking_uri) as client:
+        found = _versions(client, name, tag, value)
+        if not found or found[-1].tags.get("ursa.aliased") is None:
+            return None
+        return _version_record(found[-1], is_new=False)
+
+
+def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
+    """Return the tags of the newest version of a model; empty when there is none."""
+    with _service(tracking_uri) as client:
+        found = client.search_model_versions(f"name = '{name}'")
+        newest = max(found, key=lambda item: int(item.version), default=None)
+        return dict(newest.tags) if newest else {}
+
+
+def champion_metrics(
+    tracking_uri: str, name: str, data_fingerprint: str
+) -> dict[str, float] | None:
+    """Return the champion's metrics if they were measured on the same tokens; else None."""
+    with _service(tracking_uri) as client:
+        found = client.search_model_versions(f"name = '{name}'")
+        for item in found:
+            if "champion" in _aliases(client, name, item.version):
+                if item.tags.get("ursa.tokens_fingerprint") != data_fingerprint:
+                    return None
+                return dict(json.loads(item.tags.get("ursa.metrics", "{}")))
+    return None
+
+
+def register_version(
+    run: TrackedRun, report: EvalReport, config: RunConfig, tags: Mapping[str, str]
+) -> ModelVersion:
+    """Register an evaluated model as a version, whole or not at all.
+
+    A version that holds the same files already is returned as it is. Else: log the model, download
+    it and compare every file, create the version with its tags, then set the aliases.
+
+    Args:
+        run: The run that the version belongs to.
+        report: The evaluation, with the model.
+        config: The configuration of the run; becomes metadata of the model.
+        tags: Lineage: manifest addresses and fingerprints.
+
+    Returns:
+        The version, with its best alias.
+
+    Raises:
+        RegistrationError: If the stored files differ from the exported ones.
+        ServiceError: If the server does not answer.
+    """
+    name = config.release.model_name
+    key = registration_key(report.model)
+    all_tags = {
+        **tags,
+        "ursa.registration_key": key,
+        "ursa.gate_passed": str(report.gate_passed).lower(),
+        "ursa.failed_gates": ", ".join(report.failed_gates),
+        "ursa.metrics": json.dumps(report.metrics),
+        "ursa.evaluation": report.manifest_uri,
+    }
+    with _service(run.tracking_uri) as client:
+        versions = _versions(client, name, "ursa.registration_key", key)
+        if not versions:
+            _remove_leftovers(client, run.experiment_id, key)
+            model = _log_model(run, report, config, all_tags)
+            _verify(run.tracking_uri, model.model_uri, report.model)
+            with contextlib.suppress(Exception):
+                client.create_registered_model(name)
+            versions = [
+                client.create_model_version(
+                    name, model.model_uri, run.run_id, all_tags, model_id=model.model_id
+                )
+            ]
+        is_new = "ursa.aliased" not in versions[-1].tags
+        if is_new:
+            _set_aliases(client, name, versions[-1].version, champion=report.gate_passed)
+        return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
+
+
+def _set_aliases(client: "MlflowClient", name: str, version: str, *, champion: bool) -> None:
+    client.set_registered_model_alias(name, "challenger", version)
+    if champion:
+        client.set_registered_model_alias(name, "champion", version)
+    client.set_model_version_tag(name, version, "ursa.aliased", "true")
+
+
+def _versions(client: "MlflowClient", name: str, tag: str, value: str) -> list[Any]:
+    found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{value}'")
+    return sorted(found, key=lambda item: int(item.version))
+
+
+def _aliases(client: "MlflowClient", name: str, version: str) -> list[str]:
+    return list(client.get_model_version(name, version).aliases)
+
+
+def _version_record(item: Any, *, is_new: bool) -> ModelVersion:
+    aliases = list(item.aliases)
+    best = next((alias for alias in ("champion", "challenger") if alias in aliases), None)
+    return ModelVersion(
+        name=item.name,
+        version=str(item.version),
+        run_id=item.run_id,
+        model_uri=f"models:/{item.name}/{item.version}",
+        alias=best,
+        is_new=is_new,
+    )
+
+
+def _remove_leftovers(client: "MlflowClient", experiment_id: str, key: str) -> None:
+    """Delete models that an interrupted registration has left without a version."""
+    for left in client.search_logged_models(
+        [experiment_id], filter_string=f"tags.`ursa.registration_key` = '{key}'"
+    ):
+        client.delete_logged_model(left.model_id)
+
+
+def _log_model(
+    run: TrackedRun, report: EvalReport, config: RunConfig, tags: Mapping[str, str]
+) -> "mlflow.models.model.ModelInfo":
+    import mlflow  # noqa: PLC0415
+
+    from tasks.pyfunc_model import INPUT_EXAMPLE, pip_requirements, signature  # noqa: PLC0415
+
+    mlflow.set_tracking_uri(run.tracking_uri)
+    mlflow.set_registry_uri(run.tracking_uri)
+    with (
+        storage.local_directory(report.model.directory_uri) as folder,
+        mlflow.start_run(run_id=run.run_id, log_system_metrics=False),
+    ):
+        info = mlflow.pyfunc.log_model(
+            name=config.release.model_name,
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"model": str(folder)},
+            code_paths=[str(Path(storage.__file__).parent)],
+            signature=signature(),
+            input_example=INPUT_EXAMPLE,
+            pip_requirements=pip_requirements(),
+            metadata={"config": config.model_dump(mode="json"), "lineage": dict(tags)},
+            tags=dict(tags),
+        )
+        mlflow.log_metrics(report.metrics, step=0, model_id=info.model_id)
+    return info
+
+
+def _verify(tracking_uri: str, model_uri: str, model: ExportedModel) -> None:
+    """Download a logged model and compare the sha256 of every exported file."""
+    import mlflow  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="ursa-verify-") as folder:
+        root = Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=model_uri, dst_path=folder, tracking_uri=tracking_uri
+            )
+        )
+        for relative, expected in model.sha256.items():
+            matches = [path for path in root.glob(f"artifacts/*/{relative}") if path.is_file()]
+            if len(matches) != 1 or storage.sha256_file(matches[0]) != expected:
+                raise RegistrationError(
+                    f"{model_uri}: {relative} is missing or differs from the exported file; run "
+                    "again to register the model anew"
+                )
+
+
+def _experiment_id(client: "MlflowClient") -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        with contextlib.suppress(Exception):  # somebody else may have been faster
+            client.create_experiment(
+                EXPERIMENT, tags={"mlflow.experimentKind": "custom_model_development"}
+            )
+        found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        raise ServiceError(f"MLflow at {client.tracking_uri} did not create an experiment")
+    return str(found.experiment_id)
+
+
+def _open_child(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> TrackedRun:
+    with _service(parent.tracking_uri):
+        return _find_or_create(
+            parent.tracking_uri,
+            parent.experiment_id,
+            f"tags.`mlflow.parentRunId` = '{parent.run_id}' and tags.`ursa.stage` = '{stage}'",
+            stage,
+            {"mlflow.parentRunId": parent.run_id, "ursa.stage": stage, **tags},
+        )
+
+
+def _find_or_create(
+    tracking_uri: str, experiment_id: str, query: str, name: str, tags: Mapping[str, str]
+) -> TrackedRun:
+    from mlflow.entities import RunTag  # noqa: PLC0415
+
+    with _service(tracking_uri) as client:
+        found = client.search_runs(
+            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        if found:
+            run_id = found[0].info.run_id
+            client.update_run(run_id, status="RUNNING")
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        else:
+            run_id = client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
+        return TrackedRun(tracking_uri=tracking_uri, experiment_id=experiment_id, run_id=run_id)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

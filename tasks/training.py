@@ -1,0 +1,90 @@
+"""Task: one training stage, on Ray Train or on plain local processes."""
+
+import functools
+
+from prefect.logging import get_run_logger
+from prefect.settings import get_current_settings
+
+from tasks import cluster, reports, stage_worker, tracking
+from tasks.context import PreparedData, RunContext
+from tasks.options import step
+from tasks.settings import RuntimeSettings
+from ursa.artifacts import CheckpointRef, StageRequest
+from ursa.config import StageName
+
+
+def stage_request(
+    context: RunContext, prepared: PreparedData, stage: StageName, init_from: CheckpointRef | None
+) -> StageRequest:
+    """Put together everything that decides a stage."""
+    return StageRequest(
+        stage=stage,
+        config=context.config,
+        datasets=prepared.datasets,
+        visual_tokenizer=prepared.visual_tokenizer,
+        text_tokenizer=prepared.text_tokenizer,
+        init_from=init_from,
+        output_uri=context.data_uri,
+    )
+
+
+@step(run_name="train {request.stage}")
+def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
+    """See `ursa.training.stage.train_stage`; returns at once when the stage is committed."""
+    from ursa.training import stage  # noqa: PLC0415  (torch: seconds)
+
+    name = reports.slug(request.stage)
+    checkpoint = stage.find_stage(request)
+    tags = {"ursa.fingerprint": context.fingerprint, **reports.flow_run_tags()}
+    with tracking.child_run(context.run, name, tags) as run:
+        dataset = request.datasets.get(
+            getattr(request.config.stages, request.stage).modality, "train"
+        )
+        tracking.log_inputs(
+            run,
+            [
+                tracking.DatasetInput(
+                    f"tokens-{dataset.modality}-{dataset.split}",
+                    *(dataset.manifest_uri, dataset.fingerprint, "training"),
+                )
+            ],
+        )
+        get_run_logger().info("stage %s: %s", request.stage, run.url)
+        if checkpoint is None:
+            checkpoint = _train(request, run, name)
+    facts = {
+        "checkpoint": f"`{checkpoint.uri}`",
+        "steps": str(checkpoint.step),
+        "samples seen": str(checkpoint.num_samples_seen),
+        "curves": f"[MLflow]({run.url})",
+    }
+    reports.stage_summary(request.stage, checkpoint.metrics, facts)
+    return checkpoint
+
+
+def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> CheckpointRef:
+    from ursa.training import stage  # noqa: PLC0415
+
+    settings = RuntimeSettings.from_env()
+    artifact = reports.start_progress(f"train-{name}-progress", f"stage {request.stage}")
+    progress_url = f"{get_current_settings().api.url}/artifacts/{artifact}" if artifact else ""
+    if settings.launcher == "ray":
+        checkpoint = cluster.run_distributed(
+            stage_worker.run_stage,
+            {
+                "request": request.model_dump_json(),
+                "run": run.model_dump_json(),
+                "progress_url": progress_url,
+            },
+            functools.partial(stage.find_stage, request),
+            settings,
+        )
+    else:
+        config = getattr(request.config.stages, request.stage)
+        progress = stage_worker.StageProgress(progress_url, config.max_steps)
+        with tracking.MetricSink(run, on_step=progress) as sink:
+            checkpoint = stage.launch_local(
+                request, num_workers=settings.num_train_workers, on_metrics=sink
+            )
+    reports.set_progress(artifact, 100.0, f"stage {request.stage}: {checkpoint.step} steps done")
+    return checkpoint
