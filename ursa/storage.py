@@ -163,6 +163,24 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
         )
 
 
+def list_irregular_files(uri: str) -> list[str]:
+    """List the URIs of pipes, sockets and devices below a local directory, sorted.
+
+    They are never opened; links are left out. An object store holds none.
+    """
+    if is_remote(uri):
+        return []
+    with _local_errors(uri):
+        paths = (
+            Path(folder) / name for folder, _, names in os.walk(local_path(uri)) for name in names
+        )
+        return sorted(
+            path.absolute().as_uri()
+            for path in paths
+            if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISLNK(mode)
+        )
+
+
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """Yield a local path with the content: the file itself, or a download that is removed."""

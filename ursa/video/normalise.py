@@ -1,0 +1,559 @@
+"""The child process that decodes one foreign file into clips; see `ursa.video.probe`.
+
+Frames are decoded once, in order. What is shown at time k / clip_fps becomes frame k, whatever
+the numbering, order or claims of the file; the first frame is time zero. Only one shot at a time
+is kept, on disk.
+"""
+
+import ctypes
+import errno
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import av.logging
+import cv2
+import numpy as np
+from av.stream import Disposition
+
+from ursa.artifacts import FailureReason, VideoInfo
+from ursa.config import IngestionConfig
+from ursa.errors import VideoDecodeError
+from ursa.video.clock import FrameClock
+from ursa.video.decode import verify_clip
+from ursa.video.encode import VideoWriter
+from ursa.video.probe import (
+    DISK_FULL,
+    INPUT_NAME,
+    RESULT_NAME,
+    ChildRequest,
+    ChildResult,
+    NormalisedClip,
+    NormalisedVideo,
+    QuarantinedError,
+)
+from ursa.video.scores import ClipMeter
+from ursa.video.shots import ShotDetector, cut_spans, frame_limits
+
+BLOCK_CLIPS = 4
+"""A shot longer than this many greatest clips is cut while it is read, to bound the disk used."""
+DETECTOR_WIDTH_PX = 256
+"""Width of the pictures that shots are detected on, pixels."""
+MIN_OUTPUT_PX = 32
+MAX_OPEN_FILES = 64
+MAX_WRITTEN_BYTES = 4 << 30
+MAX_BAD_PACKET_FRACTION = 0.5
+
+_ROUNDING = 1e-6
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWUSER = 0x10000000
+_CLONE_NEWNET = 0x40000000
+
+
+class Geometry(NamedTuple):
+    """How coded frames become upright pictures with square pixels."""
+
+    coded_width_px: int
+    coded_height_px: int
+    rotation_deg: int
+    display_width_px: int
+    display_height_px: int
+    width_px: int
+    height_px: int
+
+
+class TimedFrame(NamedTuple):
+    """A decoded frame and when it is shown, counted from the first one."""
+
+    frame: av.VideoFrame
+    time_s: float
+    is_break: bool
+
+
+def plan_geometry(
+    width_px: int, height_px: int, *, pixel_aspect: Fraction, rotation_deg: int, max_height_px: int
+) -> Geometry:
+    """Return how frames are scaled and turned.
+
+    Args:
+        width_px: Coded width.
+        height_px: Coded height.
+        pixel_aspect: Width of a pixel over its height; nonsense counts as 1.
+        rotation_deg: Turn counter-clockwise that makes frames upright, degrees.
+        max_height_px: Greatest height of the result.
+    """
+    quarter_turns = round(rotation_deg / 90) % 4
+    aspect = pixel_aspect if Fraction(1, 8) <= pixel_aspect <= 8 else Fraction(1)
+    display_width, display_height = max(1, round(width_px * aspect)), height_px
+    if quarter_turns % 2:
+        display_width, display_height = display_height, display_width
+    scale = min(1.0, max_height_px / display_height)
+    return Geometry(
+        coded_width_px=width_px,
+        coded_height_px=height_px,
+        rotation_deg=90 * quarter_turns,
+        display_width_px=display_width,
+        display_height_px=display_height,
+        width_px=max(2, 2 * round(display_width * scale / 2)),
+        height_px=max(2, 2 * math.floor(display_height * scale / 2 + _ROUNDING)),
+    )
+
+
+def upright_picture(frame: av.VideoFrame, geometry: Geometry) -> np.ndarray:
+    """Return a frame scaled and turned, RGB, shape (height_px, width_px, 3), uint8."""
+    width_px, height_px = geometry.width_px, geometry.height_px
+    quarter_turns = geometry.rotation_deg // 90
+    if quarter_turns % 2:
+        width_px, height_px = height_px, width_px
+    picture = frame.to_ndarray(
+        format="rgb24", width=width_px, height=height_px, interpolation="AREA"
+    )
+    return np.ascontiguousarray(np.rot90(picture, quarter_turns))
+
+
+class ForeignVideo:
+    """The first video stream of a foreign file, decoded once in order within limits."""
+
+    def __init__(self, container: av.container.InputContainer, config: IngestionConfig) -> None:
+        """Look at the stream, before any frame is decoded.
+
+        Raises:
+            QuarantinedError: If there is no usable stream, or what it claims exceeds the limits.
+        """
+        streams = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & Disposition.attached_pic
+        ]
+        if not streams:
+            raise QuarantinedError(FailureReason.NO_VIDEO_STREAM, "no video stream")
+        self._container = container
+        self._stream = streams[0]
+        self._config = config
+        context: Any = self._stream.codec_context
+        if context is None:
+            raise QuarantinedError(FailureReason.UNREADABLE, "no decoder for its codec")
+        self.codec = str(context.codec.canonical_name)
+        if context.width and context.height:
+            self._check_size(context.width, context.height)
+            claimed_pixels = context.width * context.height * self._stream.frames
+            self._check_pixels(claimed_pixels)
+        context.thread_count = 1
+        context.options = {"max_pixels": str(config.max_side_px**2)}
+        self._decoded_pixels = 0
+        self.num_frames = 0
+        self.num_packets = 0
+        self.num_bad_packets = 0
+        self.duration_s = 0.0
+
+    @property
+    def pixel_aspect(self) -> Fraction:
+        """Width of a pixel over its height."""
+        return Fraction(self._stream.sample_aspect_ratio or 1)
+
+    @property
+    def fps(self) -> float:
+        """Frames decoded a second."""
+        return self.num_frames / self.duration_s if self.duration_s > 0 else 0.0
+
+    def frames(self) -> Iterator[TimedFrame]:
+        """Decode all frames; `duration_s` is right after the last one.
+
+        Raises:
+            QuarantinedError: If a limit is exceeded.
+        """
+        nominal_s = self._nominal_frame_s()
+        clock = FrameClock(nominal_s)
+        for frame in self._decoded():
+            self._check_size(frame.width, frame.height)
+            self._decoded_pixels += frame.width * frame.height
+            self._check_pixels(self._decoded_pixels)
+            time_s, is_break = clock.advance(*_timestamps(frame))
+            if time_s > self._config.max_duration_s:
+                raise QuarantinedError(
+                    FailureReason.TOO_LONG,
+                    f"{time_s:.1f} s and more, expected at most {self._config.max_duration_s:g} s",
+                )
+            self.num_frames += 1
+            shown_s = float(frame.duration * (frame.time_base or 0))
+            self.duration_s = time_s + (shown_s if 0 < shown_s <= 1 else nominal_s)
+            yield TimedFrame(frame, time_s, is_break)
+
+    def _decoded(self) -> Iterator[av.VideoFrame]:
+        """Decode packet by packet; damaged ones are counted and passed over."""
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.error.EOFError):
+                return
+            except av.error.FFmpegError as error:
+                _reraise_exhaustion(error)
+                self.num_bad_packets += 1
+                return
+            self.num_packets += 1
+            try:
+                yield from packet.decode()
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError as error:
+                _reraise_exhaustion(error)
+                self.num_bad_packets += 1
+
+    def _nominal_frame_s(self) -> float:
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if rate is None or not 1 <= rate <= 1000:
+            return 1 / 25
+        return float(1 / rate)
+
+    def _check_size(self, width_px: int, height_px: int) -> None:
+        config = self._config
+        size = f"{width_px} x {height_px} px"
+        if max(width_px, height_px) > config.max_side_px:
+            raise QuarantinedError(
+                FailureReason.RESOLUTION_TOO_HIGH,
+                f"{size}, expected at most {config.max_side_px} px a side",
+            )
+        if min(width_px, height_px) < config.min_side_px:
+            raise QuarantinedError(
+                FailureReason.RESOLUTION_TOO_LOW,
+                f"{size}, expected at least {config.min_side_px} px a side",
+            )
+
+    def _check_pixels(self, num_pixels: int) -> None:
+        if num_pixels > self._config.pixel_budget:
+            raise QuarantinedError(
+                FailureReason.PIXEL_BUDGET,
+                f"{num_pixels} pixels in all frames, expected at most {self._config.pixel_budget}",
+            )
+
+
+class ClipSink:
+    """Keeps the frames of the running shot on disk and writes its clips when it ends."""
+
+    def __init__(self, folder: Path, config: IngestionConfig) -> None:
+        """Start before the first frame; clips are written to `folder`."""
+        self._folder = folder
+        self._fps = config.clip_fps
+        self._shortest, self._longest = frame_limits(
+            config.min_clip_s, config.max_clip_s, config.clip_fps
+        )
+        self._spool = (folder / "spool").open("w+b")
+        self._shape: tuple[int, int, int] = (0, 0, 0)
+        self._shot_start = 0
+        self._spooled = 0
+        self._has_clips = False
+        self.clips: list[NormalisedClip] = []
+        self.num_dropped_shots = 0
+
+    @property
+    def num_frames(self) -> int:
+        """Frames taken in so far, over all shots."""
+        return self._shot_start + self._spooled
+
+    def add(self, picture: np.ndarray) -> None:
+        """Take in the next frame of the running shot, shape (H, W, 3), uint8."""
+        self._shape = picture.shape
+        self._spool.write(picture.data)
+        self._spooled += 1
+        if self._spooled == (BLOCK_CLIPS + 1) * self._longest:
+            self._cut_block()
+
+    def end_shot(self) -> None:
+        """Write the clips of the running shot and begin another one."""
+        spans = cut_spans(self._spooled, self._shortest, self._longest)
+        if self._spooled and not spans and not self._has_clips:
+            self.num_dropped_shots += 1
+        for start, stop in spans:
+            self._write_clip(start, stop)
+        self._begin(self._shot_start + self._spooled)
+        self._has_clips = False
+
+    def _begin(self, shot_start: int) -> None:
+        self._shot_start = shot_start
+        self._spooled = 0
+        self._spool.seek(0)
+        self._spool.truncate()
+
+    def _cut_block(self) -> None:
+        """Write the first clips of a long shot; the frames after them stay."""
+        num_written = BLOCK_CLIPS * self._longest
+        for start, stop in cut_spans(num_written, self._shortest, self._longest):
+            self._write_clip(start, stop)
+        self._has_clips = True
+        remaining = list(self._read(num_written, self._spooled))
+        self._begin(self._shot_start + num_written)
+        for picture in remaining:
+            self._spool.write(picture.data)
+        self._spooled = len(remaining)
+
+    def _read(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        num_bytes = math.prod(self._shape)
+        self._spool.seek(start * num_bytes)
+        for _ in range(start, stop):
+            yield np.frombuffer(self._spool.read(num_bytes), np.uint8).reshape(self._shape)
+
+    def _write_clip(self, start: int, stop: int) -> None:
+        height_px, width_px, _ = self._shape
+        num_frames = stop - start
+        name = f"clip-{len(self.clips):05d}.mp4"
+        meter = ClipMeter(fps=self._fps, num_frames=num_frames)
+        path = self._folder / name
+        with VideoWriter(path, width_px=width_px, height_px=height_px, fps=self._fps) as writer:
+            for picture in self._read(start, stop):
+                writer.add(picture)
+                meter.add(picture)
+        verify_clip(path, num_frames=num_frames, height_px=height_px, width_px=width_px)
+        self.clips.append(
+            NormalisedClip(
+                file_name=name,
+                start_s=(self._shot_start + start) / self._fps,
+                end_s=(self._shot_start + stop) / self._fps,
+                info=VideoInfo(
+                    width_px=width_px,
+                    height_px=height_px,
+                    fps=self._fps,
+                    num_frames=num_frames,
+                    duration_s=num_frames / self._fps,
+                    codec="h264",
+                ),
+                scores=meter.scores(),
+            )
+        )
+
+
+class Sampler:
+    """Turns frames at their own times into pictures at a constant rate, shot by shot."""
+
+    def __init__(self, video: ForeignVideo, sink: ClipSink, config: IngestionConfig) -> None:
+        """Start before the first frame."""
+        self._video = video
+        self._sink = sink
+        self._config = config
+        self._detector = ShotDetector(config.shot_threshold)
+        self._held: av.VideoFrame | None = None
+        self._geometry: Geometry | None = None
+        self.first_geometry: Geometry | None = None
+
+    def run(self) -> None:
+        """Decode the whole video into the sink."""
+        for frame, time_s, is_break in self._video.frames():
+            self._flush(time_s)
+            geometry = self._geometry_of(frame)
+            if self._begins_shot(frame, geometry, is_break=is_break):
+                self._sink.end_shot()
+            self._held, self._geometry = frame, geometry
+        # the last picture counts if at least half of it lies within the video
+        self._flush(self._video.duration_s - 0.5 / self._config.clip_fps)
+        self._sink.end_shot()
+
+    def _flush(self, until_s: float) -> None:
+        """Emit the held frame for every sampling time before `until_s`."""
+        if self._held is None or self._geometry is None:
+            return
+        picture: np.ndarray | None = None
+        while self._sink.num_frames / self._config.clip_fps < until_s - _ROUNDING:
+            if picture is None:
+                picture = upright_picture(self._held, self._geometry)
+            self._sink.add(picture)
+
+    def _geometry_of(self, frame: av.VideoFrame) -> Geometry:
+        known = self._geometry
+        rotation = 90 * (round(frame.rotation / 90) % 4)
+        if known is not None and (
+            known.coded_width_px,
+            known.coded_height_px,
+            known.rotation_deg,
+        ) == (frame.width, frame.height, rotation):
+            return known
+        geometry = plan_geometry(
+            frame.width,
+            frame.height,
+            pixel_aspect=self._video.pixel_aspect,
+            rotation_deg=rotation,
+            max_height_px=self._config.clip_height_px,
+        )
+        if min(geometry.width_px, geometry.height_px) < MIN_OUTPUT_PX:
+            raise QuarantinedError(
+                FailureReason.RESOLUTION_TOO_LOW,
+                f"{geometry.width_px} x {geometry.height_px} px after scaling, "
+                f"expected at least {MIN_OUTPUT_PX} px a side",
+            )
+        self.first_geometry = self.first_geometry or geometry
+        return geometry
+
+    def _begins_shot(self, frame: av.VideoFrame, geometry: Geometry, *, is_break: bool) -> bool:
+        if self._geometry is not None and geometry != self._geometry:
+            # pictures of another size cannot be compared with those before
+            self._detector = ShotDetector(self._config.shot_threshold)
+            is_break = True
+        width_px = min(DETECTOR_WIDTH_PX, 2 * (frame.width // 2))
+        height_px = max(16, round(frame.height * width_px / frame.width))
+        small = frame.to_ndarray(
+            format="bgr24", width=width_px, height=height_px, interpolation="AREA"
+        )
+        return self._detector.is_cut(small) or is_break
+
+
+def _timestamps(frame: av.VideoFrame) -> tuple[float | None, float | None]:
+    base = frame.time_base
+    pts = None if frame.pts is None or base is None else float(frame.pts * base)
+    dts = None if frame.dts is None or base is None else float(frame.dts * base)
+    return pts, dts
+
+
+def normalise(folder: Path, request: ChildRequest) -> NormalisedVideo:
+    """Decode `folder/input` and write its clips.
+
+    Raises:
+        QuarantinedError: With the reason why there are no clips.
+    """
+    config = request.config
+    try:
+        container = av.open(
+            (folder / INPUT_NAME).as_posix(),
+            format=request.demuxer,
+            container_options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
+    except av.error.FFmpegError as error:
+        _reraise_exhaustion(error)
+        raise QuarantinedError(
+            FailureReason.UNREADABLE, f"cannot be opened: {error.strerror}"
+        ) from error
+    with container:
+        video = ForeignVideo(container, config)
+        sink = ClipSink(folder, config)
+        sampler = Sampler(video, sink, config)
+        sampler.run()
+    _check_outcome(video, sink, config)
+    geometry = sampler.first_geometry
+    assert geometry is not None, "frames were decoded"
+    return NormalisedVideo(
+        info=VideoInfo(
+            width_px=geometry.display_width_px,
+            height_px=geometry.display_height_px,
+            fps=video.fps,
+            num_frames=video.num_frames,
+            duration_s=video.duration_s,
+            codec=video.codec,
+        ),
+        clips=tuple(sink.clips),
+        num_dropped_shots=sink.num_dropped_shots,
+        num_decode_errors=video.num_bad_packets,
+    )
+
+
+def _check_outcome(video: ForeignVideo, sink: ClipSink, config: IngestionConfig) -> None:
+    if video.num_frames == 0:
+        raise QuarantinedError(
+            FailureReason.UNREADABLE,
+            f"no frame could be decoded, {video.num_bad_packets} damaged packets",
+        )
+    if video.num_bad_packets > MAX_BAD_PACKET_FRACTION * video.num_packets:
+        raise QuarantinedError(
+            FailureReason.UNREADABLE,
+            f"{video.num_bad_packets} of {video.num_packets} packets are damaged",
+        )
+    if video.num_frames > 1 and video.fps < config.min_fps:
+        raise QuarantinedError(
+            FailureReason.FPS_TOO_LOW,
+            f"{video.fps:.2f} frames per second, expected at least {config.min_fps:g}",
+        )
+    if not sink.clips:
+        raise QuarantinedError(
+            FailureReason.TOO_SHORT,
+            f"{video.num_frames} frames in {video.duration_s:.2f} s and no shot of at least "
+            f"{config.min_clip_s:g} s",
+        )
+
+
+def limit_resources(config: IngestionConfig) -> None:
+    """Bound what this process can do, for good; what the platform lacks is left out."""
+    cpu_s = math.ceil(config.child_timeout_s) + 1
+    for kind, value in (
+        (resource.RLIMIT_AS, config.child_memory_bytes),
+        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_FSIZE, MAX_WRITTEN_BYTES),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)  # noqa: PLW2901
+        resource.setrlimit(kind, (value, value))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if libc.unshare(_CLONE_NEWNET) != 0:
+            libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    cv2.setNumThreads(1)
+
+
+def answer(folder: Path, request: ChildRequest) -> ChildResult:
+    """Normalise a file; every way in which it can fail becomes a reason."""
+    video: NormalisedVideo | None = None
+    failure: str | None = None
+    detail = ""
+    try:
+        video = normalise(folder, request)
+    except QuarantinedError as error:
+        failure, detail = error.reason, error.detail
+    except MemoryError as error:
+        failure, detail = FailureReason.OUT_OF_MEMORY, str(error)
+    except (OSError, av.error.FFmpegError) as error:
+        failure, detail = _reason_of(error), str(error)
+    except cv2.error as error:
+        no_memory = error.code == cv2.Error.StsNoMem
+        failure = FailureReason.OUT_OF_MEMORY if no_memory else FailureReason.CRASHED
+        detail = str(error)
+    except VideoDecodeError as error:
+        failure, detail = FailureReason.UNREADABLE, str(error)
+    peak_kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return ChildResult(
+        video=video, failure=failure, detail=detail, peak_memory_bytes=peak_kilobytes << 10
+    )
+
+
+def main() -> None:
+    """Read a request from standard input and answer it in `result.json`."""
+    request = ChildRequest.model_validate_json(sys.stdin.buffer.read())
+    limit_resources(request.config)
+    av.logging.set_level(None)
+    result = answer(Path(), request)
+    Path(RESULT_NAME).write_text(result.model_dump_json(), encoding="utf-8")
+    sys.stderr.flush()
+    # a decoder in a damaged state shall not be torn down
+    os._exit(0)
+
+
+def _reraise_exhaustion(error: Exception) -> None:
+    """Raise MemoryError or OSError if that, and not the file, is the cause of a decoder error."""
+    number = getattr(error, "errno", None)
+    if number == errno.ENOMEM:
+        raise MemoryError(str(error)) from error
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        raise OSError(number, os.strerror(number)) from error
+
+
+def _reason_of(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return DISK_FULL
+    if number == errno.ENOMEM:
+        return FailureReason.OUT_OF_MEMORY
+    if number == errno.EFBIG:
+        return FailureReason.PIXEL_BUDGET
+    return FailureReason.UNREADABLE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What a foreign file is, and its normalised clips: found out in a limited child process.
+
+A foreign file may be damaged or hostile. It is never opened by a decoder in this process: its
+first bytes choose the demuxer, it is copied under a neutral name, and a child with limits on
+memory, CPU time, file size and wall time, without credentials and (where the platform allows)
+without network, decodes it once and writes H.264 clips. Whatever happens to the child, the
+caller gets clips or a reason.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+import ursa
+from ursa.artifacts import ClipScores, FailureReason, VideoInfo
+from ursa.config import FrozenModel, IngestionConfig
+from ursa.errors import StorageConfigurationError, VideoDecodeError
+from ursa.video.containers import HEAD_BYTES, Demuxer, describe_content, detect_demuxer
+
+logger = logging.getLogger(__name__)
+
+INPUT_NAME = "input"
+RESULT_NAME = "result.json"
+STDERR_NAME = "stderr.txt"
+RESULT_LIMIT_BYTES = 32 << 20
+DISK_FULL = "disk_full"
+
+_CHUNK_BYTES = 1 << 20
+_DETAIL_CHARACTERS = 500
+# all that the child may know of the environment: no credentials, no service addresses
+_PASSED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "TZ")
+
+
+class QuarantinedError(VideoDecodeError):
+    """A file yields no clips; the first argument is the reason, the second says more."""
+
+    @property
+    def reason(self) -> FailureReason:
+        """Why."""
+        return FailureReason(self.args[0])
+
+    @property
+    def detail(self) -> str:
+        """What was found, in words."""
+        return str(self.args[1])
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class NormalisedClip(FrozenModel):
+    """One clip that the child has written."""
+
+    file_name: str = Field(pattern=r"^clip-\d{5}\.mp4$")
+    start_s: float = Field(ge=0)
+    end_s: float = Field(gt=0)
+    info: VideoInfo
+    scores: ClipScores
+
+
+class NormalisedVideo(FrozenModel):
+    """What the child found in a file; `clips` are beside the result."""
+
+    info: VideoInfo
+    clips: tuple[NormalisedClip, ...]
+    num_dropped_shots: int = Field(ge=0)
+    num_decode_errors: int = Field(ge=0)
+
+
+class ChildRequest(FrozenModel):
+    """What the child is asked to do, in the folder in which it is started."""
+
+    demuxer: Demuxer
+    config: IngestionConfig
+
+
+class ChildResult(FrozenModel):
+    """What the child answers: a video, or a reason; `failure` may also be `DISK_FULL`."""
+
+    video: NormalisedVideo | None
+    failure: str | None
+    detail: str
+    peak_memory_bytes: int = Field(ge=0)
+
+
+def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tuple[str, Demuxer]:
+    """Copy a foreign file to `folder/input` if it may be a video.
+
+    The copy has a neutral name and cannot change while it is decoded. Only a regular file is
+    read: opening a pipe with a video name would block for ever.
+
+    Args:
+        path: The foreign file.
+        folder: Private directory of the caller.
+        config: Limits.
+
+    Returns:
+        sha256 of the content and the demuxer to use.
+
+    Raises:
+        QuarantinedError: If it is no regular file, empty, too large, unreadable or no video container.
+        StorageConfigurationError: If there is no room for the copy.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        reason = FailureReason.UNREADABLE
+        if not stat.S_ISREG(_mode(path)):
+            reason = FailureReason.NOT_REGULAR_FILE
+        raise QuarantinedError(reason, f"cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as source:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise QuarantinedError(FailureReason.NOT_REGULAR_FILE, "a pipe, socket or device")
+        if status.st_size == 0:
+            raise QuarantinedError(FailureReason.EMPTY_FILE, "0 bytes")
+        if status.st_size > config.max_file_bytes:
+            raise QuarantinedError(
+                FailureReason.FILE_TOO_LARGE,
+                f"{status.st_size} bytes, expected at most {config.max_file_bytes}",
+            )
+        head = source.read(HEAD_BYTES)
+        demuxer = detect_demuxer(head)
+        if demuxer is None:
+            raise QuarantinedError(FailureReason.NOT_A_VIDEO, describe_content(head))
+        digest = hashlib.sha256(head)
+        try:
+            with (folder / INPUT_NAME).open("xb") as target:
+                target.write(head)
+                while chunk := source.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    target.write(chunk)
+        except OSError as error:
+            raise StorageConfigurationError(
+                f"cannot copy {path} to {folder} ({error.strerror}); free some space there or set "
+                "TMPDIR to another directory"
+            ) from error
+    return digest.hexdigest(), demuxer
+
+
+def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> NormalisedVideo:
+    """Decode `folder/input` in a limited child process and write its clips beside it.
+
+    Takes at most `child_timeout_s` and, in the child, `child_memory_bytes`.
+
+    Args:
+        folder: Private directory with the copied file; the child works in it.
+        demuxer: FFmpeg demuxer to force.
+        config: Limits, and what clips shall be like.
+
+    Raises:
+        QuarantinedError: If the file yields no clips.
+        StorageConfigurationError: If there is no room for the clips.
+    """
+    request = ChildRequest(demuxer=demuxer, config=config)
+    code = _run_child(folder, request.model_dump_json().encode(), config.child_timeout_s)
+    if code != 0:
+        raise _explain_exit(code, folder)
+    result = _read_result(folder)
+    logger.debug("child used %d MB", result.peak_memory_bytes >> 20)
+    if result.failure == DISK_FULL:
+        raise StorageConfigurationError(
+            f"disk full while writing clips to {folder}; free some space there or set TMPDIR to "
+            "another directory"
+        )
+    if result.video is None:
+        raise QuarantinedError(
+            FailureReason(result.failure or FailureReason.CRASHED),
+            result.detail[:_DETAIL_CHARACTERS],
+        )
+    return result.video
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return stat.S_IFREG
+
+
+def _run_child(folder: Path, request: bytes, timeout_s: float) -> int:
+    """Run the child to its end; return its exit code, or the negative signal that ended it."""
+    environment = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
+    package_parent = str(Path(ursa.__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_parent, inherited)))
+    # one thread each, and few memory arenas: threads reserve address space, which is limited
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    with (folder / STDERR_NAME).open("wb") as stderr:
+        process = subprocess.Popen(
+            # -P: the folder in which the child works is no place to import from
+            [sys.executable, "-P", "-m", "ursa.video.normalise"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            process.communicate(request, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise QuarantinedError(
+                FailureReason.TIMEOUT, f"not done after {timeout_s:g} s"
+            ) from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return process.returncode
+
+
+def _read_result(folder: Path) -> ChildResult:
+    path = folder / RESULT_NAME
+    try:
+        if path.stat().st_size > RESULT_LIMIT_BYTES:
+            raise QuarantinedError(FailureReason.CRASHED, "the answer of the child is too long")
+        return ChildResult.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise QuarantinedError(
+            FailureReason.CRASHED, f"no valid answer: {_last_words(folder)}"
+        ) from error
+
+
+def _explain_exit(code: int, folder: Path) -> QuarantinedError:
+    if code == -signal.SIGXCPU:
+        return QuarantinedError(FailureReason.TIMEOUT, "CPU time limit reached")
+    if code == -signal.SIGKILL:
+        return QuarantinedError(FailureReason.OUT_OF_MEMORY, "killed by the system (SIGKILL)")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return QuarantinedError(FailureReason.CRASHED, f"the decoder crashed with {name}")
+    return QuarantinedError(FailureReason.CRASHED, f"exit code {code}: {_last_words(folder)}")
+
+
+def _last_words(folder: Path) -> str:
+    """Return the last line that the child wrote to its standard error."""
+    try:
+        with (folder / STDERR_NAME).open("rb") as file:
+            file.seek(max(0, (folder / STDERR_NAME).stat().st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return "nothing"
+    return lines[-1][:_DETAIL_CHARACTERS] if lines else "nothing"
