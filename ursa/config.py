@@ -82,6 +82,11 @@ class VisualTokenizerConfig(FrozenModel):
     max_steps: int = Field(ge=0, description="optimizer steps; 0 keeps the PCA solution")
     batch_size: int = Field(gt=0, description="clips a step")
     learning_rate: float = Field(gt=0)
+    augmented_fraction: Fraction = Field(
+        description="share of fitting samples cropped, flipped and recoloured at random"
+    )
+    max_windows: int = Field(gt=0, description="samples held in memory for fitting at most")
+    checkpoint_every: int = Field(gt=0, description="steps between checkpoints of the fit")
     seed: int = Field(ge=0)
 
     @property
@@ -239,7 +244,9 @@ class RunConfig(FrozenModel):
         for name in ("height_px", "width_px"):
             value = getattr(self.tokenization, name)
             if value % stride_s:
-                raise ValueError(f"tokenization.{name} must be divisible by {stride_s}, got {value}")
+                raise ValueError(
+                    f"tokenization.{name} must be divisible by {stride_s}, got {value}"
+                )
         if self.tokenization.fps > self.ingestion.clip_fps:
             raise ValueError(
                 f"tokenization.fps {self.tokenization.fps} must not exceed "

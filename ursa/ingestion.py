@@ -7,7 +7,6 @@ the output URI is in docs/data-format.md.
 """
 
 import hashlib
-import io
 import logging
 import re
 import tempfile
@@ -17,14 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ursa import storage
 from ursa.artifacts import (
     SCHEMA_VERSION,
     Clip,
-    ClipScores,
     ClipSelection,
     ClipSet,
     FailureReason,
@@ -32,10 +27,19 @@ from ursa.artifacts import (
     RejectReason,
     SelectedClip,
     SourceVideo,
-    VideoInfo,
 )
 from ursa.config import IngestionConfig, SelectionConfig, fingerprint
-from ursa.errors import DataError, FailureBudgetExceeded, ShardFormatError
+from ursa.data.clips import (
+    CLIP_SCHEMA,
+    FAILURE_SCHEMA,
+    SELECTION_SCHEMA,
+    clip_row,
+    failure_row,
+    put_table,
+    read_clips,
+    selection_row,
+)
+from ursa.errors import DataError, FailureBudgetExceeded
 from ursa.video.captions import CaptionRow, caption_of, clean_caption, parse_caption_rows
 from ursa.video.probe import (
     NormalisedVideo,
@@ -61,61 +65,6 @@ _UNSTABLE_FAILURES = frozenset(
     {FailureReason.TIMEOUT, FailureReason.OUT_OF_MEMORY, FailureReason.CRASHED}
 )
 _MAX_NAMED = 5
-
-_VERSION_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
-_INFO_FIELDS = (
-    pa.field("width_px", pa.int32(), nullable=False),
-    pa.field("height_px", pa.int32(), nullable=False),
-    pa.field("fps", pa.float64(), nullable=False),
-    pa.field("num_frames", pa.int32(), nullable=False),
-    pa.field("duration_s", pa.float64(), nullable=False),
-    pa.field("codec", pa.string(), nullable=False),
-)
-_SCORE_FIELDS = (
-    pa.field("motion_px_per_s", pa.float64()),
-    pa.field("sharpness", pa.float64()),
-    pa.field("luminance", pa.float64()),
-    pa.field("black_border_fraction", pa.float64()),
-    pa.field("perceptual_hash", pa.string()),
-)
-CLIP_SCHEMA = pa.schema(
-    [
-        pa.field("clip_id", pa.string(), nullable=False),
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("source_sha256", pa.string(), nullable=False),
-        pa.field("start_s", pa.float64(), nullable=False),
-        pa.field("end_s", pa.float64(), nullable=False),
-        pa.field("media_uri", pa.string(), nullable=False),
-        pa.field("media_sha256", pa.string(), nullable=False),
-        *_INFO_FIELDS,
-        *_SCORE_FIELDS,
-        pa.field("caption", pa.string()),
-        pa.field("caption_source", pa.string()),
-    ],
-    metadata={b"ursa.kind": b"clips", **_VERSION_METADATA},
-)
-"""A row is a `Clip`; `info` and `scores` are spread over columns of their field names."""
-FAILURE_SCHEMA = pa.schema(
-    [
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("num_bytes", pa.int64(), nullable=False),
-        pa.field("etag", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-    ],
-    metadata={b"ursa.kind": b"failures", **_VERSION_METADATA},
-)
-SELECTION_SCHEMA = pa.schema(
-    [
-        pa.field("clip_id", pa.string(), nullable=False),
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("kept", pa.bool_(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("split", pa.string()),
-    ],
-    metadata={b"ursa.kind": b"selection", **_VERSION_METADATA},
-)
-"""Rows are in the order of the clips they judge."""
 
 
 class IngestPlan(NamedTuple):
@@ -307,14 +256,14 @@ def commit_clips(
     captions = _Captions.read(source_uri, [video.source for video in ordered])
     captions.warn_about_unused_rows()
     clips = [captions.applied_to(clip) for video in ordered for clip in video.clips]
-    clips_uri = _put_table(
-        _set_uri(output_uri, plan_fingerprint), "clips", CLIP_SCHEMA, map(_clip_row, clips)
+    clips_uri = put_table(
+        _set_uri(output_uri, plan_fingerprint), "clips", CLIP_SCHEMA, map(clip_row, clips)
     )
-    _put_table(
+    put_table(
         _set_uri(output_uri, plan_fingerprint),
         "failures",
         FAILURE_SCHEMA,
-        map(_failure_row, failed),
+        map(failure_row, failed),
     )
     manifest_uri = _set_uri(output_uri, plan_fingerprint, "manifest.json")
     return storage.commit_record(
@@ -331,17 +280,6 @@ def commit_clips(
             fingerprint=plan_fingerprint,
         ),
     )
-
-
-def read_clips(clips: ClipSet) -> list[Clip]:
-    """Return all clips of a committed set, in order of source and time.
-
-    Raises:
-        ShardFormatError: If the table is damaged, incomplete or of another schema version.
-        StorageError: If the store refuses or does not answer.
-    """
-    rows = _read_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips)
-    return [_clip_of(row) for row in rows]
 
 
 def select_clips(
@@ -392,8 +330,8 @@ def select_clips(
         for clip, verdict in zip(rows, verdicts, strict=True)
     ]
     num_validation = sum(kept_of[source] for source in held_out)
-    selection_uri = _put_table(
-        folder_uri, "selection", SELECTION_SCHEMA, map(_selection_row, selected)
+    selection_uri = put_table(
+        folder_uri, "selection", SELECTION_SCHEMA, map(selection_row, selected)
     )
     return storage.commit_record(
         manifest_uri,
@@ -408,23 +346,6 @@ def select_clips(
             fingerprint=key,
         ),
     )
-
-
-def read_selection(selection: ClipSelection) -> list[SelectedClip]:
-    """Return the verdict on every clip, in the order of `read_clips`.
-
-    Raises:
-        ShardFormatError: If a table is damaged or does not belong to the clips.
-        StorageError: If the store refuses or does not answer.
-    """
-    clips = read_clips(selection.clips)
-    rows = _read_table(selection.selection_uri, SELECTION_SCHEMA, len(clips))
-    if [row["clip_id"] for row in rows] != [clip.clip_id for clip in clips]:
-        raise ShardFormatError(f"{selection.selection_uri}: judges other clips than its parent's")
-    return [
-        SelectedClip(clip=clip, kept=row["kept"], reason=row["reason"], split=row["split"])
-        for clip, row in zip(clips, rows, strict=True)
-    ]
 
 
 class _ChangedError(QuarantinedError):
@@ -650,68 +571,3 @@ def _counts(reasons: Iterable[Any]) -> dict[Any, int]:
 
 def _in_words(counts: Mapping[Any, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no failure"
-
-
-def _clip_row(clip: Clip) -> dict[str, Any]:
-    row = clip.model_dump(mode="json", exclude={"info", "scores"})
-    return row | clip.info.model_dump() | clip.scores.model_dump()
-
-
-def _clip_of(row: dict[str, Any]) -> Clip:
-    info = VideoInfo(**{name: row.pop(name) for name in VideoInfo.model_fields})
-    scores = ClipScores(**{name: row.pop(name) for name in ClipScores.model_fields})
-    return Clip(info=info, scores=scores, **row)
-
-
-def _failure_row(video: IngestedVideo) -> dict[str, Any]:
-    return {
-        "source_uri": video.source.uri,
-        "num_bytes": video.source.num_bytes,
-        "etag": video.source.etag,
-        "reason": str(video.failure),
-        "detail": video.detail,
-    }
-
-
-def _selection_row(selected: SelectedClip) -> dict[str, Any]:
-    return {
-        "clip_id": selected.clip.clip_id,
-        "source_uri": selected.clip.source_uri,
-        "kept": selected.kept,
-        "reason": selected.reason,
-        "split": selected.split,
-    }
-
-
-def _put_table(
-    folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]
-) -> str:
-    """Write rows as one Parquet file whose name holds the hash of its bytes; return its URI."""
-    buffer = io.BytesIO()
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
-    uri = storage.join(folder_uri, f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet")
-    storage.put_if_absent(uri, data)
-    return uri
-
-
-def _read_table(uri: str, schema: pa.Schema, num_rows: int) -> list[dict[str, Any]]:
-    """Read a table written by `_put_table`; whatever is wrong with it is one error."""
-    try:
-        data = storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise ShardFormatError(f"{uri} is missing; delete its manifest and run again") from error
-    if not uri.endswith(f"-{hashlib.sha256(data).hexdigest()[:16]}.parquet"):
-        raise ShardFormatError(f"{uri} is damaged: its bytes do not have the hash in its name")
-    try:
-        table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
-        raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
-    if not table.schema.equals(schema, check_metadata=True) or table.num_rows != num_rows:
-        raise ShardFormatError(
-            f"{uri}: {table.num_rows} rows of schema {table.schema.metadata}, expected {num_rows} "
-            f"of {schema.metadata}"
-        )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows

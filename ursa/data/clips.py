@@ -1,0 +1,233 @@
+"""Clips and their verdicts as Parquet: the schemas, and reading them back.
+
+Clips are written by `ursa.ingestion`; readers are the fitting of the tokenizers, tokenization and
+evaluation.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ursa import storage
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    Clip,
+    ClipScores,
+    ClipSelection,
+    ClipSet,
+    IngestedVideo,
+    SelectedClip,
+    SourceVideo,
+    VideoInfo,
+)
+from ursa.config import TokenizationConfig
+from ursa.errors import ShardFormatError
+
+_VERSION_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
+_INFO_FIELDS = (
+    pa.field("width_px", pa.int32(), nullable=False),
+    pa.field("height_px", pa.int32(), nullable=False),
+    pa.field("fps", pa.float64(), nullable=False),
+    pa.field("num_frames", pa.int32(), nullable=False),
+    pa.field("duration_s", pa.float64(), nullable=False),
+    pa.field("codec", pa.string(), nullable=False),
+)
+_SCORE_FIELDS = (
+    pa.field("motion_px_per_s", pa.float64()),
+    pa.field("sharpness", pa.float64()),
+    pa.field("luminance", pa.float64()),
+    pa.field("black_border_fraction", pa.float64()),
+    pa.field("perceptual_hash", pa.string()),
+)
+CLIP_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("source_sha256", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("media_uri", pa.string(), nullable=False),
+        pa.field("media_sha256", pa.string(), nullable=False),
+        *_INFO_FIELDS,
+        *_SCORE_FIELDS,
+        pa.field("caption", pa.string()),
+        pa.field("caption_source", pa.string()),
+    ],
+    metadata={b"ursa.kind": b"clips", **_VERSION_METADATA},
+)
+"""A row is a `Clip`; `info` and `scores` are spread over columns of their field names."""
+FAILURE_SCHEMA = pa.schema(
+    [
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ],
+    metadata={b"ursa.kind": b"failures", **_VERSION_METADATA},
+)
+SELECTION_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("split", pa.string()),
+    ],
+    metadata={b"ursa.kind": b"selection", **_VERSION_METADATA},
+)
+"""Rows are in the order of the clips they judge."""
+
+
+def read_clips(clips: ClipSet) -> list[Clip]:
+    """Return all clips of a committed set, in order of source and time.
+
+    Raises:
+        ShardFormatError: If the table is damaged, incomplete or of another schema version.
+        StorageError: If the store refuses or does not answer.
+    """
+    rows = _read_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips)
+    return [_clip_of(row) for row in rows]
+
+
+def read_selection(selection: ClipSelection) -> list[SelectedClip]:
+    """Return the verdict on every clip, in the order of `read_clips`.
+
+    Raises:
+        ShardFormatError: If a table is damaged or does not belong to the clips.
+        StorageError: If the store refuses or does not answer.
+    """
+    clips = read_clips(selection.clips)
+    rows = _read_table(selection.selection_uri, SELECTION_SCHEMA, len(clips))
+    if [row["clip_id"] for row in rows] != [clip.clip_id for clip in clips]:
+        raise ShardFormatError(f"{selection.selection_uri}: judges other clips than its parent's")
+    return [
+        SelectedClip(clip=clip, kept=row["kept"], reason=row["reason"], split=row["split"])
+        for clip, row in zip(clips, rows, strict=True)
+    ]
+
+
+def read_failures(clips: ClipSet) -> list[IngestedVideo]:
+    """Return the quarantined files of a committed set with their reasons, in order of source.
+
+    Raises:
+        ShardFormatError: If the table is missing, damaged or of another schema version.
+        StorageError: If the store refuses or does not answer.
+    """
+    folder_uri = clips.manifest_uri.rpartition("/")[0]
+    found = [
+        item.uri
+        for item in storage.list_files(folder_uri, with_etag=False)
+        if item.uri.rpartition("/")[2].startswith("failures-")
+    ]
+    if not found:
+        raise ShardFormatError(f"{folder_uri}: the table of failures is missing")
+    return [
+        IngestedVideo(
+            source=SourceVideo(uri=row["source_uri"], num_bytes=row["num_bytes"], etag=row["etag"]),
+            source_sha256=None,
+            info=None,
+            clips=(),
+            failure=row["reason"],
+            detail=row["detail"],
+        )
+        for row in _read_table(found[0], FAILURE_SCHEMA, clips.num_failed)
+    ]
+
+
+def clip_windows(clip: Clip, samples: TokenizationConfig) -> Iterator[tuple[float, list[int]]]:
+    """Yield the samples that fit into a clip.
+
+    Args:
+        clip: A normalised clip.
+        samples: Frame rate, length and distance of the samples.
+
+    Yields:
+        Start of the sample in the clip in seconds, and its `num_frames` frame numbers.
+    """
+    step = clip.info.fps / samples.fps
+    stride = max(1.0, samples.window_stride_s * clip.info.fps)
+    offsets = np.round(np.arange(samples.num_frames) * step).astype(int)
+    start = 0.0
+    while round(start) + offsets[-1] < clip.info.num_frames:
+        first = round(start)
+        yield first / clip.info.fps, [int(first + offset) for offset in offsets]
+        start += stride
+
+
+def clip_frames(clip: Clip, stride_s: float) -> Iterator[tuple[float, int]]:
+    """Yield (seconds, frame number) of single frames of a clip, `stride_s` apart."""
+    stride = max(1.0, stride_s * clip.info.fps)
+    for place in np.arange(0, clip.info.num_frames, stride):
+        yield float(round(place) / clip.info.fps), round(float(place))
+
+
+def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> str:
+    """Write rows as one Parquet file whose name holds the hash of its bytes; return its URI."""
+    buffer = io.BytesIO()
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    pq.write_table(table, buffer, compression="zstd")
+    data = buffer.getvalue()
+    uri = storage.join(folder_uri, f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet")
+    storage.put_if_absent(uri, data)
+    return uri
+
+
+def clip_row(clip: Clip) -> dict[str, Any]:
+    """Return a clip as a row of `CLIP_SCHEMA`."""
+    row = clip.model_dump(mode="json", exclude={"info", "scores"})
+    return row | clip.info.model_dump() | clip.scores.model_dump()
+
+
+def failure_row(video: IngestedVideo) -> dict[str, Any]:
+    """Return a quarantined file as a row of `FAILURE_SCHEMA`."""
+    return {
+        "source_uri": video.source.uri,
+        "num_bytes": video.source.num_bytes,
+        "etag": video.source.etag,
+        "reason": str(video.failure),
+        "detail": video.detail,
+    }
+
+
+def selection_row(selected: SelectedClip) -> dict[str, Any]:
+    """Return a verdict as a row of `SELECTION_SCHEMA`."""
+    return {
+        "clip_id": selected.clip.clip_id,
+        "source_uri": selected.clip.source_uri,
+        "kept": selected.kept,
+        "reason": selected.reason,
+        "split": selected.split,
+    }
+
+
+def _clip_of(row: dict[str, Any]) -> Clip:
+    info = VideoInfo(**{name: row.pop(name) for name in VideoInfo.model_fields})
+    scores = ClipScores(**{name: row.pop(name) for name in ClipScores.model_fields})
+    return Clip(info=info, scores=scores, **row)
+
+
+def _read_table(uri: str, schema: pa.Schema, num_rows: int) -> list[dict[str, Any]]:
+    """Read a table written by `put_table`; whatever is wrong with it is one error."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise ShardFormatError(f"{uri} is missing; delete its manifest and run again") from error
+    if not uri.endswith(f"-{hashlib.sha256(data).hexdigest()[:16]}.parquet"):
+        raise ShardFormatError(f"{uri} is damaged: its bytes do not have the hash in its name")
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except pa.ArrowException as error:
+        raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
+    if not table.schema.equals(schema, check_metadata=True) or table.num_rows != num_rows:
+        raise ShardFormatError(
+            f"{uri}: {table.num_rows} rows of schema {table.schema.metadata}, expected {num_rows} "
+            f"of {schema.metadata}"
+        )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows

@@ -1,0 +1,102 @@
+"""Batches of tokens in an order that is a pure function of (seed, stage, data, step).
+
+There is no state to save: the batch of a step is computed from its number, and a rank takes its
+slice of it. So a resumed run, or one on another number of workers, sees the same samples.
+
+Dimensions: B = batch, T, H, W = latent frames, rows and columns.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ursa.artifacts import TokenDataset
+from ursa.data.shards import read_shards
+from ursa.errors import DataExhaustedError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Samples of one latent shape.
+
+    Attributes:
+        visual_ids: Clean codes, shape (B, T, H, W), int64.
+        captions: B captions.
+        motion_px_per_s: B motion scores, None where not measured.
+        sample_ids: B names.
+    """
+
+    visual_ids: Tensor
+    captions: tuple[str, ...]
+    motion_px_per_s: tuple[float | None, ...]
+    sample_ids: tuple[str, ...]
+
+
+class TokenSamples:
+    """All samples of a token data set, held in memory at 16 or 32 bits an id."""
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        """Read and verify the shards.
+
+        Raises:
+            ShardFormatError: If a shard is damaged.
+            DataExhaustedError: If there is no sample.
+        """
+        table = read_shards(dataset.shards, codebook_size=dataset.codebook_size)
+        if not table.num_rows:
+            raise DataExhaustedError(
+                f"{dataset.manifest_uri}: no {dataset.split} {dataset.modality} samples; loosen "
+                "the selection, shorten tokenization.num_frames or add videos"
+            )
+        flat = table["visual_ids"].combine_chunks().flatten().to_numpy()
+        self._ids = flat.reshape(table.num_rows, *dataset.latent_shape)
+        self.captions: list[str] = table["caption"].to_pylist()
+        self.motion: list[float | None] = table["motion_px_per_s"].to_pylist()
+        self.sample_ids: list[str] = table["sample_id"].to_pylist()
+        self.clip_ids: list[str] = table["clip_id"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def batch(self, indices: Sequence[int]) -> TokenBatch:
+        """Return the samples at the given positions as one batch."""
+        return TokenBatch(
+            visual_ids=torch.from_numpy(self._ids[list(indices)].astype(np.int64)),
+            captions=tuple(self.captions[index] for index in indices),
+            motion_px_per_s=tuple(self.motion[index] for index in indices),
+            sample_ids=tuple(self.sample_ids[index] for index in indices),
+        )
+
+
+def step_indices(num_samples: int, *, step: int, batch_size: int, seed: int) -> list[int]:
+    """Return the sample positions of a step: every sample once an epoch, epochs joined end to end.
+
+    Args:
+        num_samples: Size of the data set.
+        step: Step number from 0.
+        batch_size: Global batch size.
+        seed: Decides the order, together with the epoch.
+    """
+    first = step * batch_size
+    return [
+        epoch_order(num_samples, position // num_samples, seed)[position % num_samples]
+        for position in range(first, first + batch_size)
+    ]
+
+
+@lru_cache(maxsize=4)
+def epoch_order(num_samples: int, epoch: int, seed: int) -> tuple[int, ...]:
+    """Return the permutation of an epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_samples)
+    return tuple(int(index) for index in order)
+
+
+def address_seed(*address: int | str) -> int:
+    """Return a 63-bit seed for an address such as (seed, stage, step, sample): no state needed."""
+    text = "/".join(str(part) for part in address)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

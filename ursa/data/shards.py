@@ -1,0 +1,72 @@
+"""Write, read and verify token shards: Parquet files that are put whole and never change."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ursa import storage
+from ursa.artifacts import SCHEMA_VERSION, ShardInfo
+from ursa.data.schema import token_schema
+from ursa.errors import ShardFormatError
+
+
+def write_shard(
+    rows: Sequence[dict[str, Any]], uri_prefix: str, *, codebook_size: int
+) -> ShardInfo:
+    """Write rows as one shard whose name holds its content's hash.
+
+    Args:
+        rows: Values by the column names of `token_schema`.
+        uri_prefix: The shard becomes `<uri_prefix>-<sha256[:16]>.parquet`.
+        codebook_size: Number of codes of the visual tokenizer.
+
+    Returns:
+        Where the shard is, with its size and hash.
+    """
+    table = pa.Table.from_pylist(list(rows), schema=token_schema(codebook_size))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    data = buffer.getvalue()
+    digest = hashlib.sha256(data).hexdigest()
+    uri = f"{uri_prefix}-{digest[:16]}.parquet"
+    storage.put_if_absent(uri, data)
+    return ShardInfo(uri=uri, num_samples=len(rows), num_bytes=len(data), sha256=digest)
+
+
+def read_shard(shard: ShardInfo, *, codebook_size: int) -> pa.Table:
+    """Read a shard after checking its hash, schema and number of rows.
+
+    Raises:
+        ShardFormatError: If the shard is missing, damaged or of another schema.
+    """
+    try:
+        data = storage.read_bytes(shard.uri)
+    except FileNotFoundError as error:
+        raise ShardFormatError(f"{shard.uri}: the shard is missing; run tokenization again") from (
+            error
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != shard.sha256:
+        raise ShardFormatError(
+            f"{shard.uri}: sha256 is {digest[:16]}..., expected {shard.sha256[:16]}...; delete the "
+            "file and run tokenization again"
+        )
+    table = pq.read_table(io.BytesIO(data))
+    expected = token_schema(codebook_size)
+    if not table.schema.equals(expected, check_metadata=True):
+        raise ShardFormatError(
+            f"{shard.uri}: schema differs from version {SCHEMA_VERSION} with {codebook_size} codes"
+        )
+    if table.num_rows != shard.num_samples:
+        raise ShardFormatError(f"{shard.uri}: {table.num_rows} rows, expected {shard.num_samples}")
+    return table
+
+
+def read_shards(shards: Iterable[ShardInfo], *, codebook_size: int) -> pa.Table:
+    """Read shards into one table, in their order."""
+    tables = [read_shard(shard, codebook_size=codebook_size) for shard in shards]
+    return pa.concat_tables(tables) if tables else token_schema(codebook_size).empty_table()

@@ -1,0 +1,1 @@
+"""Mathematics on token ids and t; torch only."""

@@ -1,0 +1,347 @@
+"""The evaluation step: what a model does on clips it never saw, and samples to look at.
+
+Sound without any pretrained weights: cross-entropy and accuracy by t against the untrained network
+and the unigram distribution, reconstruction of the tokenizer, and the flicker of samples, which is
+only read beside their dynamic degree (a frozen video does not flicker).
+"""
+
+import io
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ursa import storage
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    ClipSelection,
+    EvalReport,
+    ExportedModel,
+    SelectedClip,
+    TokenDatasets,
+)
+from ursa.config import RunConfig, fingerprint
+from ursa.data.clips import clip_windows, read_selection
+from ursa.data.dataset import TokenSamples, address_seed
+from ursa.generation import UrsaPipeline
+from ursa.model.transformer import build_transformer
+from ursa.tokenizers.visual import psnr_db
+from ursa.training.trainer import loss_by_time
+from ursa.video.decode import read_frames, write_gif, write_video
+
+logger = logging.getLogger(__name__)
+
+OnMetrics = Callable[[int, Mapping[str, float]], None]
+
+STRIP_FILE = "strip.png"
+_STRIP_COLUMNS = 3
+_STRIP_ZOOM = 2
+_PSNR_WINDOWS = 32
+
+
+class Sample(NamedTuple):
+    """A generated clip and the real one of the same caption."""
+
+    name: str
+    prompt: str
+    noise: np.ndarray
+    generated: np.ndarray
+    real: np.ndarray
+
+
+def evaluate(
+    model: ExportedModel,
+    datasets: TokenDatasets,
+    selection: ClipSelection,
+    config: RunConfig,
+    *,
+    output_uri: str,
+    champion_metrics: Mapping[str, float] | None,
+    on_metrics: OnMetrics | None = None,
+) -> EvalReport:
+    """Measure a model on held-out tokens, sample it and decide whether it passes the gate.
+
+    Args:
+        model: The exported model.
+        datasets: Token data sets; the validation ones are measured.
+        selection: Clips, for real frames beside the samples.
+        config: The run; `evaluation` and `release` matter.
+        output_uri: Root of all data of the run.
+        champion_metrics: Metrics of the present champion, None when there is none. They count only
+            if measured on the same held-out data (`eval/data` equal).
+        on_metrics: Called once with (steps trained, metrics).
+
+    Returns:
+        The committed report with its samples: mp4 and gif of every prompt, and `strip.png`.
+    """
+    champion = dict(champion_metrics or {})
+    print_ = fingerprint(
+        "evaluation",
+        SCHEMA_VERSION,
+        model.fingerprint,
+        datasets.fingerprint,
+        config.evaluation,
+        config.release,
+        champion,
+        config.seed,
+    )
+    folder_uri = storage.join(output_uri, "evaluations", print_[:32])
+    manifest_uri = storage.join(folder_uri, "manifest.json")
+    done = storage.load_record(manifest_uri, EvalReport)
+    if done is not None:
+        return done
+    with storage.local_directory(model.directory_uri) as directory:
+        pipeline = UrsaPipeline.from_pretrained(directory)
+    metrics = held_out_metrics(pipeline, datasets, config)
+    metrics["eval/data"] = float(int(datasets.video_validation.fingerprint[:12], 16))
+    selected = read_selection(selection)
+    metrics |= tokenizer_metrics(pipeline, selected, config)
+    samples = draw_samples(pipeline, selected, config)
+    metrics |= sample_metrics(samples)
+    files = _write_samples(samples, folder_uri, fps=config.tokenization.fps)
+    failed = failed_gates(metrics, champion, config)
+    if on_metrics is not None:
+        on_metrics(model.checkpoint.step, metrics)
+    return storage.commit_record(
+        manifest_uri,
+        EvalReport(
+            manifest_uri=manifest_uri,
+            model=model,
+            metrics=metrics,
+            samples_uri=storage.join(folder_uri, "samples"),
+            samples=files,
+            gate_passed=not failed,
+            failed_gates=failed,
+            fingerprint=print_,
+        ),
+    )
+
+
+def held_out_metrics(
+    pipeline: UrsaPipeline, datasets: TokenDatasets, config: RunConfig
+) -> dict[str, float]:
+    """Return losses and accuracies by t of the model, an untrained one and the unigram.
+
+    Names: `eval/loss_t*`, `eval/accuracy_t*`, `eval/untrained_loss_t*`,
+    `eval/untrained_accuracy_t*`, `eval/train_loss_t*`, `eval/unigram_loss`,
+    `eval/unigram_accuracy`, `eval/chance_accuracy`; losses in nats.
+    """
+    train = TokenSamples(datasets.video_train)
+    if not datasets.video_validation.num_samples:
+        logger.warning("no held-out clips: the model is measured on training clips only")
+    held_out = (
+        TokenSamples(datasets.video_validation) if datasets.video_validation.num_samples else train
+    )
+    untrained = build_transformer(
+        pipeline.transformer.config, seed=address_seed(config.seed, "untrained")
+    )
+    metrics: dict[str, float] = {}
+    for prefix, network, samples in (
+        ("", pipeline.transformer, held_out),
+        ("untrained_", untrained, held_out),
+        ("train_", pipeline.transformer, train),
+    ):
+        measured = loss_by_time(
+            network,
+            pipeline.path,
+            pipeline.text_tokenizer,
+            samples,
+            timesteps=config.evaluation.timesteps,
+            batch_size=config.evaluation.batch_size,
+            max_samples=config.evaluation.max_samples,
+            max_prompt_length=config.text_tokenizer.max_prompt_length,
+            seed=address_seed(config.seed, "validation"),
+        )
+        for t, (loss, accuracy) in measured.items():
+            metrics[f"eval/{prefix}loss_t{t:g}"] = loss
+            metrics[f"eval/{prefix}accuracy_t{t:g}"] = accuracy
+        metrics[f"eval/{prefix}loss"] = sum(loss for loss, _ in measured.values()) / len(measured)
+    return metrics | unigram_metrics(train, held_out, len(pipeline.visual_tokenizer.codebook))
+
+
+def unigram_metrics(
+    train: TokenSamples, held_out: TokenSamples, codebook_size: int
+) -> dict[str, float]:
+    """Return loss and accuracy of always predicting the training tokens' distribution.
+
+    Codes never seen in training get the weight of one occurrence (Laplace), so the loss is finite.
+    """
+    counts = np.ones(codebook_size)
+    ids = train.batch(range(len(train))).visual_ids.flatten().numpy()
+    counts += np.bincount(ids, minlength=codebook_size)
+    target = held_out.batch(range(len(held_out))).visual_ids.flatten().numpy()
+    return {
+        "eval/unigram_loss": float(-np.log(counts[target] / counts.sum()).mean()),
+        "eval/unigram_accuracy": float((target == counts.argmax()).mean()),
+        "eval/chance_accuracy": 1.0 / codebook_size,
+    }
+
+
+def tokenizer_metrics(
+    pipeline: UrsaPipeline, selected: Sequence[SelectedClip], config: RunConfig
+) -> dict[str, float]:
+    """Return the reconstruction quality of the visual tokenizer, dB, by split."""
+    metrics = {}
+    for split in ("train", "validation"):
+        windows = [
+            (item, indices)
+            for item in selected
+            if item.split == split
+            for _, indices in clip_windows(item.clip, config.tokenization)
+        ]
+        chosen = windows[:: max(1, len(windows) // _PSNR_WINDOWS)]
+        if chosen:
+            real = np.stack([_read(item, indices, config) for item, indices in chosen])
+            decoded = pipeline.visual_tokenizer.decode(pipeline.visual_tokenizer.encode(real))
+            metrics[f"eval/tokenizer_psnr_{split}"] = psnr_db(real, decoded)
+    return metrics
+
+
+def draw_samples(
+    pipeline: UrsaPipeline, selected: Sequence[SelectedClip], config: RunConfig
+) -> list[Sample]:
+    """Sample training captions from noise, and again from a given first frame.
+
+    Every sample has its own generator, seeded by its name: the same prompts and seeds for every
+    model of the same data.
+    """
+    prompts = _frequent_captions(selected, config)
+    noise_shape = (
+        1 + (config.tokenization.num_frames - 1) // pipeline.visual_tokenizer.temporal_stride,
+        config.tokenization.height_px // pipeline.visual_tokenizer.spatial_stride,
+        config.tokenization.width_px // pipeline.visual_tokenizer.spatial_stride,
+    )
+    samples = []
+    for index, (prompt, real) in enumerate(prompts):
+        for mode in ("t2v", "i2v"):
+            seed = address_seed(config.seed, "sample", mode, prompt)
+            generator = torch.Generator().manual_seed(seed)
+            frames = pipeline(
+                prompt,
+                image=real[0] if mode == "i2v" else None,
+                generator=generator,
+                output_type="np",
+            ).frames[0]
+            codes = torch.randint(
+                len(pipeline.visual_tokenizer.codebook),
+                (1, *noise_shape),
+                generator=torch.Generator().manual_seed(seed),
+            )
+            noise = pipeline.visual_tokenizer.decode(codes)[0]
+            samples.append(Sample(f"{mode}-{index}", prompt, noise, frames, real))
+    return samples
+
+
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return temporal flicker and dynamic degree of generated and of the real clips.
+
+    Flicker is VBench's: 1 - mean absolute difference of neighbouring frames / 255; dynamic degree
+    is here the share of pixels that change by more than 8 levels over the whole clip.
+    """
+    metrics = {}
+    for kind in ("generated", "real"):
+        videos = [getattr(sample, kind).astype(np.float32) for sample in samples]
+        if videos:
+            metrics[f"eval/{kind}_temporal_flicker"] = float(
+                np.mean([1 - np.abs(np.diff(video, axis=0)).mean() / 255 for video in videos])
+            )
+            metrics[f"eval/{kind}_dynamic_degree"] = float(
+                np.mean([(np.abs(video[-1] - video[0]).mean(-1) > 8).mean() for video in videos])
+            )
+    return metrics
+
+
+def failed_gates(
+    metrics: Mapping[str, float], champion: Mapping[str, float], config: RunConfig
+) -> tuple[str, ...]:
+    """Return the reasons why a model must not become champion; none means it may."""
+    failed = []
+    for t in config.evaluation.timesteps:
+        loss = metrics[f"eval/loss_t{t:g}"]
+        if not np.isfinite(loss) or loss >= metrics[f"eval/untrained_loss_t{t:g}"]:
+            failed.append(
+                f"loss at t={t:g} is {loss:.3f}, not below the untrained model's "
+                f"{metrics[f'eval/untrained_loss_t{t:g}']:.3f}"
+            )
+        elif t >= config.release.gate_min_timestep and loss >= metrics["eval/unigram_loss"]:
+            failed.append(
+                f"loss at t={t:g} is {loss:.3f}, not below the unigram's "
+                f"{metrics['eval/unigram_loss']:.3f}"
+            )
+    same_data = champion.get("eval/data") == metrics.get("eval/data")
+    limit = champion.get("eval/loss", np.inf) + config.release.max_regression
+    if same_data and metrics["eval/loss"] > limit:
+        failed.append(
+            f"mean loss {metrics['eval/loss']:.3f} misses the champion's "
+            f"{champion['eval/loss']:.3f} by more than {config.release.max_regression:g}"
+        )
+    return tuple(failed)
+
+
+def strip(samples: Sequence[Sample]) -> Image.Image:
+    """Draw one row a sample: noise, then frames of the sample, then of the real clip."""
+    rows = []
+    for sample in samples:
+        places = np.linspace(0, len(sample.real) - 1, _STRIP_COLUMNS).round().astype(int)
+        cells = [sample.noise[0], *sample.generated[places], *sample.real[places]]
+        gap = np.full((cells[0].shape[0], 4, 3), 255, np.uint8)
+        parts = [cells[0], gap, *cells[1 : 1 + _STRIP_COLUMNS], gap, *cells[1 + _STRIP_COLUMNS :]]
+        rows += [
+            np.concatenate(parts, axis=1),
+            np.full((4, sum(p.shape[1] for p in parts), 3), 255),
+        ]
+    picture = Image.fromarray(np.concatenate(rows).astype(np.uint8))
+    size = (picture.width * _STRIP_ZOOM, picture.height * _STRIP_ZOOM)
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _frequent_captions(
+    selected: Sequence[SelectedClip], config: RunConfig
+) -> list[tuple[str, np.ndarray]]:
+    """Return the captions with most training samples, each with the frames of its middle one."""
+    windows: dict[str, list[tuple[SelectedClip, list[int]]]] = {}
+    for item in selected:
+        if item.split == "train":
+            for _, indices in clip_windows(item.clip, config.tokenization):
+                windows.setdefault(item.clip.caption or "", []).append((item, indices))
+    frequency = Counter({caption: len(found) for caption, found in windows.items()})
+    chosen = [
+        caption for caption, _ in sorted(frequency.items(), key=lambda entry: (-entry[1], entry[0]))
+    ][: config.evaluation.sampling.num_prompts]
+    return [
+        (caption, _read(*windows[caption][len(windows[caption]) // 2], config))
+        for caption in chosen
+    ]
+
+
+def _read(item: SelectedClip, indices: Sequence[int], config: RunConfig) -> np.ndarray:
+    with storage.local_copy(item.clip.media_uri) as path:
+        return read_frames(
+            path,
+            indices,
+            height_px=config.tokenization.height_px,
+            width_px=config.tokenization.width_px,
+        )
+
+
+def _write_samples(samples: Sequence[Sample], folder_uri: str, *, fps: float) -> tuple[str, ...]:
+    """Write mp4 and gif of every sample, the prompts and the strip; return the file names."""
+    with tempfile.TemporaryDirectory(prefix="ursa-samples-") as scratch:
+        folder = Path(scratch)
+        for sample in samples:
+            write_video(folder / f"{sample.name}.mp4", sample.generated, fps)
+            write_gif(folder / f"{sample.name}.gif", sample.generated, fps)
+        prompts = "".join(f"{sample.name}\t{sample.prompt}\n" for sample in samples)
+        (folder / "prompts.tsv").write_text(prompts, "utf-8")
+        if samples:
+            buffer = io.BytesIO()
+            strip(samples).save(buffer, "PNG")
+            (folder / STRIP_FILE).write_bytes(buffer.getvalue())
+        hashes = storage.upload_directory(folder, storage.join(folder_uri, "samples"))
+    return tuple(hashes)

@@ -1,0 +1,96 @@
+"""The network: Qwen3 blocks with full attention, 3-D RoPE and a head over the visual codes.
+
+The network gets no time: it reads the noise level off the tokens. Pads are attended to.
+
+References:
+    URSA, arXiv 2510.24717, section 3.4; Qwen3: arXiv 2505.09388.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+
+from ursa.config import FrozenModel, ModelConfig
+from ursa.model.rope import rotary_embedding
+from ursa.model.sequence import TokenLayout, positions, posterior_slice
+
+INITIALIZER_RANGE = 0.02
+
+
+class TransformerConfig(FrozenModel):
+    """Everything needed to build the network: the backbone and the two vocabularies."""
+
+    backbone: ModelConfig
+    text_vocab_size: int
+    codebook_size: int
+    bov_id: int
+    max_prompt_length: int
+
+
+class UrsaTransformer(nn.Module):
+    """Posterior network p(x_1 | x_t, prompt) over the codes of every visual token."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Build the network with freshly drawn weights (torch's global generator)."""
+        super().__init__()
+        backbone = config.backbone
+        self.config = config
+        self.layout = TokenLayout(config.text_vocab_size, config.bov_id)
+        qwen = Qwen3Config(
+            vocab_size=config.text_vocab_size + config.codebook_size,
+            hidden_size=backbone.hidden_size,
+            intermediate_size=backbone.intermediate_size,
+            num_hidden_layers=backbone.num_layers,
+            num_attention_heads=backbone.num_attention_heads,
+            num_key_value_heads=backbone.num_key_value_heads,
+            head_dim=backbone.head_dim,
+            rms_norm_eps=backbone.rms_norm_eps,
+            attn_implementation="sdpa",
+        )
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(qwen.vocab_size, backbone.hidden_size),
+                "layers": nn.ModuleList(
+                    Qwen3DecoderLayer(qwen, index) for index in range(backbone.num_layers)
+                ),
+                "norm": Qwen3RMSNorm(backbone.hidden_size, eps=backbone.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(backbone.hidden_size, config.codebook_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INITIALIZER_RANGE)
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+
+    def forward(self, text_ids: Tensor, visual_ids: Tensor) -> Tensor:
+        """Return posterior logits of every visual token.
+
+        Args:
+            text_ids: Left-padded prompt ids, shape (B, L), int64.
+            visual_ids: Noisy codes x_t, shape (B, T, H, W), int64.
+
+        Returns:
+            Logits over the codes, shape (B, T*H*W, V).
+        """
+        text_length = text_ids.shape[1]
+        frames, rows, columns = visual_ids.shape[1:]
+        hidden = self.model["embed_tokens"](self.layout.input_ids(text_ids, visual_ids))
+        grid = positions(text_length, (frames, rows, columns)).to(hidden.device)
+        rotary = rotary_embedding(
+            grid, head_dim=self.config.backbone.head_dim, theta=self.config.backbone.rope_theta
+        )
+        rotary = (rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype))
+        for layer in self.model["layers"]:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        hidden = hidden[:, posterior_slice(text_length, frames * rows * columns)]
+        logits: Tensor = self.lm_head(self.model["norm"](hidden))
+        return logits
+
+
+def build_transformer(config: TransformerConfig, *, seed: int) -> UrsaTransformer:
+    """Build a network whose weights are a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UrsaTransformer(config)

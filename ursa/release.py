@@ -1,0 +1,72 @@
+"""The export step: a checkpoint and its tokenizers become one directory that anyone can load."""
+
+import tempfile
+from pathlib import Path
+
+from ursa import storage
+from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
+from ursa.config import fingerprint
+from ursa.data.dataset import TokenSamples
+from ursa.generation import SampleDefaults, SchedulerConfig, UrsaPipeline
+from ursa.tokenizers.text import load_text_tokenizer
+from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.training.stage import build_path, load_average
+
+
+def export_model(
+    request: StageRequest, checkpoint: CheckpointRef, *, output_uri: str
+) -> ExportedModel:
+    """Write the averaged weights, the path and both tokenizers as one model directory.
+
+    Args:
+        request: The stage that made the checkpoint.
+        checkpoint: A committed checkpoint.
+        output_uri: Root of all data of the run.
+
+    Returns:
+        The committed directory with the sha256 of every file.
+    """
+    sampling = request.config.evaluation.sampling
+    print_ = fingerprint("model", SCHEMA_VERSION, checkpoint.fingerprint, sampling)
+    folder_uri = storage.join(output_uri, "models", print_[:32])
+    manifest_uri = storage.join(folder_uri, "manifest.json")
+    done = storage.load_record(manifest_uri, ExportedModel)
+    if done is not None:
+        return done
+    samples = request.config.tokenization
+    path = build_path(request)
+    motion = [m for m in TokenSamples(request.datasets.video_train).motion if m is not None]
+    with (
+        storage.local_directory(request.visual_tokenizer.directory_uri) as visual,
+        storage.local_directory(request.text_tokenizer.directory_uri) as text,
+        tempfile.TemporaryDirectory(prefix="ursa-export-") as scratch,
+    ):
+        pipeline = UrsaPipeline(
+            transformer=load_average(checkpoint, request),
+            scheduler=SchedulerConfig(alpha=path.alpha, c=path.c, shift=sampling.timestep_shift),
+            visual_tokenizer=load_visual_tokenizer(visual),
+            text_tokenizer=load_text_tokenizer(text),
+            defaults=SampleDefaults(
+                height=samples.height_px,
+                width=samples.width_px,
+                num_frames=samples.num_frames,
+                fps=samples.fps,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                guidance_trunc=sampling.guidance_trunc,
+                flow_shift=sampling.timestep_shift,
+                motion_score=sorted(motion)[len(motion) // 2] if motion else None,
+            ),
+        )
+        pipeline.save_pretrained(Path(scratch))
+        hashes = storage.upload_directory(Path(scratch), storage.join(folder_uri, "model"))
+    return storage.commit_record(
+        manifest_uri,
+        ExportedModel(
+            manifest_uri=manifest_uri,
+            directory_uri=storage.join(folder_uri, "model"),
+            checkpoint=checkpoint,
+            sha256=hashes,
+            fingerprint=print_,
+        ),
+    )

@@ -1,0 +1,339 @@
+"""The tokenization step: selected clips to token shards, exactly once.
+
+A unit is a few clips; `ClipTokenizer` turns it into one image and one video shard and commits a
+unit record that names them. `commit_tokens` joins all units to four committed data sets (image and
+video, training and validation). A unit that was committed is never done again, whatever died.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ursa import storage
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    Clip,
+    ClipSelection,
+    Modality,
+    ShardInfo,
+    Split,
+    TokenDataset,
+    TokenDatasets,
+    TokenizerRef,
+)
+from ursa.config import FrozenModel, RunConfig, TokenizationConfig, fingerprint
+from ursa.data.clips import clip_frames, clip_windows, read_selection
+from ursa.data.shards import write_shard
+from ursa.errors import FailureBudgetExceeded, StorageError, UrsaError
+from ursa.tokenizers.visual import CosmosTokenizer, load_visual_tokenizer
+from ursa.video.decode import read_frames
+
+logger = logging.getLogger(__name__)
+
+_BATCH_WINDOWS = 8
+MODALITIES: tuple[Modality, ...] = ("image", "video")
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+class TokenizationUnit(FrozenModel):
+    """A few clips of one split that become one shard a modality."""
+
+    key: str
+    split: Split
+    clips: tuple[Clip, ...]
+    output_uri: str
+
+
+class FailedClip(FrozenModel):
+    """A clip that could not be tokenized, and why."""
+
+    clip_id: str
+    source_uri: str
+    detail: str
+
+
+class TokenizedUnit(FrozenModel):
+    """What became of a unit, committed."""
+
+    key: str
+    split: Split
+    image: ShardInfo | None
+    video: ShardInfo | None
+    num_too_short: int
+    failed: tuple[FailedClip, ...]
+
+
+class TokenizationPlan(NamedTuple):
+    """What is committed, what is done and what is left to do."""
+
+    committed: TokenDatasets | None
+    done: tuple[TokenizedUnit, ...]
+    todo: tuple[TokenizationUnit, ...]
+    fingerprint: str
+
+
+def plan_tokenization(
+    selection: ClipSelection,
+    visual_tokenizer: TokenizerRef,
+    config: RunConfig,
+    *,
+    output_uri: str,
+) -> TokenizationPlan:
+    """Divide the kept clips into units and find out which are done.
+
+    Args:
+        selection: The committed selection.
+        visual_tokenizer: The committed tokenizer.
+        config: The run; `tokenization` matters.
+        output_uri: Root of all data of the run.
+    """
+    settings = config.tokenization
+    print_ = fingerprint(
+        "tokens", SCHEMA_VERSION, selection.fingerprint, visual_tokenizer.fingerprint, settings
+    )
+    committed = storage.load_record(_root(output_uri, print_, "manifest.json"), TokenDatasets)
+    if committed is not None:
+        return TokenizationPlan(committed, (), (), print_)
+    kept = [item for item in read_selection(selection) if item.kept]
+    done, todo = [], []
+    for split in SPLITS:
+        clips = [item.clip for item in kept if item.split == split]
+        for start in range(0, len(clips), settings.clips_per_shard):
+            part = tuple(clips[start : start + settings.clips_per_shard])
+            # captions and motion go into the rows, so the whole clip record is the identity
+            key = fingerprint(
+                "token-unit", SCHEMA_VERSION, settings, visual_tokenizer.fingerprint, split, *part
+            )[:32]
+            unit = TokenizationUnit(key=key, split=split, clips=part, output_uri=output_uri)
+            result = storage.load_record(_unit_uri(unit), TokenizedUnit)
+            if result is None:
+                todo.append(unit)
+            else:
+                done.append(result)
+    return TokenizationPlan(None, tuple(done), tuple(todo), print_)
+
+
+class ClipTokenizer:
+    """The unit function, with the visual tokenizer loaded once a process."""
+
+    def __init__(self, visual_tokenizer: TokenizerRef, config: RunConfig) -> None:
+        """Load the tokenizer; runs in the process that uses it."""
+        with storage.local_directory(visual_tokenizer.directory_uri) as folder:
+            self._tokenizer = load_visual_tokenizer(folder)
+        self._settings = config.tokenization
+
+    def __call__(self, unit: TokenizationUnit) -> TokenizedUnit:
+        """Tokenize a unit and commit its record; a unit that is committed is returned as it is.
+
+        Raises:
+            StorageError: If the store does not answer; a clip that cannot be read is not an
+                exception but an entry of `failed`.
+        """
+        done = storage.load_record(_unit_uri(unit), TokenizedUnit)
+        if done is not None:
+            return done
+        rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
+        failed: list[FailedClip] = []
+        num_too_short = 0
+        for clip in unit.clips:
+            try:
+                found = tokenize_clip(clip, self._tokenizer, self._settings)
+            except StorageError:
+                raise
+            except (UrsaError, FileNotFoundError) as error:
+                logger.warning("clip %s of %s: %s", clip.clip_id, clip.source_uri, error)
+                failed.append(
+                    FailedClip(clip_id=clip.clip_id, source_uri=clip.source_uri, detail=str(error))
+                )
+                continue
+            num_too_short += not found["video"]
+            for modality in MODALITIES:
+                rows[modality] += found[modality]
+        shards = {
+            modality: write_shard(
+                rows[modality],
+                storage.join(unit.output_uri, "tokens", "shards", f"{modality}-{unit.key[:16]}"),
+                codebook_size=len(self._tokenizer.codebook),
+            )
+            if rows[modality]
+            else None
+            for modality in MODALITIES
+        }
+        return storage.commit_record(
+            _unit_uri(unit),
+            TokenizedUnit(
+                key=unit.key,
+                split=unit.split,
+                image=shards["image"],
+                video=shards["video"],
+                num_too_short=num_too_short,
+                failed=tuple(failed),
+            ),
+        )
+
+
+def tokenize_clip(
+    clip: Clip, tokenizer: CosmosTokenizer, settings: TokenizationConfig
+) -> dict[Modality, list[dict[str, Any]]]:
+    """Return the rows of all image and video samples of a clip.
+
+    Args:
+        clip: A normalised clip.
+        tokenizer: The visual tokenizer.
+        settings: Size, rate and distance of the samples.
+
+    Returns:
+        Rows of `token_schema` by modality; a clip shorter than a sample has no video rows.
+
+    Raises:
+        VideoDecodeError: If the clip cannot be read.
+    """
+    images = [(start, [index]) for start, index in clip_frames(clip, settings.image_stride_s)]
+    videos = list(clip_windows(clip, settings))
+    samples: dict[Modality, list[tuple[float, list[int]]]] = {"image": images, "video": videos}
+    rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
+    wanted = sorted({index for found in samples.values() for _, part in found for index in part})
+    with storage.local_copy(clip.media_uri) as path:
+        # one pass over the clip: samples overlap, and random access costs a seek a sample
+        frames = read_frames(path, wanted, height_px=settings.height_px, width_px=settings.width_px)
+    place = {index: position for position, index in enumerate(wanted)}
+    for modality in MODALITIES:
+        for part in _parts(samples[modality]):
+            windows = np.stack([frames[[place[i] for i in indices]] for _, indices in part])
+            ids = tokenizer.encode(windows).numpy()
+            rows[modality] += [
+                _row(clip, modality, start, settings.fps, grid)
+                for (start, _), grid in zip(part, ids, strict=True)
+            ]
+    return rows
+
+
+def commit_tokens(
+    plan: TokenizationPlan,
+    units: Sequence[TokenizedUnit],
+    visual_tokenizer: TokenizerRef,
+    config: RunConfig,
+    *,
+    output_uri: str,
+) -> TokenDatasets:
+    """Commit the four data sets of a run.
+
+    Args:
+        plan: The plan whose `todo` has been done.
+        units: Results of `plan.done` and `plan.todo` together.
+        visual_tokenizer: The tokenizer that was used.
+        config: The run.
+        output_uri: Root of all data of the run.
+
+    Raises:
+        FailureBudgetExceeded: If more clips failed than `tokenization.max_failed_fraction`.
+    """
+    if plan.committed is not None:
+        return plan.committed
+    ordered = sorted(units, key=lambda unit: unit.key)
+    failed = [clip for unit in ordered for clip in unit.failed]
+    num_clips = sum(len(unit.clips) for unit in plan.todo) + len(failed)
+    settings = config.tokenization
+    if failed and len(failed) > settings.max_failed_fraction * max(num_clips, len(failed)):
+        named = "; ".join(f"{clip.source_uri}: {clip.detail}" for clip in failed[:3])
+        raise FailureBudgetExceeded(
+            f"{len(failed)} clips could not be tokenized, more than tokenization."
+            f"max_failed_fraction {settings.max_failed_fraction:g} allows: {named}"
+        )
+    manifest_uri = _root(output_uri, plan.fingerprint, "manifest.json")
+    datasets = {
+        f"{modality}_{split}": _dataset(
+            modality,
+            split,
+            [unit for unit in ordered if unit.split == split],
+            visual_tokenizer,
+            config,
+            manifest_uri,
+            plan.fingerprint,
+        )
+        for modality in MODALITIES
+        for split in SPLITS
+    }
+    return storage.commit_record(
+        manifest_uri,
+        TokenDatasets(
+            manifest_uri=manifest_uri,
+            num_failed_clips=len(failed),
+            fingerprint=plan.fingerprint,
+            **datasets,
+        ),
+    )
+
+
+def latent_shape(config: RunConfig, modality: Modality) -> tuple[int, int, int]:
+    """Return (T, H, W) of a sample in latent units."""
+    samples, strides = config.tokenization, config.visual_tokenizer
+    frames = 1 if modality == "image" else 1 + (samples.num_frames - 1) // strides.temporal_stride
+    return (
+        frames,
+        samples.height_px // strides.spatial_stride,
+        samples.width_px // strides.spatial_stride,
+    )
+
+
+def _dataset(
+    modality: Modality,
+    split: Split,
+    units: Sequence[TokenizedUnit],
+    visual_tokenizer: TokenizerRef,
+    config: RunConfig,
+    manifest_uri: str,
+    print_: str,
+) -> TokenDataset:
+    shards = tuple(shard for unit in units if (shard := getattr(unit, modality)) is not None)
+    shape = latent_shape(config, modality)
+    num_samples = sum(shard.num_samples for shard in shards)
+    return TokenDataset(
+        manifest_uri=manifest_uri,
+        modality=modality,
+        split=split,
+        num_samples=num_samples,
+        num_tokens=num_samples * shape[0] * shape[1] * shape[2],
+        codebook_size=visual_tokenizer.vocab_size,
+        visual_tokenizer_fingerprint=visual_tokenizer.fingerprint,
+        latent_shape=shape,
+        shards=shards,
+        schema_version=SCHEMA_VERSION,
+        fingerprint=fingerprint(print_, modality, split),
+    )
+
+
+def _row(
+    clip: Clip, modality: Modality, start_s: float, fps: float, grid: np.ndarray
+) -> dict[str, Any]:
+    frames, rows, columns = grid.shape
+    return {
+        "sample_id": f"{clip.clip_id}-{modality}-{round(start_s * 1000):07d}",
+        "clip_id": clip.clip_id,
+        "source_uri": clip.source_uri,
+        "source_sha256": clip.source_sha256,
+        "media_sha256": clip.media_sha256,
+        "start_s": start_s,
+        "fps": fps,
+        "num_latent_frames": frames,
+        "num_rows": rows,
+        "num_columns": columns,
+        "visual_ids": grid.ravel().tolist(),
+        "caption": clip.caption or "",
+        "motion_px_per_s": clip.scores.motion_px_per_s if modality == "video" else None,
+    }
+
+
+def _parts(samples: list[tuple[float, list[int]]]) -> Iterator[list[tuple[float, list[int]]]]:
+    for start in range(0, len(samples), _BATCH_WINDOWS):
+        yield samples[start : start + _BATCH_WINDOWS]
+
+
+def _root(output_uri: str, print_: str, *parts: str) -> str:
+    return storage.join(output_uri, "tokens", print_[:32], *parts)
+
+
+def _unit_uri(unit: TokenizationUnit) -> str:
+    return storage.join(unit.output_uri, "tokens", "units", f"{unit.key}.json")

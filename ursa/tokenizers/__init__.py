@@ -1,0 +1,1 @@
+"""Pixels or text to ids and back."""

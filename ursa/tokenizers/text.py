@@ -1,0 +1,104 @@
+"""The text tokenizer: prompt to a fixed number of ids, left-padded.
+
+References:
+    Prompt conventions (left padding, motion prefix, empty prompt): URSA, arXiv 2510.24717,
+    section 4.2 and docs/math.md.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from ursa.errors import ConfigError
+
+TOKENIZER_FILE = "tokenizer.json"
+PAD_TOKEN = "<|endoftext|>"  # noqa: S105
+BOV_TOKEN = "<|vision_start|>"  # noqa: S105
+
+
+class TextTokenizer:
+    """Byte-level BPE with a pad token and the begin-of-video token of the Qwen vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer over.
+
+        Raises:
+            ConfigError: If it lacks the pad or the begin-of-video token.
+        """
+        self._tokenizer = tokenizer
+        ids = {token: tokenizer.token_to_id(token) for token in (PAD_TOKEN, BOV_TOKEN)}
+        missing = [token for token, index in ids.items() if index is None]
+        if missing:
+            raise ConfigError(f"the text tokenizer lacks the tokens {', '.join(missing)}")
+        self.pad_id: int = ids[PAD_TOKEN]
+        self.bov_id: int = ids[BOV_TOKEN]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids including special tokens."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, prompts: Sequence[str], *, max_length: int) -> Tensor:
+        """Encode prompts to ids, cut at the right and padded at the left.
+
+        Args:
+            prompts: Texts; "" gives pads alone.
+            max_length: Number of ids of every prompt.
+
+        Returns:
+            Ids, shape (B, max_length), int64.
+        """
+        rows = [
+            encoding.ids[:max_length]
+            for encoding in self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+        ]
+        return torch.tensor([[self.pad_id] * (max_length - len(row)) + row for row in rows])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json into a directory."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(directory / TOKENIZER_FILE))
+
+
+def motion_prompt(prompt: str, motion_px_per_s: float | None) -> str:
+    """Put the motion prefix before a prompt: `motion=9.0, a red ball`; None adds nothing."""
+    return prompt if motion_px_per_s is None else f"motion={motion_px_per_s:.1f}, {prompt}"
+
+
+def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE; any text can be encoded, the given ones shortest.
+
+    Args:
+        texts: Captions; order does not matter.
+        vocab_size: Upper limit of the vocabulary, at least 256 bytes + 2 special tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TOKEN, BOV_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    return TextTokenizer(tokenizer)
+
+
+def load_text_tokenizer(directory: Path) -> TextTokenizer:
+    """Read tokenizer.json from a directory.
+
+    Raises:
+        ConfigError: If it is missing.
+    """
+    path = directory / TOKENIZER_FILE
+    if not path.is_file():
+        raise ConfigError(f"no text tokenizer at {directory}: {TOKENIZER_FILE} is missing")
+    return TextTokenizer(Tokenizer.from_file(str(path)))

@@ -1,0 +1,1 @@
+"""Fitting the tokenizers and training the three stages."""

@@ -1,0 +1,166 @@
+"""Checkpoints that commit: a new folder each time, its marker last, never overwritten.
+
+`<stage_uri>/step-00000100.<nonce>/` holds `state.safetensors` and, last, `COMMITTED.json` with the
+sha256 of the state. What has no marker, or a state that does not match it, does not exist.
+Randomness is addressed by (seed, stage, step, sample), so there is no generator state to keep.
+"""
+
+import logging
+import re
+import secrets
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ursa import storage
+from ursa.config import FrozenModel
+from ursa.errors import CheckpointError, NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.safetensors"
+MARKER_FILE = "COMMITTED.json"
+_FOLDER = re.compile(r"/(step-(\d{8})\.[0-9a-f]+)/" + re.escape(MARKER_FILE) + "$")
+
+
+class CheckpointMarker(FrozenModel):
+    """What a committed checkpoint is."""
+
+    step: int
+    num_samples_seen: int
+    state_sha256: str
+    fingerprint: str
+
+
+def training_state(
+    model: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Flatten weights, average and optimizer moments into named tensors."""
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    state |= {f"ema.{name}": value for name, value in average.module.state_dict().items()}
+    state["ema_num_averaged"] = average.n_averaged
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            state[f"optimizer.{key}.{name}"] = value
+    return {name: value.detach().contiguous() for name, value in state.items()}
+
+
+def restore_state(
+    state: dict[str, Tensor],
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a flattened state back; the inverse of `training_state`."""
+    model.load_state_dict(_strip(state, "model."))
+    average.module.load_state_dict(_strip(state, "ema."))
+    average.n_averaged.copy_(state["ema_num_averaged"])
+    for name, parameter in model.named_parameters():
+        suffix = f".{name}"
+        optimizer.state[parameter] = {
+            key.removeprefix("optimizer.").removesuffix(suffix): value.clone()
+            for key, value in state.items()
+            if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+        }
+
+
+def save_checkpoint(
+    state: dict[str, Tensor],
+    stage_uri: str,
+    *,
+    step: int,
+    num_samples_seen: int,
+    fingerprint: str,
+    keep: int,
+) -> str:
+    """Write a checkpoint, commit it, then remove older ones beyond `keep`.
+
+    Returns:
+        URI of the new folder.
+
+    Raises:
+        NonFiniteLossError: If a tensor holds NaN or infinity; nothing is written.
+    """
+    bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise NonFiniteLossError(
+            f"step {step}: {len(bad)} tensors are not finite ({', '.join(bad[:3])}); the last "
+            "good checkpoint is kept; lower the learning rate"
+        )
+    folder_uri = storage.join(stage_uri, f"step-{step:08d}.{secrets.token_hex(4)}")
+    with tempfile.TemporaryDirectory(prefix="ursa-checkpoint-") as folder:
+        path = Path(folder) / STATE_FILE
+        save_file(state, path)
+        storage.upload_file(path, storage.join(folder_uri, STATE_FILE))
+        marker = CheckpointMarker(
+            step=step,
+            num_samples_seen=num_samples_seen,
+            state_sha256=storage.sha256_file(path),
+            fingerprint=fingerprint,
+        )
+    storage.commit_record(storage.join(folder_uri, MARKER_FILE), marker)
+    for old, _ in _committed(stage_uri)[keep:]:
+        storage.remove_directory(old)
+    return folder_uri
+
+
+def load_checkpoint(folder_uri: str) -> tuple[CheckpointMarker, dict[str, Tensor]]:
+    """Read a committed checkpoint after checking its hash.
+
+    Raises:
+        CheckpointError: If it is not committed or damaged.
+    """
+    marker = storage.load_record(storage.join(folder_uri, MARKER_FILE), CheckpointMarker)
+    if marker is None:
+        raise CheckpointError(f"{folder_uri}: not committed ({MARKER_FILE} is missing)")
+    try:
+        with storage.local_copy(storage.join(folder_uri, STATE_FILE)) as path:
+            digest = storage.sha256_file(path)
+            if digest != marker.state_sha256:
+                raise CheckpointError(
+                    f"{folder_uri}: sha256 of {STATE_FILE} is {digest[:16]}..., expected "
+                    f"{marker.state_sha256[:16]}..."
+                )
+            return marker, load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"{folder_uri}: {STATE_FILE} is missing or damaged") from error
+
+
+def latest_checkpoint(
+    stage_uri: str, *, fingerprint: str
+) -> tuple[str, CheckpointMarker, dict[str, Tensor]] | None:
+    """Return the newest checkpoint of a stage that is whole; damaged ones are passed over."""
+    for folder_uri, _ in _committed(stage_uri):
+        try:
+            marker, state = load_checkpoint(folder_uri)
+        except CheckpointError as error:
+            logger.warning("passing over a checkpoint: %s", error)
+            continue
+        if marker.fingerprint == fingerprint:
+            return folder_uri, marker, state
+    return None
+
+
+def _committed(stage_uri: str) -> list[tuple[str, int]]:
+    """List folders that have a marker, newest first."""
+    try:
+        files = storage.list_files(stage_uri, with_etag=False)
+    except FileNotFoundError:
+        return []
+    found = [
+        (item.uri.removesuffix(f"/{MARKER_FILE}"), int(match[2]))
+        for item in files
+        if (match := _FOLDER.search(item.uri))
+    ]
+    return sorted(found, key=lambda item: item[1], reverse=True)
+
+
+def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }

@@ -1,0 +1,72 @@
+"""The process group as the trainer sees it: rank, size, sums and equal gradients.
+
+The launcher (Ray Train or `stage.launch_local`) makes the group; without one a process is alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ursa.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """This process and how many there are."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes checkpoints and metrics."""
+        return self.rank == 0
+
+    def share(self, global_batch_size: int) -> slice:
+        """Return this rank's part of the global batch.
+
+        Raises:
+            ConfigError: If the batch cannot be divided evenly.
+        """
+        if global_batch_size % self.world_size:
+            raise ConfigError(
+                f"global_batch_size {global_batch_size} must be divisible by the "
+                f"{self.world_size} workers"
+            )
+        size = global_batch_size // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over all ranks of a tensor of equal shape everywhere."""
+        if self.world_size == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value / self.world_size
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace every gradient by its mean over the ranks, in one message."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, part in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def current_group() -> Group:
+    """Return the initialised process group, or a group of one."""
+    if dist.is_available() and dist.is_initialized():
+        return Group(dist.get_rank(), dist.get_world_size())
+    return Group(0, 1)

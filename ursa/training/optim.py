@@ -1,0 +1,48 @@
+"""Optimizer, learning-rate schedule and weight average."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ursa.config import StageConfig
+
+
+def build_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
+    """Return AdamW over all parameters, one group (the paper decays every weight)."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+    )
+
+
+def learning_rate(config: StageConfig, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine to `final_learning_rate`.
+
+    Args:
+        config: The stage.
+        step: Step number from 0.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    span = max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span)))
+    return config.final_learning_rate + cosine * (config.learning_rate - config.final_learning_rate)
+
+
+def build_average(model: nn.Module, config: StageConfig) -> AveragedModel:
+    """Return the exponential moving average of the weights.
+
+    The decay grows from 0 to `ema_decay` as (1 + n) / (10 + n), so that the random start is soon
+    forgotten in short stages.
+    """
+
+    def update(average: Tensor, value: Tensor, num_averaged: Tensor | int) -> Tensor:
+        count = float(num_averaged)
+        decay = min(config.ema_decay, (1 + count) / (10 + count))
+        return average.lerp(value, 1 - decay)
+
+    return AveragedModel(model, avg_fn=update)

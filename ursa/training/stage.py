@@ -1,0 +1,327 @@
+"""One training stage as a step: from token data sets and a parent to a committed checkpoint."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ursa import storage
+from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, TokenizerRef
+from ursa.config import FrozenModel, fingerprint
+from ursa.data.dataset import TokenSamples, address_seed
+from ursa.diffusion.linearization import fit_schedule
+from ursa.diffusion.path import MetricPath
+from ursa.errors import CheckpointError, TrainingError
+from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
+from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
+from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    restore_state,
+    save_checkpoint,
+    training_state,
+)
+from ursa.training.distributed import Group, current_group
+from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_SAMPLES = 32
+
+
+class FittedSchedule(FrozenModel):
+    """The path's schedule for a codebook, committed once and read by every later step."""
+
+    alpha: float
+    c: float
+    max_deviation: float
+
+
+def stage_fingerprint(request: StageRequest) -> str:
+    """Return what decides the stage: its settings, data, parent, tokenizers and the model."""
+    config = request.config
+    return fingerprint(
+        SCHEMA_VERSION,
+        request.stage,
+        config.seed,
+        getattr(config.stages, request.stage),
+        config.model,
+        config.path,
+        config.text_tokenizer,
+        request.datasets.fingerprint,
+        request.visual_tokenizer.fingerprint,
+        request.text_tokenizer.fingerprint,
+        request.init_from.fingerprint if request.init_from else None,
+    )
+
+
+def find_stage(request: StageRequest) -> CheckpointRef | None:
+    """Return the committed result of the stage, if it is there."""
+    return storage.load_record(_manifest_uri(request), CheckpointRef)
+
+
+def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -> CheckpointRef:
+    """Train one stage, or return its committed result.
+
+    Every rank of an initialised process group calls it with the same request. It goes on from the
+    newest whole checkpoint of the same stage and is then equal to an uninterrupted run to the bit.
+    SIGTERM saves a checkpoint and ends the process with status 143.
+
+    Args:
+        request: Everything that decides the stage.
+        on_metrics: Called on rank 0 with (step, metrics), steps counted from 1.
+
+    Returns:
+        The committed checkpoint; its metrics are those of the last step.
+
+    Raises:
+        TrainingError: If the loss is not finite, there is no data, or a checkpoint is damaged.
+    """
+    group = current_group()
+    done = find_stage(request)
+    if done is not None:
+        return done
+    config = getattr(request.config.stages, request.stage)
+    trainer = _build_trainer(request, group)
+    stage_uri = _stage_uri(request)
+    stage_print = stage_fingerprint(request)
+    first = 0
+    resumed = latest_checkpoint(stage_uri, fingerprint=stage_print)
+    if resumed is not None:
+        _, marker, state = resumed
+        restore_state(state, trainer.model, trainer.average, trainer.optimizer)
+        first = marker.step
+        logger.info("stage %s goes on from step %d", request.stage, first)
+
+    def save(step: int) -> str:
+        return save_checkpoint(
+            training_state(trainer.model, trainer.average, trainer.optimizer),
+            stage_uri,
+            step=step,
+            num_samples_seen=step * config.global_batch_size,
+            fingerprint=stage_print,
+            keep=config.keep_checkpoints,
+        )
+
+    validation = _Validation(request, trainer) if group.is_main else None
+    uri = resumed[0] if resumed is not None else ""
+    metrics: dict[str, float] = {}
+    with _Termination() as termination:
+        for step in range(first, config.max_steps):
+            metrics = trainer.step(step)
+            count = step + 1
+            last = count == config.max_steps
+            if group.is_main:
+                if validation is not None and (count % config.validate_every == 0 or last):
+                    metrics |= validation.measure()
+                if on_metrics is not None and (count % config.log_every == 0 or last or step == 0):
+                    on_metrics(count, metrics)
+                if count % config.checkpoint_every == 0 or last or termination.requested:
+                    uri = save(count)
+            if termination.requested:
+                logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
+                raise SystemExit(143)
+    result = CheckpointRef(
+        uri=uri,
+        stage=request.stage,
+        step=config.max_steps,
+        num_samples_seen=config.max_steps * config.global_batch_size,
+        metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
+        fingerprint=stage_print,
+        parent_uri=request.init_from.uri if request.init_from else None,
+    )
+    if group.is_main:
+        result = storage.commit_record(_manifest_uri(request), result)
+    group.barrier()
+    return result
+
+
+def launch_local(
+    request: StageRequest, *, num_workers: int = 1, on_metrics: OnMetrics | None = None
+) -> CheckpointRef:
+    """Run `train_stage` in gloo processes of this machine; one worker runs in this process.
+
+    Args:
+        request: Everything that decides the stage.
+        num_workers: Number of processes.
+        on_metrics: Called in rank 0's process; with several workers it must be picklable.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        TrainingError: If a worker failed.
+    """
+    if num_workers == 1:
+        return train_stage(request, on_metrics=on_metrics)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        mp.spawn(  # type: ignore[no-untyped-call]
+            _local_worker, (num_workers, port, request, on_metrics), nprocs=num_workers
+        )
+    except mp.ProcessRaisedException as error:
+        raise TrainingError(f"a training worker failed: {error}") from error
+    result = find_stage(request)
+    if result is None:
+        raise TrainingError(f"stage {request.stage} ended without a committed checkpoint")
+    return result
+
+
+def load_average(checkpoint: CheckpointRef, request: StageRequest) -> UrsaTransformer:
+    """Return the network with the averaged weights of a checkpoint, in evaluation mode."""
+    _, state = load_checkpoint(checkpoint.uri)
+    model = UrsaTransformer(transformer_config(request))
+    model.load_state_dict(
+        {key.removeprefix("ema."): value for key, value in state.items() if key[:4] == "ema."}
+    )
+    return model.eval()
+
+
+def transformer_config(request: StageRequest) -> TransformerConfig:
+    """Return the network's configuration for the tokenizers of a run."""
+    with storage.local_directory(request.text_tokenizer.directory_uri) as folder:
+        bov_id = load_text_tokenizer(folder).bov_id
+    return TransformerConfig(
+        backbone=request.config.model,
+        text_vocab_size=request.text_tokenizer.vocab_size,
+        codebook_size=request.visual_tokenizer.vocab_size,
+        bov_id=bov_id,
+        max_prompt_length=request.config.text_tokenizer.max_prompt_length,
+    )
+
+
+def build_path(request: StageRequest) -> MetricPath:
+    """Return the metric path of a run: its codebook with the fixed or the fitted schedule."""
+    codebook = load_codebook(request.visual_tokenizer)
+    config = request.config.path
+    if config.schedule == "fixed":
+        return MetricPath(codebook, alpha=config.alpha, c=config.c)
+    uri = storage.join(
+        request.output_uri, "schedules", f"{request.visual_tokenizer.fingerprint[:32]}.json"
+    )
+    fitted = storage.load_record(uri, FittedSchedule)
+    if fitted is None:
+        fit = fit_schedule(codebook)
+        fitted = storage.commit_record(uri, FittedSchedule(**fit._asdict()))
+    return MetricPath(codebook, alpha=fitted.alpha, c=fitted.c)
+
+
+def load_codebook(tokenizer: TokenizerRef) -> torch.Tensor:
+    """Return the codebook of a committed visual tokenizer, shape (V, D)."""
+    with storage.local_directory(tokenizer.directory_uri) as folder:
+        return load_visual_tokenizer(folder).codebook
+
+
+def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
+    """Return a committed text tokenizer."""
+    with storage.local_directory(tokenizer.directory_uri) as folder:
+        return load_text_tokenizer(folder)
+
+
+def _build_trainer(request: StageRequest, group: Group) -> Trainer:
+    stage = getattr(request.config.stages, request.stage)
+    model = build_transformer(transformer_config(request), seed=request.config.seed)
+    if request.init_from is not None:
+        _, state = load_checkpoint(request.init_from.uri)
+        # a stage starts from the average of the one before: less noise than the last weights
+        weights = {k.removeprefix("ema."): v for k, v in state.items() if k[:4] == "ema."}
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{request.init_from.uri} does not fit the model of this run: {error}"
+            ) from error
+    return Trainer(
+        stage=request.stage,
+        config=stage,
+        seed=request.config.seed,
+        model=model,
+        path=build_path(request),
+        text_tokenizer=load_text(request.text_tokenizer),
+        samples=TokenSamples(request.datasets.get(stage.modality, "train")),
+        group=group,
+    )
+
+
+class _Validation:
+    """Held-out loss by t of the averaged weights; absent where nothing was held out."""
+
+    def __init__(self, request: StageRequest, trainer: Trainer) -> None:
+        stage = trainer.config
+        dataset = request.datasets.get(stage.modality, "validation")
+        self.samples = TokenSamples(dataset) if dataset.num_samples else None
+        self.request = request
+        self.trainer = trainer
+
+    def measure(self) -> dict[str, float]:
+        if self.samples is None:
+            return {}
+        evaluation = self.request.config.evaluation
+        measured = loss_by_time(
+            self.trainer.average.module,
+            self.trainer.path,
+            self.trainer.text_tokenizer,
+            self.samples,
+            timesteps=evaluation.timesteps,
+            batch_size=evaluation.batch_size,
+            max_samples=min(_VALIDATION_SAMPLES, evaluation.max_samples),
+            max_prompt_length=self.request.config.text_tokenizer.max_prompt_length,
+            seed=address_seed(self.request.config.seed, "validation"),
+        )
+        losses = [loss for loss, _ in measured.values()]
+        named = {f"val/loss_t{t:g}": loss for t, (loss, _) in measured.items()}
+        return named | {"val/loss": sum(losses) / len(losses)}
+
+
+class _Termination:
+    """Notes a SIGTERM so that the loop can save first; the old handler is put back at the end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+        self._active = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "_Termination":
+        if self._active:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def _local_worker(
+    rank: int, world_size: int, port: int, request: StageRequest, on_metrics: OnMetrics | None
+) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    try:
+        train_stage(request, on_metrics=on_metrics)
+    finally:
+        dist.destroy_process_group()
+
+
+def _stage_uri(request: StageRequest) -> str:
+    return storage.join(
+        request.output_uri, "checkpoints", request.stage, stage_fingerprint(request)[:32]
+    )
+
+
+def _manifest_uri(request: StageRequest) -> str:
+    return storage.join(_stage_uri(request), "manifest.json")

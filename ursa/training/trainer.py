@@ -1,0 +1,220 @@
+"""The training loop: one for all stages, which differ in configuration alone.
+
+Dimensions: B = local batch, T, H, W = latent frames, rows, columns, N = T*H*W, V = codes.
+
+References:
+    URSA, arXiv 2510.24717, section 3.3 (asynchronous timesteps) and 4 (recipe).
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ursa.config import StageConfig
+from ursa.data.dataset import TokenBatch, TokenSamples, address_seed, step_indices
+from ursa.diffusion.loss import posterior_loss
+from ursa.diffusion.path import MetricPath
+from ursa.diffusion.timesteps import training_times
+from ursa.errors import NonFiniteLossError
+from ursa.model.transformer import UrsaTransformer
+from ursa.tokenizers.text import TextTokenizer, motion_prompt
+from ursa.training.distributed import Group
+from ursa.training.optim import build_average, build_optimizer, learning_rate
+
+logger = logging.getLogger(__name__)
+
+OnMetrics = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyBatch:
+    """What one step reads: everything random in it is addressed by (seed, stage, step, sample).
+
+    Attributes:
+        text_ids: Prompts, shape (B, L), int64.
+        x_1: Clean codes, shape (B, T, H, W), int64.
+        x_t: Noisy codes, shape (B, T, H, W), int64.
+    """
+
+    text_ids: Tensor
+    x_1: Tensor
+    x_t: Tensor
+
+
+class Trainer:
+    """Model, average, optimizer and data of one stage."""
+
+    def __init__(
+        self,
+        *,
+        stage: str,
+        config: StageConfig,
+        seed: int,
+        model: UrsaTransformer,
+        path: MetricPath,
+        text_tokenizer: TextTokenizer,
+        samples: TokenSamples,
+        group: Group,
+    ) -> None:
+        """Build optimizer and average around the model; nothing is read or written here."""
+        self.stage = stage
+        self.config = config
+        self.seed = seed
+        self.model = model
+        self.path = path
+        self.text_tokenizer = text_tokenizer
+        self.samples = samples
+        self.group = group
+        self.optimizer = build_optimizer(model, config)
+        self.average: AveragedModel = build_average(model, config)
+
+    def noisy_batch(self, step: int) -> NoisyBatch:
+        """Return this rank's part of the batch of a step, a pure function of the step."""
+        size = self.config.global_batch_size
+        order_seed = address_seed(self.seed, self.stage, "order")
+        indices = step_indices(len(self.samples), step=step, batch_size=size, seed=order_seed)
+        share = self.group.share(size)
+        batch = self.samples.batch(indices[share])
+        places = range(size)[share]
+        return make_noisy_batch(
+            batch,
+            self.path,
+            self.config,
+            self.text_tokenizer,
+            max_prompt_length=self.model.config.max_prompt_length,
+            seeds=[address_seed(self.seed, self.stage, step, place) for place in places],
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do one optimizer step and return its metrics (means over all ranks).
+
+        Raises:
+            NonFiniteLossError: On a NaN or infinite loss or gradient, before the update.
+        """
+        started = time.perf_counter()
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.noisy_batch(step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        result = posterior_loss(self.model(batch.text_ids, batch.x_t), batch.x_1.flatten(1))
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        self.group.average_gradients(self.model)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        loss, accuracy = self.group.mean(torch.stack([result.loss.detach(), result.accuracy]))
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"stage {self.stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}"
+                "; the weights were not updated; lower stages."
+                f"{self.stage}.learning_rate {self.config.learning_rate:g}"
+            )
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        seconds = time.perf_counter() - started
+        tokens = batch.x_1.numel() * self.group.world_size
+        return {
+            "train/loss": float(loss),
+            "train/accuracy": float(accuracy),
+            "train/grad_norm": float(norm),
+            "train/lr": rate,
+            "train/step_s": seconds,
+            "train/tokens_per_s": tokens / seconds,
+            "train/samples_seen": float((step + 1) * self.config.global_batch_size),
+        }
+
+
+def make_noisy_batch(
+    batch: TokenBatch,
+    path: MetricPath,
+    config: StageConfig,
+    text_tokenizer: TextTokenizer,
+    *,
+    max_prompt_length: int,
+    seeds: Sequence[int],
+) -> NoisyBatch:
+    """Draw prompts, times and noise, each sample from its own seed.
+
+    Args:
+        batch: Clean samples.
+        path: The probability path.
+        config: The stage: timesteps, shift, prompt dropout, motion prefix.
+        text_tokenizer: Turns the prompt into ids.
+        max_prompt_length: Ids a prompt.
+        seeds: One seed a sample.
+
+    Returns:
+        Prompt ids, clean and noisy codes.
+    """
+    num_frames, rows, columns = batch.visual_ids.shape[1:]
+    prompts, times, noises = [], [], []
+    for index, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        drop, prefix = torch.rand(2, generator=generator).tolist()
+        uniform = torch.rand(num_frames, generator=generator)
+        noises.append(torch.rand(num_frames, rows, columns, generator=generator))
+        if config.timesteps == "synchronous":
+            uniform = uniform[:1].expand(num_frames)
+        times.append(training_times(uniform, config.timestep_shift))
+        motion = batch.motion_px_per_s[index]
+        prompt = motion_prompt(
+            batch.captions[index], motion if prefix < config.motion_prefix_probability else None
+        )
+        prompts.append("" if drop < config.prompt_dropout else prompt)
+    t = torch.stack(times)[:, :, None, None]
+    x_t = path.sample(batch.visual_ids, t, uniform=torch.stack(noises))
+    text_ids = text_tokenizer.encode(prompts, max_length=max_prompt_length)
+    return NoisyBatch(text_ids=text_ids, x_1=batch.visual_ids, x_t=x_t)
+
+
+@torch.inference_mode()
+def loss_by_time(
+    model: nn.Module,
+    path: MetricPath,
+    text_tokenizer: TextTokenizer,
+    samples: TokenSamples,
+    *,
+    timesteps: Sequence[float],
+    batch_size: int,
+    max_samples: int,
+    max_prompt_length: int,
+    seed: int,
+) -> dict[float, tuple[float, float]]:
+    """Measure mean cross-entropy and accuracy at fixed times, the same noise for every model.
+
+    Returns:
+        (loss in nats, accuracy in [0, 1]) by t.
+    """
+    model.eval()
+    count = min(len(samples), max_samples)
+    # an even spread over the data set, so that a limit does not measure one clip alone
+    chosen = [index * len(samples) // count for index in range(count)]
+    result: dict[float, tuple[float, float]] = {}
+    for t in timesteps:
+        totals = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, count, batch_size):
+            places = chosen[start : start + batch_size]
+            batch = samples.batch(places)
+            uniform = torch.stack(
+                [
+                    torch.rand(
+                        batch.visual_ids.shape[1:],
+                        generator=torch.Generator().manual_seed(
+                            address_seed(seed, "validation", str(t), batch.sample_ids[index])
+                        ),
+                    )
+                    for index in range(len(places))
+                ]
+            )
+            x_t = path.sample(batch.visual_ids, torch.tensor(t), uniform=uniform)
+            text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
+            measured = posterior_loss(model(text, x_t), batch.visual_ids.flatten(1))
+            totals += torch.stack([measured.loss, measured.accuracy]).double() * len(places)
+        loss, accuracy = (totals / count).tolist()
+        result[t] = (loss, accuracy)
+    return result

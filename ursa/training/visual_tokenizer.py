@@ -1,0 +1,378 @@
+"""Fit the visual tokenizer to the selected clips: principal components first, then descent.
+
+The linear branch starts as the PCA of 4x8x8 blocks with one FSQ level range a component and a
+least-squares decoder, which is the floor that the fit is measured against. Then all weights descend
+on the squared error through straight-through rounding. A part of the samples is cropped, flipped
+and recoloured, so that the tokenizer serves clips it has not seen.
+
+Dimensions: B = batch, T = frames, H, W = rows and columns, C = code channels.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ursa import storage
+from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
+from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
+from ursa.data.clips import clip_windows, read_selection
+from ursa.data.dataset import address_seed
+from ursa.errors import DataExhaustedError, NonFiniteLossError
+from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.tokenizers.visual import (
+    CosmosTokenizer,
+    load_visual_tokenizer,
+    psnr_db,
+    save_visual_tokenizer,
+    to_pixels,
+)
+from ursa.training.checkpoint import (
+    latest_checkpoint,
+    restore_state,
+    save_checkpoint,
+    training_state,
+)
+from ursa.training.optim import build_average, build_optimizer, learning_rate
+from ursa.video.decode import read_frames
+
+logger = logging.getLogger(__name__)
+
+OnMetrics = Callable[[int, Mapping[str, float]], None]
+
+ZOOM = 2
+"""Fitting windows are read at twice the size, so that random crops have pixels to choose from."""
+_MEASURED_WINDOWS = 64
+_PCA_BLOCKS = 40_000
+_WARMUP_STEPS = 20
+_EMA_DECAY = 0.99
+_LOG_EVERY = 20
+
+
+def fit_visual_tokenizer(
+    selection: ClipSelection,
+    config: RunConfig,
+    *,
+    output_uri: str,
+    on_metrics: OnMetrics | None = None,
+) -> TokenizerRef:
+    """Fit a visual tokenizer, or commit the one that the configuration points to.
+
+    Args:
+        selection: Clips; those of the training split are fitted, the held-out ones measured.
+        config: The run; `visual_tokenizer` and the sample size of `tokenization` matter.
+        output_uri: Root of all data of the run.
+        on_metrics: Called with (step, metrics).
+
+    Returns:
+        The committed tokenizer with its PSNR in dB (`psnr_train`, `psnr_validation`), those of the
+        PCA start (`psnr_pca_train`, `psnr_pca_validation`) and its use of codes
+        (`codes_used`, `code_perplexity`).
+
+    Raises:
+        DataExhaustedError: If no training clip is long enough for one sample.
+        NonFiniteLossError: If the fit diverges.
+    """
+    settings = config.visual_tokenizer
+    source = settings.directory_uri
+    print_ = fingerprint(
+        SCHEMA_VERSION,
+        "visual",
+        settings,
+        config.tokenization if source is None else None,
+        selection.fingerprint if source is None else None,
+    )
+    folder_uri = storage.join(output_uri, "tokenizers", "visual", print_[:32])
+    manifest_uri = storage.join(folder_uri, "manifest.json")
+    done = storage.load_record(manifest_uri, TokenizerRef)
+    if done is not None:
+        return done
+    if source is not None:
+        with storage.local_directory(source) as folder:
+            network = load_visual_tokenizer(folder).network
+        metrics: dict[str, float] = {}
+    else:
+        network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
+    with tempfile.TemporaryDirectory(prefix="ursa-tokenizer-") as scratch:
+        save_visual_tokenizer(network, Path(scratch))
+        storage.upload_directory(Path(scratch), storage.join(folder_uri, "model"))
+    return storage.commit_record(
+        manifest_uri,
+        TokenizerRef(
+            manifest_uri=manifest_uri,
+            directory_uri=storage.join(folder_uri, "model"),
+            kind="visual",
+            vocab_size=network.quantizer.codebook_size,
+            metrics=metrics,
+            fingerprint=print_,
+        ),
+    )
+
+
+def _fit(
+    selection: ClipSelection,
+    config: RunConfig,
+    folder_uri: str,
+    print_: str,
+    on_metrics: OnMetrics | None,
+) -> tuple[CosmosAutoencoder, dict[str, float]]:
+    settings = config.visual_tokenizer
+    selected = read_selection(selection)
+    train = _read_windows([item.clip for item in selected if item.split == "train"], config)
+    held_out = _read_windows([item.clip for item in selected if item.split == "validation"], config)
+    if not len(train):
+        raise DataExhaustedError(
+            f"no training clip is long enough for one sample of "
+            f"{config.tokenization.num_frames} frames at {config.tokenization.fps:g} frames per "
+            "second; lower tokenization.num_frames or ingestion.min_clip_s, or add videos"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = CosmosAutoencoder(
+            CosmosConfig(
+                levels=settings.levels,
+                hidden_channels=settings.hidden_channels,
+                num_residual_blocks=settings.num_residual_blocks,
+            )
+        )
+    start_from_pca(network, to_pixels(_shrink(_spread(train, 2 * _MEASURED_WINDOWS))))
+    measured = {"train": _shrink(_spread(train, _MEASURED_WINDOWS))}
+    if len(held_out):
+        measured["validation"] = _shrink(_spread(held_out, _MEASURED_WINDOWS))
+    metrics = {f"psnr_pca_{split}": _psnr(network, windows) for split, windows in measured.items()}
+    logger.info("PCA start: %s", {key: round(value, 2) for key, value in metrics.items()})
+    network = _descend(network, train, settings, folder_uri, print_, on_metrics)
+    metrics |= {f"psnr_{split}": _psnr(network, windows) for split, windows in measured.items()}
+    metrics |= code_usage(CosmosTokenizer(network), measured["train"])
+    logger.info("fitted: %s", {key: round(value, 2) for key, value in metrics.items()})
+    if on_metrics is not None:
+        on_metrics(settings.max_steps, {f"tokenizer/{key}": v for key, v in metrics.items()})
+    return network, metrics
+
+
+def start_from_pca(network: CosmosAutoencoder, pixels: Tensor) -> None:
+    """Set the linear branch to the principal components of the blocks of some videos.
+
+    Each component is scaled so that its FSQ rounding loses least; the decoder is the least-squares
+    map from codes to blocks.
+
+    Args:
+        network: The autoencoder to start.
+        pixels: Videos in [-1, 1], shape (B, 3, 1 + 4k, H, W).
+    """
+    quantizer = network.quantizer
+    with torch.no_grad():
+        blocks = network.blocks(pixels).movedim(1, -1).flatten(0, -2)
+        blocks = blocks[:: max(1, len(blocks) // _PCA_BLOCKS)]
+        mean = blocks.mean(0)
+        _, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
+        num_codes = len(quantizer.levels)
+        components = vectors.flip(1)[:, :num_codes].T
+        scores = (blocks - mean) @ components.T
+        deviation = scores.std(0).clamp_min(1e-6)
+        scale = torch.ones(num_codes)
+        for channel in range(num_codes):
+            errors = []
+            for candidate in np.linspace(0.4, 2.5, 22):
+                trial = torch.zeros_like(scores)
+                trial[:, channel] = scores[:, channel] / deviation[channel] * float(candidate)
+                code = quantizer.quantize(trial)[:, channel : channel + 1]
+                target = scores[:, channel : channel + 1]
+                fitted = _affine_map(code, target)
+                errors.append((float((_apply(fitted, code) - target).square().mean()), candidate))
+            scale[channel] = float(min(errors)[1])
+        analysis = components * (scale / deviation).unsqueeze(-1)
+        offset = -(analysis @ mean)
+        solution = _affine_map(quantizer.quantize(blocks @ analysis.T + offset), blocks)
+    network.set_linear(analysis, offset, solution[:-1].T, solution[-1])
+
+
+def code_usage(tokenizer: CosmosTokenizer, windows: np.ndarray) -> dict[str, float]:
+    """Return how many codes some videos use, and the perplexity of that use."""
+    ids = torch.cat([tokenizer.encode(part).flatten() for part in _batches(windows)])
+    counts = torch.bincount(ids, minlength=len(tokenizer.codebook)).double()
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "codes_used": float(len(share)),
+        "code_perplexity": float(torch.exp(-(share * share.log()).sum())),
+    }
+
+
+def _descend(
+    network: CosmosAutoencoder,
+    windows: np.ndarray,
+    settings: VisualTokenizerConfig,
+    folder_uri: str,
+    print_: str,
+    on_metrics: OnMetrics | None,
+) -> CosmosAutoencoder:
+    """Minimise the squared error; return the network with its averaged weights."""
+    if not settings.max_steps:
+        return network
+    recipe = _recipe(settings)
+    optimizer = build_optimizer(network, recipe)
+    average = build_average(network, recipe)
+    checkpoints_uri = storage.join(folder_uri, "fit")
+    first = 0
+    resumed = latest_checkpoint(checkpoints_uri, fingerprint=print_)
+    if resumed is not None:
+        first = resumed[1].step
+        restore_state(resumed[2], network, average, optimizer)
+        logger.info("the visual tokenizer goes on from step %d", first)
+    for step in range(first, settings.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        batch = _fitting_batch(windows, settings, step)
+        loss = functional.mse_loss(network(batch), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"visual tokenizer, step {step}: loss {float(loss)}, gradient norm {float(norm)}; "
+                f"lower visual_tokenizer.learning_rate {settings.learning_rate:g}"
+            )
+        optimizer.step()
+        average.update_parameters(network)
+        count = step + 1
+        if on_metrics is not None and count % _LOG_EVERY == 0:
+            psnr = 10 * float(torch.log10(4 / loss.detach()))
+            on_metrics(count, {"tokenizer/loss": float(loss), "tokenizer/psnr": psnr})
+        if count % settings.checkpoint_every == 0 and count < settings.max_steps:
+            save_checkpoint(
+                training_state(network, average, optimizer),
+                checkpoints_uri,
+                step=count,
+                num_samples_seen=count * settings.batch_size,
+                fingerprint=print_,
+                keep=1,
+            )
+    storage.remove_directory(checkpoints_uri)
+    fitted = average.module
+    assert isinstance(fitted, CosmosAutoencoder)
+    return fitted.eval()
+
+
+def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
+    """Express the fit in the terms of a training stage, to share schedule and optimizer."""
+    return StageConfig(
+        modality="video",
+        timesteps="synchronous",
+        timestep_shift=1.0,
+        max_steps=settings.max_steps,
+        global_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        final_learning_rate=0.0,
+        warmup_steps=min(_WARMUP_STEPS, settings.max_steps),
+        adam_betas=(0.9, 0.95),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        ema_decay=_EMA_DECAY,
+        prompt_dropout=0.0,
+        motion_prefix_probability=0.0,
+        checkpoint_every=settings.checkpoint_every,
+        keep_checkpoints=1,
+        validate_every=settings.max_steps,
+        log_every=_LOG_EVERY,
+    )
+
+
+def _fitting_batch(windows: np.ndarray, settings: VisualTokenizerConfig, step: int) -> Tensor:
+    """Draw the samples of a step, some of them augmented; a pure function of the step."""
+    generator = torch.Generator().manual_seed(address_seed(settings.seed, "visual_tokenizer", step))
+    chosen = torch.randint(len(windows), (settings.batch_size,), generator=generator)
+    augmented = torch.rand(settings.batch_size, generator=generator)
+    videos = []
+    for index, draw in zip(chosen.tolist(), augmented.tolist(), strict=True):
+        pixels = to_pixels(windows[index : index + 1])[0]
+        if draw < settings.augmented_fraction:
+            videos.append(_augment(pixels, generator))
+        else:
+            videos.append(functional.avg_pool3d(pixels, (1, ZOOM, ZOOM)))
+    return torch.stack(videos)
+
+
+def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop at a random scale, flip in space and time, recolour: (3, T, zH, zW) to (3, T, H, W)."""
+    height, width = pixels.shape[2] // ZOOM, pixels.shape[3] // ZOOM
+    scale, top, left, flip_x, flip_t, flip_y, recolour, gain, lift = torch.rand(
+        9, generator=generator
+    ).tolist()
+    rows, columns = (int(size * (1 + scale * (ZOOM - 1))) for size in (height, width))
+    top = int(top * (ZOOM * height - rows + 1))
+    left = int(left * (ZOOM * width - columns + 1))
+    pixels = pixels[:, :, top : top + rows, left : left + columns]
+    pixels = functional.interpolate(
+        pixels.transpose(0, 1), size=(height, width), mode="bilinear", antialias=True
+    ).transpose(0, 1)
+    for probability, draw, axis in ((0.5, flip_x, 3), (0.5, flip_t, 1), (0.2, flip_y, 2)):
+        if draw < probability:
+            pixels = pixels.flip(axis)
+    if recolour < 0.5:
+        channels = torch.randperm(3, generator=generator)
+        tint = 0.3 * (torch.rand(3, 1, 1, 1, generator=generator) - 0.5)
+        pixels = (pixels[channels] + 1) * (0.5 + gain + tint) - 1 + 0.6 * (lift - 0.5)
+    return pixels.clamp(-1, 1)
+
+
+def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
+    """Read fitting windows at ZOOM times the sample size, evenly spread if there are many."""
+    samples = config.tokenization
+    spans = [(clip, indices) for clip in clips for _, indices in clip_windows(clip, samples)]
+    limit = config.visual_tokenizer.max_windows
+    spans = [spans[i * len(spans) // limit] for i in range(limit)] if len(spans) > limit else spans
+    shape = (samples.num_frames, ZOOM * samples.height_px, ZOOM * samples.width_px, 3)
+    windows = np.empty((len(spans), *shape), np.uint8)
+    filled = 0
+    for clip, group in groupby(spans, key=lambda span: span[0]):
+        parts = [indices for _, indices in group]
+        wanted = sorted({index for indices in parts for index in indices})
+        with storage.local_copy(clip.media_uri) as path:
+            frames = read_frames(path, wanted, height_px=shape[1], width_px=shape[2])
+        place = {index: position for position, index in enumerate(wanted)}
+        for indices in parts:
+            windows[filled] = frames[[place[index] for index in indices]]
+            filled += 1
+    return windows
+
+
+def _shrink(windows: np.ndarray) -> np.ndarray:
+    """Average ZOOM x ZOOM pixels: (B, T, zH, zW, 3) to uint8 (B, T, H, W, 3)."""
+    batch, frames, height, width, _ = windows.shape
+    shape = (batch, frames, height // ZOOM, ZOOM, width // ZOOM, ZOOM, 3)
+    return windows.reshape(shape).mean((3, 5)).round().astype(np.uint8)
+
+
+def _spread(windows: np.ndarray, limit: int) -> np.ndarray:
+    count = min(len(windows), limit)
+    return windows[[i * len(windows) // count for i in range(count)]]
+
+
+def _batches(windows: np.ndarray, size: int = 8) -> Iterator[np.ndarray]:
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+def _psnr(network: CosmosAutoencoder, windows: np.ndarray) -> float:
+    tokenizer = CosmosTokenizer(network)
+    decoded = np.concatenate(
+        [tokenizer.decode(tokenizer.encode(part)) for part in _batches(windows)]
+    )
+    network.train()
+    return psnr_db(windows, decoded)
+
+
+def _affine_map(source: Tensor, target: Tensor) -> Tensor:
+    ones = torch.ones(len(source), 1)
+    solution: Tensor = torch.linalg.lstsq(torch.cat([source, ones], 1), target).solution
+    return solution
+
+
+def _apply(solution: Tensor, source: Tensor) -> Tensor:
+    return source @ solution[:-1] + solution[-1]
