@@ -4,6 +4,7 @@ PYTHON ?= python3
 PRESET ?= tiny
 SOURCE ?= tests/data/videos
 PARAMS ?=
+export PRESET SOURCE PARAMS
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP) ## make the virtual environment (.venv) if it is not up to date
 
 run: setup ## from videos to a registered model: start the services, run the whole pipeline
-	@$(SERVICES) run --preset '$(PRESET)' --source '$(SOURCE)' --parameters="$(PARAMS)"
+	@$(SERVICES) run --preset "$$PRESET" --source "$$SOURCE" --parameters="$$PARAMS"
 
 up: setup ## start the services (Prefect, MLflow, worker) without running
 	@$(SERVICES) up

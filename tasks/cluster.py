@@ -116,7 +116,11 @@ def run_distributed(
     from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
 
     gpus = settings.gpus_per_train_worker
-    resources: dict[str, float] = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
+    # Ray gives a process as many threads as it has cores
+    cores = settings.cpus_per_train_worker or max(
+        1, (os.cpu_count() or 1) // settings.num_train_workers
+    )
+    resources: dict[str, float] = {"CPU": cores, **({"GPU": gpus} if gpus else {})}
     mailbox = _mailbox()
     with tempfile.TemporaryDirectory(prefix="ursa-train-") as scratch:
         trainer = TorchTrainer(
@@ -232,7 +236,7 @@ def _outcomes(
     context.print_on_execution_start = False
     size = min(settings.num_workers, len(rows))
     done = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(
-        _Unit,
+        _Unit,  # type: ignore[arg-type]
         fn_constructor_args=(make_unit, item_type),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=1,

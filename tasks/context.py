@@ -10,11 +10,9 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefect.logging import get_run_logger
-
 import ursa
 from tasks import cluster, reports, tracking
-from tasks.options import ConfigOverrides, show_library_logs, step
+from tasks.options import ConfigOverrides, announce, show_library_logs, step
 from tasks.settings import RuntimeSettings, absolute_uri
 from tasks.tracking import TrackedRun
 from ursa import ingestion, storage
@@ -130,7 +128,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
         },
     )
     tracking.log_config(run, config)
-    get_run_logger().info(
+    announce(
         "%d files at %s, preset %s, run %s: %s", len(sources), uri, preset, run.run_id, run.url
     )
     return RunContext(

@@ -1,10 +1,8 @@
 """Tasks: export the trained model and evaluate it on what it was never trained on."""
 
-from prefect.logging import get_run_logger
-
 from tasks import reports, tracking
 from tasks.context import RunContext, TrainedModel
-from tasks.options import step
+from tasks.options import announce, step
 from ursa.artifacts import EvalReport, ExportedModel
 
 SAMPLES = "samples"
@@ -59,5 +57,5 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
     strip = pictures[0].rpartition("/")[2] if pictures else ""
     reports.eval_report(report, run.url, tracking.artifact_url(run, f"{SAMPLES}/{strip}"))
     verdict = "holds" if report.gate_passed else f"fails ({', '.join(report.failed_gates)})"
-    get_run_logger().info("the gate %s", verdict)
+    announce("the gate %s", verdict)
     return report

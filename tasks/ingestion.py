@@ -1,17 +1,15 @@
 """Tasks of the data part: ingest, select, fit the tokenizers."""
 
 import functools
-from collections.abc import Sequence
 from typing import TypeVar
-
-from prefect.logging import get_run_logger
 
 from tasks import cluster, reports, tracking
 from tasks.context import RunContext, SourceListing
-from tasks.options import step
+from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from ursa import ingestion, storage
 from ursa.artifacts import ClipSelection, ClipSet, IngestedVideo, TokenizerRef
+from ursa.data.clips import read_failures, read_selection
 from ursa.errors import ManifestError
 
 Unit = TypeVar("Unit")
@@ -41,7 +39,7 @@ def ingest_videos(context: RunContext) -> ClipSet:
     clips = ingestion.commit_clips(
         context.source_uri, (*plan.done, *new), context.data_uri, plan.fingerprint, config
     )
-    get_run_logger().info(
+    announce(
         "%d clips from %d files, %d files quarantined",
         *(clips.num_clips, clips.num_videos, clips.num_failed),
     )
@@ -58,9 +56,9 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
     selection = ingestion.select_clips(
         clips, context.config.selection, seed=context.config.seed, output_uri=context.data_uri
     )
-    reports.data_funnel(clips, selection, _failures(clips))
-    reports.clip_examples(ingestion.read_selection(selection))
-    get_run_logger().info("kept %d of %d clips", selection.num_kept, clips.num_clips)
+    reports.data_funnel(clips, selection, read_failures(clips))
+    reports.clip_examples(read_selection(selection))
+    announce("kept %d of %d clips", selection.num_kept, clips.num_clips)
     with tracking.child_run(
         context.run, "data", {"ursa.fingerprint": selection.fingerprint, **reports.flow_run_tags()}
     ) as run:
@@ -78,10 +76,6 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
     return selection
 
 
-def _failures(clips: ClipSet) -> Sequence[IngestedVideo]:
-    return ()
-
-
 @step(run_name="fit visual tokenizer")
 def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
     """See `ursa.training.visual_tokenizer.fit_visual_tokenizer`."""
@@ -97,7 +91,7 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
         tracking.log_metrics(
             run, {f"visual_tokenizer/{_bare(k)}": v for k, v in fitted.metrics.items()}
         )
-    get_run_logger().info("visual tokenizer: %s", fitted.metrics)
+    announce("visual tokenizer: %s", fitted.metrics)
     return fitted
 
 

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import MissingContextError
 from prefect.tasks import exponential_backoff
 
 from ursa.errors import UrsaError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 else:
     from ursa.config import ConfigOverrides
 
-__all__ = ["ConfigOverrides", "retry_if_transient", "show_library_logs", "step"]
+__all__ = ["ConfigOverrides", "announce", "retry_if_transient", "show_library_logs", "step"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,21 +44,30 @@ def step(
     Manifests decide what is done already, so Prefect caches nothing. Results are small records in
     JSON. Only transient errors are repeated, with growing and jittered delays.
     """
+    return task(
+        task_run_name=run_name,
+        retries=retries,
+        retry_delay_seconds=exponential_backoff(2),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=retry_if_transient,
+        persist_result=True,
+        result_serializer="json",
+        cache_policy=NO_CACHE,
+    )
 
-    def wrap(function: Callable[P, R]) -> Task[P, R]:
-        return task(
-            function,
-            task_run_name=run_name,
-            retries=retries,
-            retry_delay_seconds=exponential_backoff(2),
-            retry_jitter_factor=0.5,
-            retry_condition_fn=retry_if_transient,
-            persist_result=True,
-            result_serializer="json",
-            cache_policy=NO_CACHE,
-        )
 
-    return wrap
+def announce(message: str, *arguments: object) -> None:
+    """Log a line for the task that runs, and for the whole run that it belongs to."""
+    try:
+        logger = get_run_logger()
+    except MissingContextError:  # called without an orchestrator
+        logging.getLogger(__name__).info(message, *arguments)
+        return
+    logger.info(message, *arguments)
+    root = runtime.flow_run.root_flow_run_id
+    if root is not None and str(root) != str(runtime.flow_run.id):
+        extra = {"flow_run_id": str(root), "flow_run_name": "run", "flow_name": "ursa"}
+        logging.getLogger("prefect.flow_runs").info(message, *arguments, extra=extra)
 
 
 class _OneLine(logging.Filter):

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlflow
 from mlflow.models import ModelSignature
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 INPUT_EXAMPLE = [{"prompt": "a rabbit in a meadow"}]
@@ -50,7 +50,7 @@ def pip_requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
-class UrsaModel(PythonModel):  # type: ignore[misc]
+class UrsaModel(PythonModel):
     """Generates one clip a prompt; clip number i uses seed + i."""
 
     def load_context(self, context: Any) -> None:
@@ -67,6 +67,7 @@ class UrsaModel(PythonModel):  # type: ignore[misc]
 
         given = {k: v for k, v in (params or {}).items() if v is not None and v != NOT_GIVEN}
         seed = int(given.pop("seed", 0))
+        given.setdefault("motion_score", self._pipeline.defaults.motion_score)
         prompts = [str(value) for value in model_input["prompt"]]
         clips = []
         with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +75,7 @@ class UrsaModel(PythonModel):  # type: ignore[misc]
                 generator = torch.Generator().manual_seed(seed + number)
                 output = self._pipeline(prompt, generator=generator, output_type="np", **given)
                 path = Path(folder) / f"{number}.mp4"
-                frames = (output.frames[0] * 255).round().astype("uint8")
-                write_video(path, frames, fps=self._pipeline.fps)
+                write_video(path, output.frames[0], self._pipeline.defaults.fps)
                 clips.append(base64.b64encode(path.read_bytes()).decode("ascii"))
         return clips
 

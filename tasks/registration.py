@@ -3,12 +3,11 @@
 import shlex
 
 from prefect.client.schemas.objects import State
-from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from tasks import reports, tracking
 from tasks.context import RunContext, TrainedModel
-from tasks.options import step
+from tasks.options import announce, step
 from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
 
@@ -55,7 +54,7 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
         },
     )
     tracking.tag_run(context.run, sample_tags(report))
-    get_run_logger().info("registered %s as %s", version.model_uri, version.alias)
+    announce("registered %s as %s", version.model_uri, version.alias)
     return version
 
 
@@ -73,7 +72,6 @@ def sample_tags(report: EvalReport) -> dict[str, str]:
     return tags
 
 
-@step(run_name="finish")
 def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:
     """Note the outcome in the tracking run, write the summary and name the final state."""
     url = f"{context.run.tracking_uri}/#/models/{version.name}/versions/{version.version}"
@@ -104,6 +102,6 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
             ("next", "`make run` again after adding videos, or with another PRESET"),
         ],
     )
-    return Completed(
-        message=title, name="Completed" if version.is_new else "NothingChanged", data=version
-    )
+    name = "Completed" if version.is_new else "NothingChanged"
+    state: State[ModelVersion] = Completed(message=title, name=name)
+    return state

@@ -48,15 +48,15 @@ def _courtesy() -> Iterator[None]:
 
 def in_flow_run() -> bool:
     """Whether there is a flow run to report to."""
-    return runtime.flow_run.get_id() is not None
+    return runtime.flow_run.id is not None
 
 
 def flow_run_tags() -> dict[str, str]:
     """Return what leads from the tracking server to the flow run."""
     if not in_flow_run():
         return {}
-    root = runtime.flow_run.get_root_flow_run_id() or runtime.flow_run.get_id()
-    base = (runtime.flow_run.get_ui_url() or "").rpartition("/")[0]
+    root = runtime.flow_run.root_flow_run_id or runtime.flow_run.id
+    base = str(runtime.flow_run.ui_url or "").rpartition("/")[0]
     return {"prefect.flow_run_id": str(root), "prefect.flow_run_url": f"{base}/{root}"}
 
 
@@ -64,9 +64,8 @@ def start_progress(key: str, description: str) -> UUID | None:
     """Create a progress artifact at 0 percent."""
     if not in_flow_run():
         return None
-    with _courtesy():
-        created = create_progress_artifact(progress=0.0, key=key, description=description)
-        return UUID(str(created))
+    with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError, OSError):
+        return UUID(str(create_progress_artifact(progress=0.0, key=key, description=description)))
     return None
 
 

@@ -43,6 +43,9 @@ class RuntimeSettings(BaseSettings):
         default=max(1, os.cpu_count() or 1), ge=1, description="actors that ingest or tokenize"
     )
     num_train_workers: int = Field(default=1, ge=1, description="training processes")
+    cpus_per_train_worker: int = Field(
+        default=0, ge=0, description="cores of a training process; 0 shares out this machine's"
+    )
     gpus_per_train_worker: int = Field(default=0, ge=0, description="GPUs of a training process")
 
     @field_validator("data_uri")

@@ -1,6 +1,7 @@
 """What every process of a distributed training stage runs; knows neither Prefect nor Ray."""
 
 import json
+import multiprocessing.util
 import os
 import time
 import urllib.request
@@ -44,6 +45,31 @@ class StageProgress:
             method="PATCH",
         )
         urllib.request.urlopen(call, timeout=5).close()  # noqa: S310
+
+
+class LocalSink:
+    """Sends metrics from whichever local process calls it first; survives pickling."""
+
+    def __init__(self, run: TrackedRun, progress: StageProgress) -> None:
+        self._run = run
+        self._progress = progress
+        self._sink: MetricSink | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_run": self._run, "_progress": self._progress, "_sink": None}
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step."""
+        if self._sink is None:
+            self._sink = MetricSink(self._run, on_step=self._progress).__enter__()
+            # child processes of multiprocessing run finalizers, not `atexit`
+            multiprocessing.util.Finalize(self, self._sink.__exit__, (None,) * 3, exitpriority=10)
+        self._sink(step, metrics)
+
+    def close(self) -> None:
+        """Send what is left, in the process that has called."""
+        if self._sink is not None:
+            self._sink.__exit__(None, None, None)
 
 
 def run_stage(arguments: dict[str, Any]) -> None:

@@ -2,11 +2,9 @@
 
 import functools
 
-from prefect.logging import get_run_logger
-
 from tasks import cluster, reports, tracking
 from tasks.context import RunContext
-from tasks.options import step
+from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
 
@@ -33,7 +31,7 @@ def tokenize_clips(
                 on_progress=advance,
             )
         datasets = tokenization.commit_tokens(
-            *(plan, (*plan.done, *new), selection, visual_tokenizer, config),
+            *(plan, (*plan.done, *new), visual_tokenizer, config),
             output_uri=context.data_uri,
         )
     reports.token_shards(datasets)
@@ -53,7 +51,7 @@ def tokenize_clips(
         tracking.log_metrics(
             run, {f"data/num_{part.modality}_{part.split}": part.num_samples for part in parts}
         )
-    get_run_logger().info(
+    announce(
         "%d image and %d video samples to train on",
         *(datasets.image_train.num_samples, datasets.video_train.num_samples),
     )

@@ -27,7 +27,6 @@ from ursa.config import FrozenModel, RunConfig, fingerprint
 from ursa.errors import RegistrationError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
-    import mlflow
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
@@ -88,6 +87,7 @@ def _service(tracking_uri: str) -> Iterator["MlflowClient"]:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import requests  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
     from mlflow.tracking import MlflowClient  # noqa: PLC0415
@@ -182,7 +182,7 @@ def log_inputs(run: TrackedRun, datasets: Sequence[DatasetInput]) -> None:
             run.run_id,
             [
                 Input(
-                    dataset=MetaDataset(
+                    dataset=MetaDataset(  # type: ignore[abstract]
                         resolve_dataset_source(item.uri), name=item.name, digest=item.digest[:36]
                     )._to_mlflow_entity(),
                     tags=[
@@ -358,7 +358,7 @@ def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVer
         found = _versions(client, name, tag, value)
         if not found or found[-1].tags.get("ursa.aliased") is None:
             return None
-        return _version_record(found[-1], is_new=False)
+        return _version_record(client.get_model_version(name, found[-1].version), is_new=False)
 
 
 def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
@@ -430,6 +430,9 @@ def register_version(
         is_new = "ursa.aliased" not in versions[-1].tags
         if is_new:
             _set_aliases(client, name, versions[-1].version, champion=report.gate_passed)
+        client.set_model_version_tag(
+            *(name, versions[-1].version, "ursa.run_fingerprint", tags["ursa.run_fingerprint"])
+        )
         return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
 
 
@@ -472,7 +475,7 @@ def _remove_leftovers(client: "MlflowClient", experiment_id: str, key: str) -> N
 
 def _log_model(
     run: TrackedRun, report: EvalReport, config: RunConfig, tags: Mapping[str, str]
-) -> "mlflow.models.model.ModelInfo":
+) -> Any:
     import mlflow  # noqa: PLC0415
 
     from tasks.pyfunc_model import INPUT_EXAMPLE, pip_requirements, signature  # noqa: PLC0415

@@ -2,12 +2,11 @@
 
 import functools
 
-from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
 from tasks import cluster, reports, stage_worker, tracking
 from tasks.context import PreparedData, RunContext
-from tasks.options import step
+from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from ursa.artifacts import CheckpointRef, StageRequest
 from ursa.config import StageName
@@ -49,7 +48,7 @@ def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
                 )
             ],
         )
-        get_run_logger().info("stage %s: %s", request.stage, run.url)
+        announce("stage %s: %s", request.stage, run.url)
         if checkpoint is None:
             checkpoint = _train(request, run, name)
     facts = {
@@ -82,9 +81,12 @@ def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> Checkp
     else:
         config = getattr(request.config.stages, request.stage)
         progress = stage_worker.StageProgress(progress_url, config.max_steps)
-        with tracking.MetricSink(run, on_step=progress) as sink:
+        sink = stage_worker.LocalSink(run, progress)
+        try:
             checkpoint = stage.launch_local(
                 request, num_workers=settings.num_train_workers, on_metrics=sink
             )
+        finally:
+            sink.close()
     reports.set_progress(artifact, 100.0, f"stage {request.stage}: {checkpoint.step} steps done")
     return checkpoint

@@ -56,6 +56,9 @@ QUIET = {
     "PREFECT_WORKER_QUERY_SECONDS": "1",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "ursa",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+    "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PYTHONUNBUFFERED": "1",
 }
 WORKER_VARIABLES = ("URSA_", "AWS_", "MLFLOW_", "RAY_", "FSSPEC_", "OMP_", "CUDA_")
@@ -313,8 +316,8 @@ def wait_healthy(service: Service) -> None:
         if read_pid_file(service) is None:
             service.pid_file.unlink(missing_ok=True)
             raise ServiceError(
-                f"{service.name} did not start: {last_line(service.log)}; see {service.log}, and if "
-                f"its data are damaged or of another version move {STATE / service.name} away"
+                f"{service.name} did not start: {last_line(service.log)}; see {service.log}, and "
+                f"if its data are damaged or of another version move {STATE / service.name} away"
             )
         if time.monotonic() > deadline:
             stop(service)
@@ -441,7 +444,26 @@ def settle_dead_runs(prefect: Service, *, min_age_s: float) -> list[dict[str, An
         request(
             f"{prefect.url}/api/flow_runs/{run['id']}/set_state", {"state": state, "force": True}
         )
+    settle_dead_children(prefect)
     return alive
+
+
+def settle_dead_children(prefect: Service) -> None:
+    """Mark sub-flow runs that were left under way by a run that has ended."""
+    ended = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    query = {
+        "flow_runs": {
+            "state": {"type": {"any_": ["RUNNING", "PENDING"]}},
+            "parent_task_run_id": {"is_null_": False},
+        }
+    }
+    state = {"type": "CRASHED", "name": "Crashed", "message": "The run around it has ended."}
+    for run in request(f"{prefect.url}/api/flow_runs/filter", query):
+        task = request(f"{prefect.url}/api/task_runs/{run['parent_task_run_id']}")
+        parent = request(f"{prefect.url}/api/flow_runs/{task['flow_run_id']}")
+        if parent["state"]["type"] in ended:
+            change = {"state": state, "force": True}
+            request(f"{prefect.url}/api/flow_runs/{run['id']}/set_state", change)
 
 
 def age_s(run: dict[str, Any]) -> float:
@@ -549,12 +571,21 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
     if flow_run["state"]["type"] != "COMPLETED":
         message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
         message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
-        say(
-            f"\nFAILED: {message}\nTry: look at {page}, then `make run` again (finished work is kept)"
-        )
+        say(f"\nFAILED: {message}")
+        say(f"Try: look at {page}, then `make run` again (finished work is kept)")
         return code or 1
     report(flow_run, page, mlflow)
     return 0
+
+
+def split_parameters(text: str) -> list[str]:
+    """Split `--param a=1 --param b={"c": 2}` at the flags only, so that JSON needs no quoting."""
+    parts = re.split(r"(?:^|\s)(?:--param|-p)[\s=]+", text)
+    if parts[0].strip():
+        raise ServiceError(f"PARAMS must begin with --param, got {text!r}")
+    values = [part.strip() for part in parts[1:]]
+    quoted = re.compile(r"""^(['"])(.*)\1$""", re.DOTALL)
+    return [word for value in values for word in ("--param", quoted.sub(r"\2", value))]
 
 
 def follow(command: list[str]) -> tuple[int, str | None]:
@@ -660,7 +691,8 @@ def main() -> int:
             case "guard":
                 return guard(arguments.rest[0], int(arguments.rest[1]))
             case _:
-                return run(arguments.preset, arguments.source, shlex.split(arguments.parameters))
+                parameters = split_parameters(arguments.parameters)
+                return run(arguments.preset, arguments.source, parameters)
     except ServiceError as problem:
         sys.stderr.write(f"ERROR: {problem}\n")
         return 1
