@@ -24,6 +24,7 @@ __all__ = ["read_frames", "verify_clip", "video_info", "write_gif", "write_video
 
 logger = logging.getLogger(__name__)
 
+_NUM_CHANNELS = 3
 _HAS_DECORD = importlib.util.find_spec("decord") is not None
 
 
@@ -143,13 +144,18 @@ def _open_with_decord(path: Path) -> Any:
 
 
 def _read_with_decord(path: Path, indices: list[int]) -> np.ndarray | None:
-    """Return whole frames, or None where decord is known to get the shape wrong."""
+    """Return whole frames, or None where decord gets the shape of narrow ones wrong."""
+    import decord  # noqa: PLC0415
+
     with _decord_errors(path):
         reader = _open_with_decord(path)
         _check_indices(path, indices, len(reader))
-        frames: np.ndarray = reader.get_batch(indices).asnumpy()
-    # some widths below 64 px come back with more than three channels
-    return frames if frames.shape[-1] == 3 else None
+        try:
+            frames: np.ndarray = reader.get_batch(indices).asnumpy()
+        except decord.DECORDError as error:
+            logger.debug("%s: read with PyAV, as decord says %s", path, error)
+            return None
+    return frames if frames.shape[-1] == _NUM_CHANNELS else None
 
 
 def _read_with_pyav(path: Path, indices: list[int]) -> np.ndarray:

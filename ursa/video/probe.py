@@ -8,6 +8,7 @@ caller gets clips or a reason.
 """
 
 import hashlib
+import io
 import logging
 import os
 import signal
@@ -105,9 +106,39 @@ def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tupl
         sha256 of the content and the demuxer to use.
 
     Raises:
-        QuarantinedError: If it is no regular file, empty, too large, unreadable or no video container.
+        QuarantinedError: If it is no regular file, empty, too large, unreadable or no video.
         StorageConfigurationError: If there is no room for the copy.
     """
+    with _open_regular(path) as source:
+        num_bytes = os.fstat(source.fileno()).st_size
+        if num_bytes == 0:
+            raise QuarantinedError(FailureReason.EMPTY_FILE, "0 bytes")
+        if num_bytes > config.max_file_bytes:
+            raise QuarantinedError(
+                FailureReason.FILE_TOO_LARGE,
+                f"{num_bytes} bytes, expected at most {config.max_file_bytes}",
+            )
+        chunk = _read(source, HEAD_BYTES)
+        demuxer = detect_demuxer(chunk)
+        if demuxer is None:
+            raise QuarantinedError(FailureReason.NOT_A_VIDEO, describe_content(chunk))
+        digest = hashlib.sha256()
+        try:
+            with (folder / INPUT_NAME).open("xb") as target:
+                while chunk:
+                    digest.update(chunk)
+                    target.write(chunk)
+                    chunk = _read(source, _CHUNK_BYTES)
+        except OSError as error:
+            raise StorageConfigurationError(
+                f"cannot copy {path} to {folder} ({error.strerror}); free some space there or set "
+                "TMPDIR to another directory"
+            ) from error
+    return digest.hexdigest(), demuxer
+
+
+def _open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file; anything else is refused without waiting for it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -115,34 +146,19 @@ def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tupl
         if not stat.S_ISREG(_mode(path)):
             reason = FailureReason.NOT_REGULAR_FILE
         raise QuarantinedError(reason, f"cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as source:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise QuarantinedError(FailureReason.NOT_REGULAR_FILE, "a pipe, socket or device")
-        if status.st_size == 0:
-            raise QuarantinedError(FailureReason.EMPTY_FILE, "0 bytes")
-        if status.st_size > config.max_file_bytes:
-            raise QuarantinedError(
-                FailureReason.FILE_TOO_LARGE,
-                f"{status.st_size} bytes, expected at most {config.max_file_bytes}",
-            )
-        head = source.read(HEAD_BYTES)
-        demuxer = detect_demuxer(head)
-        if demuxer is None:
-            raise QuarantinedError(FailureReason.NOT_A_VIDEO, describe_content(head))
-        digest = hashlib.sha256(head)
-        try:
-            with (folder / INPUT_NAME).open("xb") as target:
-                target.write(head)
-                while chunk := source.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    target.write(chunk)
-        except OSError as error:
-            raise StorageConfigurationError(
-                f"cannot copy {path} to {folder} ({error.strerror}); free some space there or set "
-                "TMPDIR to another directory"
-            ) from error
-    return digest.hexdigest(), demuxer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise QuarantinedError(FailureReason.NOT_REGULAR_FILE, "a pipe, device or directory")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read(source: io.BufferedReader, num_bytes: int) -> bytes:
+    try:
+        return source.read(num_bytes)
+    except OSError as error:
+        raise QuarantinedError(
+            FailureReason.UNREADABLE, f"cannot be read: {error.strerror}"
+        ) from error
 
 
 def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> NormalisedVideo:

@@ -15,7 +15,11 @@ MOTION_WIDTH_PX = 256
 """Width of the pictures on which motion is measured, pixels."""
 BLACK_LUMA = 24
 """Luma up to which a pixel counts as black, 0..255 (coded black is not quite 0)."""
+FLAT_SLOPE = 0.25
+"""Mean slope of luma below which a spot counts as flat, 8-bit levels per pixel."""
 
+_FLAT_WINDOW_PX = (7, 7)
+_SOBEL_SUM = 8.0
 _HASH_SIDE = 8
 _HASH_INPUT_SIDE = 32
 _BORDER_QUANTILE = 0.98
@@ -35,7 +39,7 @@ class ClipMeter:
         self._hashed_frame = num_frames // 2
         self._num_frames = 0
         # its type stub wants a picture to write to, which may be left out
-        self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self._previous: np.ndarray | None = None
         self._brightest: np.ndarray | None = None
         self._motion_sum = 0.0
@@ -90,7 +94,12 @@ class ClipMeter:
         if np.array_equal(first, second):
             return 0.0
         flow = self._flow.calc(first, second, None)
-        return float(cv2.magnitude(flow[..., 0], flow[..., 1]).mean())
+        length = cv2.magnitude(flow[..., 0], flow[..., 1])
+        # the search spreads motion over flat ground, where none can be seen
+        gradient_x, gradient_y = cv2.spatialGradient(first)
+        slope = cv2.magnitude(gradient_x.astype(np.float32), gradient_y.astype(np.float32))
+        length[cv2.blur(slope / _SOBEL_SUM, _FLAT_WINDOW_PX) < FLAT_SLOPE] = 0.0
+        return float(length.mean())
 
 
 def black_border_fraction(brightest: np.ndarray) -> float:

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from ursa.video.captions import (
+    CaptionRow,
+    caption_of,
+    clean_caption,
+    parse_caption_rows,
+    template_caption,
+)
+
+
+def test_rows_are_read_and_bad_lines_are_numbered():
+    lines = [
+        json.dumps({"path": "a.mp4", "caption": " A  bee\nflies. ", "extra": 1}),
+        "",
+        json.dumps({"path": "a.mp4", "start_s": 1, "end_s": 2.5, "caption": "A bee."}),
+        "{broken",
+        json.dumps(["a.mp4", "x"]),
+        json.dumps({"path": "a.mp4", "caption": ""}),
+        json.dumps({"path": 3, "caption": "x"}),
+        json.dumps({"path": "a.mp4", "caption": "x", "start_s": 2, "end_s": 1}),
+        json.dumps({"path": "a.mp4"}),
+    ]
+    rows, bad_lines = parse_caption_rows("\n".join(lines).encode())
+    assert rows == [
+        CaptionRow("a.mp4", 0.0, float("inf"), "A bee flies."),
+        CaptionRow("a.mp4", 1.0, 2.5, "A bee."),
+    ]
+    assert bad_lines == [4, 5, 6, 7, 8, 9]
+
+
+def test_row_with_the_largest_overlap_wins_then_sidecar_then_name():
+    rows = [CaptionRow("a.mp4", 0, 2, "first"), CaptionRow("a.mp4", 2, 9, "second")]
+    assert caption_of("a.mp4", 1.5, 4, rows=rows, sidecar="beside") == ("second", "manifest")
+    assert caption_of("a.mp4", 20, 21, rows=rows, sidecar="beside") == ("beside", "sidecar")
+    assert caption_of("red_Bus-02.mp4", 0, 1, rows=[], sidecar=None) == (
+        "a video of red bus 02",
+        "template",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("видео_🎬.mp4", "a video of видео"),
+        ("🎬.mp4", "a video"),
+        ("-dash\nfirst.mp4", "a video of dash first"),
+        ("latin1_\ufffd.mp4", "a video of latin 1"),
+        ("no_extension", "a video of no extension"),
+    ],
+)
+def test_template_is_made_of_the_words_of_a_name(name, caption):
+    assert template_caption(name) == caption
+
+
+def test_captions_are_one_bounded_line():
+    assert clean_caption("a\x00b\u2028c\td") == "a b c d"
+    assert len(clean_caption("word " * 5000)) <= 2000

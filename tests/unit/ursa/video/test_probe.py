@@ -1,0 +1,154 @@
+import os
+import pickle
+import socket
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests import media
+from ursa.artifacts import FailureReason
+from ursa.video.probe import QuarantinedError, copy_foreign_file, normalise_video
+
+
+@pytest.fixture
+def work(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def copied(path, folder, **changes):
+    with pytest.raises(QuarantinedError) as caught:
+        copy_foreign_file(path, folder, media.ingestion_config(**changes))
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", FailureReason.EMPTY_FILE),
+        (b"#EXTM3U\n/etc/passwd\n", FailureReason.NOT_A_VIDEO),
+        (b"ffconcat version 1.0\nfile '/etc/passwd'\n", FailureReason.NOT_A_VIDEO),
+        (b"<html>404</html>", FailureReason.NOT_A_VIDEO),
+        (bytes(5000), FailureReason.NOT_A_VIDEO),
+    ],
+)
+def test_files_that_are_never_opened_by_a_decoder(tmp_path, work, content, reason):
+    path = tmp_path / "upload.mp4"
+    path.write_bytes(content)
+    assert copied(path, work) is reason
+    assert not list(work.iterdir())
+
+
+def test_too_large_file_is_not_copied(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.still(3))
+    assert copied(path, work, max_file_bytes=1000) is FailureReason.FILE_TOO_LARGE
+    assert not list(work.iterdir())
+
+
+def test_what_is_no_regular_file_does_not_block(tmp_path, work):
+    os.mkfifo(tmp_path / "fifo.mp4")
+    (tmp_path / "dir.mp4").mkdir()
+    (tmp_path / "link.mp4").symlink_to("/etc/passwd")
+    for name in ("fifo.mp4", "dir.mp4", "link.mp4"):
+        assert copied(tmp_path / name, work) is FailureReason.NOT_REGULAR_FILE
+    assert copied(tmp_path / "missing.mp4", work) is FailureReason.UNREADABLE
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind((tmp_path / "s.mp4").as_posix())
+        assert copied(tmp_path / "s.mp4", work) is FailureReason.NOT_REGULAR_FILE
+
+
+def test_clips_of_a_child_process(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=1), 24.0)
+    config = media.ingestion_config()
+    sha256, demuxer = copy_foreign_file(path, work, config)
+    video = normalise_video(work, demuxer, config)
+    assert len(sha256) == 64
+    assert demuxer == "mp4"
+    (clip,) = video.clips
+    assert (work / clip.file_name).is_file()
+    assert clip.info.num_frames == 24
+    assert clip.scores.motion_px_per_s == pytest.approx(24, rel=0.15)
+
+
+def run_child(path, work, **changes):
+    config = media.ingestion_config(**changes)
+    _, demuxer = copy_foreign_file(path, work, config)
+    with pytest.raises(QuarantinedError) as caught:
+        normalise_video(work, demuxer, config)
+    return caught.value.reason
+
+
+def test_reason_crosses_the_process_border(tmp_path, work):
+    path = media.save_sound(tmp_path / "a.mp4")
+    assert run_child(path, work) is FailureReason.NO_VIDEO_STREAM
+
+
+def test_child_that_takes_too_long_is_killed(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    start_s = time.monotonic()
+    assert run_child(path, work, child_timeout_s=0.1) is FailureReason.TIMEOUT
+    assert time.monotonic() - start_s < 5
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_killed_child_is_a_reason(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+
+    def kill():
+        parent = psutil.Process()
+        while True:
+            for child in parent.children():
+                if child.cmdline()[-1:] == ["ursa.video.normalise"]:
+                    child.kill()
+                    return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    reason = run_child(path, work)
+    killer.join()
+    assert reason is FailureReason.OUT_OF_MEMORY
+
+
+def test_child_that_cannot_start_is_a_reason(tmp_path, work, monkeypatch):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    (tmp_path / "av").mkdir()
+    (tmp_path / "av" / "__init__.py").write_text("raise SystemExit('broken installation')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert run_child(path, work) is FailureReason.CRASHED
+
+
+def test_child_sees_no_credentials(tmp_path, work, monkeypatch):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    seen = []
+
+    def watch():
+        parent = psutil.Process()
+        while not seen:
+            for child in parent.children():
+                try:
+                    if child.cmdline()[-1:] == ["ursa.video.normalise"]:
+                        seen.append(child.environ())
+                except psutil.Error:
+                    continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    config = media.ingestion_config()
+    _, demuxer = copy_foreign_file(path, work, config)
+    normalise_video(work, demuxer, config)
+    watcher.join()
+    assert "PYTHONPATH" in seen[0]
+    assert not [name for name in seen[0] if name.startswith(("AWS", "MLFLOW", "PREFECT"))]
+
+
+def test_reason_survives_pickling():
+    error = QuarantinedError(FailureReason.TIMEOUT, "not done after 20 s")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.reason, copy.detail) == (FailureReason.TIMEOUT, "not done after 20 s")
+    assert str(copy) == "timeout: not done after 20 s"

@@ -1,0 +1,79 @@
+import cv2
+import numpy as np
+import pytest
+
+from tests.media import flat, letterboxed, moving_square, panning, still, texture
+from ursa.video.scores import ClipMeter, perceptual_hash
+
+
+def measure(frames, fps=12.0):
+    meter = ClipMeter(fps=fps, num_frames=len(frames))
+    for frame in frames:
+        meter.add(frame)
+    return meter.scores()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_motion_of_a_pan_is_its_speed(step):
+    scores = measure(panning(12, step=step), fps=12.0)
+    assert scores.motion_px_per_s == pytest.approx(12 * step, rel=0.1)
+
+
+def test_motion_is_measured_at_a_fixed_width():
+    small = panning(8, step=2)
+    large = np.stack([cv2.resize(frame, (512, 288)) for frame in small])
+    assert measure(large).motion_px_per_s == pytest.approx(measure(small).motion_px_per_s, rel=0.1)
+
+
+def test_motion_of_a_square_is_weighted_by_its_area():
+    side, step, fps = 72, 2, 12.0
+    scores = measure(moving_square(12, step=step, side=side), fps=fps)
+    expected = step * fps * side * side / (144 * 256)
+    assert scores.motion_px_per_s == pytest.approx(expected, rel=0.35)
+
+
+def test_motion_does_not_depend_on_repeated_frames():
+    frames = panning(12, step=2)
+    slow = measure(frames, fps=12.0)
+    held = measure(np.repeat(frames, 2, axis=0), fps=24.0)
+    assert held.motion_px_per_s == pytest.approx(slow.motion_px_per_s, rel=0.1)
+
+
+def test_still_picture_does_not_move():
+    assert measure(still(6)).motion_px_per_s == 0.0
+
+
+def test_blur_lowers_sharpness():
+    sharp = still(3)
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), 4) for frame in sharp])
+    assert measure(soft).sharpness < 0.1 * measure(sharp).sharpness
+
+
+def test_luminance_of_grey():
+    assert measure(flat(3, (77, 77, 77))).luminance == pytest.approx(77, abs=0.5)
+
+
+def test_letterbox_bars_are_measured():
+    frames = letterboxed(panning(4, step=1, height=144), 36)
+    assert measure(frames).black_border_fraction == pytest.approx(72 / 216, abs=0.01)
+    assert measure(panning(4, step=1)).black_border_fraction == 0.0
+    assert measure(flat(4, (0, 0, 0))).black_border_fraction == 1.0
+
+
+def test_one_frame_has_no_motion_but_other_scores():
+    scores = measure(still(1))
+    assert scores.motion_px_per_s is None
+    assert scores.sharpness is not None
+    assert measure(still(1)[:0]).perceptual_hash is None
+
+
+def test_hash_survives_scaling_but_not_another_picture():
+    first = cv2.cvtColor(texture(144, 256, grain=12), cv2.COLOR_RGB2GRAY)
+    second = cv2.cvtColor(texture(144, 256, grain=12, seed=9), cv2.COLOR_RGB2GRAY)
+    smaller = cv2.resize(first, (128, 72), interpolation=cv2.INTER_AREA)
+
+    def distance(a, b):
+        return (int(perceptual_hash(a), 16) ^ int(perceptual_hash(b), 16)).bit_count()
+
+    assert distance(first, smaller) <= 4
+    assert distance(first, second) >= 16
