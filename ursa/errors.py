@@ -48,7 +48,7 @@ class ManifestError(DataError):
     """A manifest is missing, incomplete or of another schema version."""
 
 
-class FailureBudgetExceeded(DataError):
+class FailureBudgetExceeded(DataError):  # noqa: N818  (reads as a sentence)
     """More inputs failed than the configuration allows."""
 
 
@@ -59,7 +59,7 @@ class StorageError(UrsaError):
 
 
 class StorageConfigurationError(StorageError):
-    """The store answered, but will never accept the call: no such bucket, no permission, disk full."""
+    """The store will never accept the call: no such bucket, no permission, disk full."""
 
     transient: ClassVar[bool] = False
 

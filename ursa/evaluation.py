@@ -155,7 +155,6 @@ def held_out_metrics(
             timesteps=config.evaluation.timesteps,
             batch_size=config.evaluation.batch_size,
             max_samples=config.evaluation.max_samples,
-            max_prompt_length=config.text_tokenizer.max_prompt_length,
             seed=address_seed(config.seed, "validation"),
         )
         for t, (loss, accuracy) in measured.items():

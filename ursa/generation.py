@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,7 +109,7 @@ class UrsaPipeline:
                 (root / "transformer" / "config.json").read_bytes()
             )
         )
-        transformer.load_state_dict(load_file(root / "transformer" / "model.safetensors"))
+        _load_weights(transformer, root / "transformer" / "model.safetensors")
         return cls(
             transformer=transformer,
             scheduler=SchedulerConfig.model_validate_json(
@@ -144,7 +145,7 @@ class UrsaPipeline:
         self.text_tokenizer.save(root / "tokenizer")
 
     @torch.inference_mode()
-    def __call__(
+    def __call__(  # noqa: PLR0913  (mirrors the known call of diffusers)
         self,
         prompt: str | Sequence[str],
         negative_prompt: str = "",
@@ -235,8 +236,9 @@ class UrsaPipeline:
             logits: Tensor = self.transformer(text_ids, codes)
         else:
             both = self.transformer(torch.cat([text_ids, negative_ids]), torch.cat([codes, codes]))
-            logits = guide(*both.chunk(2), scale)
-        return logits.unflatten(1, codes.shape[1:])
+            conditional, unconditional = both.chunk(2)
+            logits = guide(conditional, unconditional, scale)
+        return logits.view(*codes.shape, -1)
 
     def _given_codes(
         self,
@@ -305,6 +307,13 @@ def _uniforms(
             f"generator must be one or one a prompt ({num_videos}), got {len(generators)}"
         )
     return lambda: torch.stack([torch.rand(*shape, generator=item) for item in generators])
+
+
+def _load_weights(transformer: UrsaTransformer, path: Path) -> None:
+    try:
+        transformer.load_state_dict(load_file(path))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{path} does not hold the weights of this model: {error}") from error
 
 
 def _rgb(image: Image.Image | np.ndarray | None) -> np.ndarray:

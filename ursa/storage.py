@@ -147,9 +147,7 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
         if root.is_file():
             paths = [root]
         elif root.is_dir():
-            paths = [
-                Path(folder) / name for folder, _, names in os.walk(root) for name in names
-            ]
+            paths = [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
         else:
             raise FileNotFoundError(errno.ENOENT, "no such file or directory", uri)
         return sorted(
@@ -395,7 +393,7 @@ def _filesystem() -> Any:
     )
 
 
-class _Transient(Exception):
+class _TransientError(Exception):
     """The call may succeed if repeated."""
 
 
@@ -423,27 +421,27 @@ def _s3_call(
         except (FileNotFoundError, FileExistsError):
             raise
         except FSTimeoutError as error:
-            raise _Transient(f"no answer within {deadline_s:g} s") from error
+            raise _TransientError(f"no answer within {deadline_s:g} s") from error
         except botocore.exceptions.NoCredentialsError as error:
             raise StorageConfigurationError(
                 f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from error
         except botocore.exceptions.EndpointConnectionError as error:
-            raise _Transient(f"{error}; check AWS_ENDPOINT_URL and the network") from error
+            raise _TransientError(f"{error}; check AWS_ENDPOINT_URL and the network") from error
         except PermissionError as error:
             raise StorageConfigurationError(
                 f"{uri}: access denied ({error}); check the S3 credentials and bucket policy"
             ) from error
         except (botocore.exceptions.BotoCoreError, OSError) as error:
-            raise _Transient(str(error) or type(error).__name__) from error
+            raise _TransientError(str(error) or type(error).__name__) from error
 
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_Transient),
+        retry=tenacity.retry_if_exception_type(_TransientError),
         stop=tenacity.stop_after_attempt(3),
         wait=tenacity.wait_exponential_jitter(initial=0.5, max=5),
         reraise=True,
     )
     try:
         return retrying(once)
-    except _Transient as error:
+    except _TransientError as error:
         raise StorageError(f"{uri}: the object store cannot be reached: {error}") from error

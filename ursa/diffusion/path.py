@@ -140,5 +140,6 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = weights.cumsum(-1)
     target = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return index.clamp_max(weights.shape[-1] - 1)
+    index: Tensor = torch.searchsorted(cumulative, target, right=True)
+    clamped: Tensor = index.squeeze(-1).clamp_max(weights.shape[-1] - 1)
+    return clamped

@@ -9,7 +9,11 @@ References:
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3RMSNorm,
+)
 
 from ursa.config import FrozenModel, ModelConfig
 from ursa.model.rope import rotary_embedding
@@ -26,6 +30,18 @@ class TransformerConfig(FrozenModel):
     codebook_size: int
     bov_id: int
     max_prompt_length: int
+
+
+class Backbone(nn.Module):
+    """Embedding, Qwen3 layers and the final norm, under the parameter names of Qwen3."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class UrsaTransformer(nn.Module):
@@ -46,22 +62,14 @@ class UrsaTransformer(nn.Module):
             num_key_value_heads=backbone.num_key_value_heads,
             head_dim=backbone.head_dim,
             rms_norm_eps=backbone.rms_norm_eps,
-            attn_implementation="sdpa",
         )
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(qwen.vocab_size, backbone.hidden_size),
-                "layers": nn.ModuleList(
-                    Qwen3DecoderLayer(qwen, index) for index in range(backbone.num_layers)
-                ),
-                "norm": Qwen3RMSNorm(backbone.hidden_size, eps=backbone.rms_norm_eps),
-            }
-        )
+        qwen._attn_implementation = "sdpa"
+        self.model = Backbone(qwen)
         self.lm_head = nn.Linear(backbone.hidden_size, config.codebook_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INITIALIZER_RANGE)
-            if hasattr(module, "is_causal"):
+            if isinstance(module, Qwen3Attention):
                 module.is_causal = False
 
     def forward(self, text_ids: Tensor, visual_ids: Tensor) -> Tensor:
@@ -76,16 +84,16 @@ class UrsaTransformer(nn.Module):
         """
         text_length = text_ids.shape[1]
         frames, rows, columns = visual_ids.shape[1:]
-        hidden = self.model["embed_tokens"](self.layout.input_ids(text_ids, visual_ids))
+        hidden = self.model.embed_tokens(self.layout.input_ids(text_ids, visual_ids))
         grid = positions(text_length, (frames, rows, columns)).to(hidden.device)
         rotary = rotary_embedding(
             grid, head_dim=self.config.backbone.head_dim, theta=self.config.backbone.rope_theta
         )
         rotary = (rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype))
-        for layer in self.model["layers"]:
+        for layer in self.model.layers:
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         hidden = hidden[:, posterior_slice(text_length, frames * rows * columns)]
-        logits: Tensor = self.lm_head(self.model["norm"](hidden))
+        logits: Tensor = self.lm_head(self.model.norm(hidden))
         return logits
 
 

@@ -1,0 +1,1 @@
+"""Presets: one complete YAML file each."""

@@ -17,7 +17,6 @@ References:
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ursa.config import FrozenModel
 from ursa.tokenizers.quantizers import FSQuantizer
@@ -93,15 +92,19 @@ class CausalConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.space = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
-        self.time = nn.Conv1d(out_channels, out_channels, 3)
+        self.time = nn.Conv2d(3 * out_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, T, H, W); the first frame is repeated into the past."""
-        batch, _, frames, rows, columns = x.shape
-        x = self.space(x.transpose(1, 2).flatten(0, 1))
-        x = x.unflatten(0, (batch, frames)).permute(0, 3, 4, 2, 1).flatten(0, 2)
-        x = self.time(functional.pad(x, (2, 0), mode="replicate"))
-        return x.unflatten(0, (batch, rows, columns)).permute(0, 3, 4, 1, 2)
+        batch, frames = x.shape[0], x.shape[2]
+        x = self.space(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames))
+        first = x[:, :1]
+        before = torch.cat([first, x[:, :-1]], dim=1)
+        long_before = torch.cat([first, before[:, :-1]], dim=1)
+        # a 3x1x1 convolution in time is a 1x1 one over three neighbouring frames
+        neighbours = torch.cat([long_before, before, x], dim=2).flatten(0, 1)
+        mixed: Tensor = self.time(neighbours)
+        return mixed.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 class ChannelNorm(nn.Module):
@@ -170,15 +173,20 @@ class CosmosAutoencoder(nn.Module):
         self.decoder = _network(code_channels, channels, 4 * channels, blocks)
         self.refiner = _network(channels, channels, 3 * PATCH**3, max(1, blocks // 2))
         # the decoder feeds the refiner, whose own last layer starts at zero
-        nn.init.normal_(self.decoder[-1].weight, std=0.05)
+        last = self.decoder[-1]
+        assert isinstance(last, nn.Conv3d)
+        nn.init.normal_(last.weight, std=0.05)
 
     def set_linear(self, analysis: Tensor, offset: Tensor, synthesis: Tensor, mean: Tensor) -> None:
         """Set the linear branch: z = analysis @ x + offset and x = synthesis @ code + mean."""
         with torch.no_grad():
-            self.linear_in.weight.copy_(analysis[..., None, None, None])
-            self.linear_in.bias.copy_(offset)
-            self.linear_out.weight.copy_(synthesis[..., None, None, None])
-            self.linear_out.bias.copy_(mean)
+            for layer, weight, bias in (
+                (self.linear_in, analysis, offset),
+                (self.linear_out, synthesis, mean),
+            ):
+                layer.weight.copy_(weight[..., None, None, None])
+                assert layer.bias is not None
+                layer.bias.copy_(bias)
 
     def blocks(self, video: Tensor) -> Tensor:
         """Return the coefficients of 4x8x8 blocks, shape (B, 768, T', H / 8, W / 8)."""

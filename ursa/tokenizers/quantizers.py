@@ -15,9 +15,9 @@ from ursa.errors import ConfigError
 class FSQuantizer(nn.Module):
     """Finite scalar quantization: every channel is rounded to one of a few levels.
 
-    bound(z) = tanh(z + atanh(off / half)) * half - off, half = 1.001 (L - 1) / 2, off = 0.5 for even
-    L; code = round(bound(z)) / (L // 2); id = sum_c (round(bound(z_c)) + L_c // 2) * basis_c with
-    the first channel fastest.
+    bound(z) = tanh(z + atanh(off / half)) * half - off with half = 1.001 (L - 1) / 2 and off = 0.5
+    for even L, else 0; code = round(bound(z)) / (L // 2);
+    id = sum_c (round(bound(z_c)) + L_c // 2) * basis_c with the first channel fastest.
     """
 
     def __init__(self, levels: tuple[int, ...]) -> None:

@@ -29,12 +29,8 @@ class TextTokenizer:
             ConfigError: If it lacks the pad or the begin-of-video token.
         """
         self._tokenizer = tokenizer
-        ids = {token: tokenizer.token_to_id(token) for token in (PAD_TOKEN, BOV_TOKEN)}
-        missing = [token for token, index in ids.items() if index is None]
-        if missing:
-            raise ConfigError(f"the text tokenizer lacks the tokens {', '.join(missing)}")
-        self.pad_id: int = ids[PAD_TOKEN]
-        self.bov_id: int = ids[BOV_TOKEN]
+        self.pad_id = _token_id(tokenizer, PAD_TOKEN)
+        self.bov_id = _token_id(tokenizer, BOV_TOKEN)
 
     @property
     def vocab_size(self) -> int:
@@ -65,6 +61,13 @@ class TextTokenizer:
         """Write tokenizer.json into a directory."""
         directory.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(directory / TOKENIZER_FILE))
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise ConfigError(f"the text tokenizer lacks the token {token}")
+    return index
 
 
 def motion_prompt(prompt: str, motion_px_per_s: float | None) -> str:

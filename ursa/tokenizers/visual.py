@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def check_frames(frames: np.ndarray, temporal_stride: int, spatial_stride: int) 
 def psnr_db(reference: np.ndarray, reconstruction: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio of uint8 arrays of equal shape, dB."""
     error = np.mean((reference.astype(np.float64) - reconstruction.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255.0**2 / max(error, 1e-12)))
+    return float(10 * np.log10(255.0**2 / max(float(error), 1e-12)))
 
 
 def save_visual_tokenizer(network: CosmosAutoencoder, directory: Path) -> None:
@@ -124,5 +125,9 @@ def load_visual_tokenizer(directory: Path) -> CosmosTokenizer:
     if name != _CLASS_NAME:
         raise ConfigError(f"{path}: _class_name must be {_CLASS_NAME!r}, got {name!r}")
     network = CosmosAutoencoder(CosmosConfig.model_validate(values))
-    network.load_state_dict(load_file(directory / WEIGHTS_FILE))
+    path = directory / WEIGHTS_FILE
+    try:
+        network.load_state_dict(load_file(path))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{path} does not hold the weights of this network: {error}") from error
     return CosmosTokenizer(network)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing.spawn as mp
 
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, TokenizerRef
-from ursa.config import FrozenModel, fingerprint
+from ursa.config import FrozenModel, StageConfig, fingerprint
 from ursa.data.dataset import TokenSamples, address_seed
 from ursa.diffusion.linearization import fit_schedule
 from ursa.diffusion.path import MetricPath
@@ -89,45 +89,33 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     done = find_stage(request)
     if done is not None:
         return done
-    config = getattr(request.config.stages, request.stage)
+    config: StageConfig = getattr(request.config.stages, request.stage)
     trainer = _build_trainer(request, group)
-    stage_uri = _stage_uri(request)
-    stage_print = stage_fingerprint(request)
+    resumed = latest_checkpoint(_stage_uri(request), fingerprint=stage_fingerprint(request))
     first = 0
-    resumed = latest_checkpoint(stage_uri, fingerprint=stage_print)
     if resumed is not None:
         _, marker, state = resumed
         restore_state(state, trainer.model, trainer.average, trainer.optimizer)
         first = marker.step
         logger.info("stage %s goes on from step %d", request.stage, first)
-
-    def save(step: int) -> str:
-        return save_checkpoint(
-            training_state(trainer.model, trainer.average, trainer.optimizer),
-            stage_uri,
-            step=step,
-            num_samples_seen=step * config.global_batch_size,
-            fingerprint=stage_print,
-            keep=config.keep_checkpoints,
-        )
-
-    validation = _Validation(request, trainer) if group.is_main else None
     uri = resumed[0] if resumed is not None else ""
+    validation = _Validation(request, trainer)
     metrics: dict[str, float] = {}
     with _Termination() as termination:
         for step in range(first, config.max_steps):
             metrics = trainer.step(step)
-            count = step + 1
-            last = count == config.max_steps
             if group.is_main:
-                if validation is not None and (count % config.validate_every == 0 or last):
+                count = step + 1
+                if _is_due(count, config.validate_every, config):
                     metrics |= validation.measure()
-                if on_metrics is not None and (count % config.log_every == 0 or last or step == 0):
+                if on_metrics is not None and (
+                    step == 0 or _is_due(count, config.log_every, config)
+                ):
                     on_metrics(count, metrics)
-                if count % config.checkpoint_every == 0 or last or termination.requested:
-                    uri = save(count)
+                if termination.requested or _is_due(count, config.checkpoint_every, config):
+                    uri = _save(trainer, request, count)
             if termination.requested:
-                logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
+                logger.warning("SIGTERM: saved step %d of stage %s", step + 1, request.stage)
                 raise SystemExit(143)
     result = CheckpointRef(
         uri=uri,
@@ -135,7 +123,7 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
         step=config.max_steps,
         num_samples_seen=config.max_steps * config.global_batch_size,
         metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
-        fingerprint=stage_print,
+        fingerprint=stage_fingerprint(request),
         parent_uri=request.init_from.uri if request.init_from else None,
     )
     if group.is_main:
@@ -166,9 +154,7 @@ def launch_local(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        mp.spawn(  # type: ignore[no-untyped-call]
-            _local_worker, (num_workers, port, request, on_metrics), nprocs=num_workers
-        )
+        mp.spawn(_local_worker, (num_workers, port, request, on_metrics), nprocs=num_workers)
     except mp.ProcessRaisedException as error:
         raise TrainingError(f"a training worker failed: {error}") from error
     result = find_stage(request)
@@ -253,6 +239,22 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
     )
 
 
+def _is_due(count: int, every: int, config: StageConfig) -> bool:
+    """Whether something that happens every so many steps, and at the last, happens now."""
+    return count % every == 0 or count == config.max_steps
+
+
+def _save(trainer: Trainer, request: StageRequest, count: int) -> str:
+    return save_checkpoint(
+        training_state(trainer.model, trainer.average, trainer.optimizer),
+        _stage_uri(request),
+        step=count,
+        num_samples_seen=count * trainer.config.global_batch_size,
+        fingerprint=stage_fingerprint(request),
+        keep=trainer.config.keep_checkpoints,
+    )
+
+
 class _Validation:
     """Held-out loss by t of the averaged weights; absent where nothing was held out."""
 
@@ -267,15 +269,16 @@ class _Validation:
         if self.samples is None:
             return {}
         evaluation = self.request.config.evaluation
+        average = self.trainer.average.module
+        assert isinstance(average, UrsaTransformer)
         measured = loss_by_time(
-            self.trainer.average.module,
+            average,
             self.trainer.path,
             self.trainer.text_tokenizer,
             self.samples,
             timesteps=evaluation.timesteps,
             batch_size=evaluation.batch_size,
             max_samples=min(_VALIDATION_SAMPLES, evaluation.max_samples),
-            max_prompt_length=self.request.config.text_tokenizer.max_prompt_length,
             seed=address_seed(self.request.config.seed, "validation"),
         )
         losses = [loss for loss, _ in measured.values()]

@@ -104,7 +104,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         result = posterior_loss(self.model(batch.text_ids, batch.x_t), batch.x_1.flatten(1))
-        result.loss.backward()  # type: ignore[no-untyped-call]
+        result.loss.backward()
         self.group.average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         loss, accuracy = self.group.mean(torch.stack([result.loss.detach(), result.accuracy]))
@@ -174,7 +174,7 @@ def make_noisy_batch(
 
 @torch.inference_mode()
 def loss_by_time(
-    model: nn.Module,
+    model: UrsaTransformer,
     path: MetricPath,
     text_tokenizer: TextTokenizer,
     samples: TokenSamples,
@@ -182,7 +182,6 @@ def loss_by_time(
     timesteps: Sequence[float],
     batch_size: int,
     max_samples: int,
-    max_prompt_length: int,
     seed: int,
 ) -> dict[float, tuple[float, float]]:
     """Measure mean cross-entropy and accuracy at fixed times, the same noise for every model.
@@ -212,7 +211,7 @@ def loss_by_time(
                 ]
             )
             x_t = path.sample(batch.visual_ids, torch.tensor(t), uniform=uniform)
-            text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
+            text = text_tokenizer.encode(batch.captions, max_length=model.config.max_prompt_length)
             measured = posterior_loss(model(text, x_t), batch.visual_ids.flatten(1))
             totals += torch.stack([measured.loss, measured.accuracy]).double() * len(places)
         loss, accuracy = (totals / count).tolist()

@@ -9,6 +9,7 @@ Dimensions: B = batch, T = frames, H, W = rows and columns, C = code channels.
 """
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -231,7 +232,7 @@ def _descend(
         batch = _fitting_batch(windows, settings, step)
         loss = functional.mse_loss(network(batch), batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteLossError(
@@ -242,8 +243,9 @@ def _descend(
         average.update_parameters(network)
         count = step + 1
         if on_metrics is not None and count % _LOG_EVERY == 0:
-            psnr = 10 * float(torch.log10(4 / loss.detach()))
-            on_metrics(count, {"tokenizer/loss": float(loss), "tokenizer/psnr": psnr})
+            error = float(loss.detach())
+            psnr = 10 * math.log10(4 / error)
+            on_metrics(count, {"tokenizer/loss": error, "tokenizer/psnr": psnr})
         if count % settings.checkpoint_every == 0 and count < settings.max_steps:
             save_checkpoint(
                 training_state(network, average, optimizer),
@@ -346,7 +348,8 @@ def _shrink(windows: np.ndarray) -> np.ndarray:
     """Average ZOOM x ZOOM pixels: (B, T, zH, zW, 3) to uint8 (B, T, H, W, 3)."""
     batch, frames, height, width, _ = windows.shape
     shape = (batch, frames, height // ZOOM, ZOOM, width // ZOOM, ZOOM, 3)
-    return windows.reshape(shape).mean((3, 5)).round().astype(np.uint8)
+    small: np.ndarray = windows.reshape(shape).mean((3, 5)).round().astype(np.uint8)
+    return small
 
 
 def _spread(windows: np.ndarray, limit: int) -> np.ndarray:
