@@ -127,7 +127,7 @@ class ModelConfig(FrozenModel):
     num_layers: int = Field(gt=0)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0, multiple_of=8)
+    head_dim: int = Field(gt=0, multiple_of=16)
     rope_theta: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
 

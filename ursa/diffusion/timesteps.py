@@ -16,7 +16,8 @@ TRAINING_SIGMA_MAX = 0.999
 
 def shift_time(sigma: Tensor, shift: float) -> Tensor:
     """Return t = 1 - s sigma / (1 + (s - 1) sigma); same shape as sigma, which is in [0, 1]."""
-    return 1 - shift * sigma / (1 + (shift - 1) * sigma)
+    # in this form t is 0 to the bit at sigma = 1: below it beta is not a number
+    return (1 - sigma) / (1 + (shift - 1) * sigma)
 
 
 def inference_times(num_steps: int, shift: float) -> Tensor:
@@ -35,4 +36,4 @@ def inference_times(num_steps: int, shift: float) -> Tensor:
 
 def training_times(uniform: Tensor, shift: float) -> Tensor:
     """Return training times for uniform numbers in [0, 1): same shape, float32, in [0, 1)."""
-    return shift_time(1 - TRAINING_SIGMA_MAX * uniform, shift).clamp_min(0.0)
+    return shift_time(1 - TRAINING_SIGMA_MAX * uniform, shift)

@@ -24,7 +24,7 @@ def rotary_embedding(positions: Tensor, *, head_dim: int, theta: float) -> tuple
 
     Args:
         positions: (t, h, w) of each token, shape (L, 3).
-        head_dim: Width of an attention head, divisible by 8.
+        head_dim: Width of an attention head, divisible by 16.
         theta: Base of the frequencies.
 
     Returns:
