@@ -8,6 +8,7 @@ is kept, on disk.
 import ctypes
 import errno
 import math
+import mmap
 import os
 import resource
 import signal
@@ -31,7 +32,9 @@ from ursa.video.decode import verify_clip
 from ursa.video.encode import VideoWriter
 from ursa.video.probe import (
     DISK_FULL,
+    EARNED_S,
     INPUT_NAME,
+    PROGRESS_NAME,
     RESULT_NAME,
     ChildRequest,
     ChildResult,
@@ -47,9 +50,13 @@ BLOCK_CLIPS = 4
 DETECTOR_WIDTH_PX = 256
 """Width of the pictures that shots are detected on, pixels."""
 MIN_OUTPUT_PX = 32
+PROGRESS_INTERVAL_S = 1.0
 MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 << 30
 MAX_BAD_PACKET_FRACTION = 0.5
+HEADROOM_BYTES = 16 << 20
+HEADROOM_FRAMES = 3
+"""Room for this much more must be left when a decoder fails, else memory is the cause."""
 
 _ROUNDING = 1e-6
 _PR_SET_PDEATHSIG = 1
@@ -206,6 +213,7 @@ class ForeignVideo:
                 return
             except av.error.FFmpegError as error:
                 _reraise_exhaustion(error)
+                self._check_headroom()
                 self.num_bad_packets += 1
 
     def _nominal_frame_s(self) -> float:
@@ -213,6 +221,17 @@ class ForeignVideo:
         if rate is None or not 1 <= rate <= 1000:
             return 1 / 25
         return float(1 / rate)
+
+    def _check_headroom(self) -> None:
+        """Raise MemoryError if there is no room for pictures: decoders then blame the data."""
+        context = self._stream.codec_context
+        needed = HEADROOM_BYTES + HEADROOM_FRAMES * 2 * context.width * context.height
+        try:
+            mmap.mmap(-1, needed).close()
+        except OSError as error:
+            raise MemoryError(
+                f"no room for pictures of {context.width} x {context.height} px"
+            ) from error
 
     def _check_size(self, width_px: int, height_px: int) -> None:
         config = self._config
@@ -247,6 +266,9 @@ class ClipSink:
             config.min_clip_s, config.max_clip_s, config.clip_fps
         )
         self._spool = (folder / "spool").open("w+b")
+        self._progress = folder / PROGRESS_NAME
+        self._report_interval = PROGRESS_INTERVAL_S * config.clip_fps
+        self._next_report = self._report_interval
         self._shape: tuple[int, int, int] = (0, 0, 0)
         self._shot_start = 0
         self._spooled = 0
@@ -261,6 +283,10 @@ class ClipSink:
 
     def add(self, picture: np.ndarray) -> None:
         """Take in the next frame of the running shot, shape (H, W, 3), uint8."""
+        if self.num_frames >= self._next_report:
+            finished_s = self.num_frames / self._fps
+            self._progress.write_text(f"{finished_s:.3f}", encoding="ascii")
+            self._next_report += self._report_interval
         self._shape = picture.shape
         self._spool.write(picture.data)
         self._spooled += 1
@@ -478,7 +504,8 @@ def _check_outcome(video: ForeignVideo, sink: ClipSink, config: IngestionConfig)
 
 def limit_resources(config: IngestionConfig) -> None:
     """Bound what this process can do, for good; what the platform lacks is left out."""
-    cpu_s = math.ceil(config.child_timeout_s) + 1
+    # the caller watches the wall time and ends this process long before
+    cpu_s = math.ceil(config.child_timeout_s + EARNED_S * config.max_duration_s) + 1
     for kind, value in (
         (resource.RLIMIT_AS, config.child_memory_bytes),
         (resource.RLIMIT_CPU, cpu_s),

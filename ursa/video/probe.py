@@ -7,6 +7,7 @@ without network, decodes it once and writes H.264 clips. Whatever happens to the
 caller gets clips or a reason.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -15,6 +16,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -30,10 +32,14 @@ logger = logging.getLogger(__name__)
 INPUT_NAME = "input"
 RESULT_NAME = "result.json"
 STDERR_NAME = "stderr.txt"
+PROGRESS_NAME = "progress"
+EARNED_S = 2.0
+"""How much longer the child may take for every second of video that it has finished."""
 RESULT_LIMIT_BYTES = 32 << 20
 DISK_FULL = "disk_full"
 
 _CHUNK_BYTES = 1 << 20
+_POLL_S = 0.2
 _DETAIL_CHARACTERS = 500
 # all that the child may know of the environment: no credentials, no service addresses
 _PASSED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "TZ")
@@ -164,7 +170,9 @@ def _read(source: io.BufferedReader, num_bytes: int) -> bytes:
 def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> NormalisedVideo:
     """Decode `folder/input` in a limited child process and write its clips beside it.
 
-    Takes at most `child_timeout_s` and, in the child, `child_memory_bytes`.
+    Takes at most `child_timeout_s`, and `EARNED_S` more for every second of video that the child
+    has finished by then, so that long videos can be read and files that lead nowhere are given up.
+    The child has at most `child_memory_bytes`.
 
     Args:
         folder: Private directory with the copied file; the child works in it.
@@ -226,16 +234,39 @@ def _run_child(folder: Path, request: bytes, timeout_s: float) -> int:
             start_new_session=True,
         )
         try:
-            process.communicate(request, timeout=timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise QuarantinedError(
-                FailureReason.TIMEOUT, f"not done after {timeout_s:g} s"
-            ) from error
+            _wait(process, request, folder, timeout_s)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return process.returncode
+
+
+def _wait(process: subprocess.Popen[bytes], request: bytes, folder: Path, timeout_s: float) -> None:
+    """Wait for the child; a second of finished video earns it `EARNED_S` more."""
+    start_s = time.monotonic()
+    assert process.stdin is not None, "opened as a pipe"
+    # a child that died at once is seen below; the request fits into the pipe
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(request)
+    while True:
+        try:
+            process.wait(timeout=min(_POLL_S, timeout_s))
+        except subprocess.TimeoutExpired:
+            used_s = time.monotonic() - start_s
+            if used_s > timeout_s + EARNED_S * _finished_s(folder):
+                raise QuarantinedError(
+                    FailureReason.TIMEOUT, f"not done after {used_s:.1f} s"
+                ) from None
+        else:
+            return
+
+
+def _finished_s(folder: Path) -> float:
+    try:
+        return float((folder / PROGRESS_NAME).read_bytes()[:32] or 0)
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _read_result(folder: Path) -> ChildResult:

@@ -13,6 +13,8 @@ from ursa.artifacts import ClipScores
 
 MOTION_WIDTH_PX = 256
 """Width of the pictures on which motion is measured, pixels."""
+MOTION_FPS = 12.0
+"""Motion is measured between frames about this rate apart, frames per second."""
 BLACK_LUMA = 24
 """Luma up to which a pixel counts as black, 0..255 (coded black is not quite 0)."""
 FLAT_SLOPE = 0.25
@@ -40,6 +42,8 @@ class ClipMeter:
         self._num_frames = 0
         # its type stub wants a picture to write to, which may be left out
         self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self._motion_step = max(1, round(fps / MOTION_FPS))
+        self._num_pairs = 0
         self._previous: np.ndarray | None = None
         self._brightest: np.ndarray | None = None
         self._motion_sum = 0.0
@@ -54,12 +58,8 @@ class ClipMeter:
             frame: RGB picture, shape (H, W, 3), uint8.
         """
         luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        height_px, width_px = luma.shape
-        size = (MOTION_WIDTH_PX, max(16, round(height_px * MOTION_WIDTH_PX / width_px)))
-        small = cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
-        if self._previous is not None:
-            self._motion_sum += self._displacement(self._previous, small)
-        self._previous = small
+        if self._num_frames % self._motion_step == 0:
+            self._add_motion(luma)
         self._sharpness_sum += float(cv2.Laplacian(luma, cv2.CV_32F).var())
         self._luminance_sum += float(luma.mean())
         self._brightest = (
@@ -79,14 +79,24 @@ class ClipMeter:
                 black_border_fraction=None,
                 perceptual_hash=None,
             )
-        num_pairs = self._num_frames - 1
+        pair_s = self._motion_step / self._fps
+        num_pairs = self._num_pairs
         return ClipScores(
-            motion_px_per_s=self._motion_sum / num_pairs * self._fps if num_pairs else None,
+            motion_px_per_s=self._motion_sum / (num_pairs * pair_s) if num_pairs else None,
             sharpness=self._sharpness_sum / self._num_frames,
             luminance=self._luminance_sum / self._num_frames,
             black_border_fraction=black_border_fraction(self._brightest),
             perceptual_hash=self._hash,
         )
+
+    def _add_motion(self, luma: np.ndarray) -> None:
+        height_px, width_px = luma.shape
+        size = (MOTION_WIDTH_PX, max(16, round(height_px * MOTION_WIDTH_PX / width_px)))
+        small = cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
+        if self._previous is not None:
+            self._motion_sum += self._displacement(self._previous, small)
+            self._num_pairs += 1
+        self._previous = small
 
     def _displacement(self, first: np.ndarray, second: np.ndarray) -> float:
         """Return the mean length of the optical flow between two pictures, pixels."""
@@ -97,7 +107,7 @@ class ClipMeter:
         length = cv2.magnitude(flow[..., 0], flow[..., 1])
         # the search spreads motion over flat ground, where none can be seen
         gradient_x, gradient_y = cv2.spatialGradient(first)
-        slope = cv2.magnitude(gradient_x.astype(np.float32), gradient_y.astype(np.float32))
+        slope: Any = cv2.magnitude(gradient_x.astype(np.float32), gradient_y.astype(np.float32))
         length[cv2.blur(slope / _SOBEL_SUM, _FLAT_WINDOW_PX) < FLAT_SLOPE] = 0.0
         return float(length.mean())
 

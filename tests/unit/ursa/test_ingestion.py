@@ -178,7 +178,7 @@ def test_damaged_table_is_refused(ingested, tmp_path):
 def test_too_many_failures_stop_the_run(ingested, tmp_path):
     source, output, _ = ingested
     config = CONFIG.model_copy(update={"max_failed_fraction": 0.3})
-    with pytest.raises(FailureBudgetExceeded, match="3 of 8 files.*1 not_regular_file"):
+    with pytest.raises(FailureBudgetExceeded, match=r"3 of 8 files.*1 not_regular_file"):
         ingest(source, output, config)
 
 
@@ -186,7 +186,7 @@ def test_source_without_clips_is_an_error(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "page.mp4").write_text("<html>")
-    with pytest.raises(DataError, match="no clip in 1 files.*1 not_a_video"):
+    with pytest.raises(DataError, match=r"no clip in 1 files.*1 not_a_video"):
         ingest(source, tmp_path / "data")
 
 

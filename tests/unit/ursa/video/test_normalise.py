@@ -1,3 +1,4 @@
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_long_shot_is_cut_in_blocks_without_loss(tmp_path):
     video = normalised(path, tmp_path / "work", max_clip_s=1.0, min_clip_s=0.5)
     spans = [(clip.start_s, clip.end_s) for clip in video.clips]
     assert spans[0][0] == 0.0
-    assert all(before[1] == after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     assert spans[-1][1] == pytest.approx(100 / 12)
     shown = [n for clip in video.clips for n in numbers_in(read_clip(tmp_path / "work", clip))]
     assert shown == list(range(100))

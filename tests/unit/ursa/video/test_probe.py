@@ -9,6 +9,7 @@ import pytest
 
 from tests import media
 from ursa.artifacts import FailureReason
+from ursa.video import probe
 from ursa.video.probe import QuarantinedError, copy_foreign_file, normalise_video
 
 
@@ -92,6 +93,17 @@ def test_child_that_takes_too_long_is_killed(tmp_path, work):
     assert run_child(path, work, child_timeout_s=0.1) is FailureReason.TIMEOUT
     assert time.monotonic() - start_s < 5
     assert not psutil.Process().children(recursive=True)
+
+
+def test_finished_video_earns_time(tmp_path, work, monkeypatch):
+    monkeypatch.setattr(probe, "EARNED_S", 1000.0)
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2), 24.0)
+    config = media.ingestion_config(child_timeout_s=0.1)
+    _, demuxer = copy_foreign_file(path, work, config)
+    # as if the child had come that far before the time was up
+    (work / probe.PROGRESS_NAME).write_text("0.500")
+    assert normalise_video(work, demuxer, config).clips
+    assert float((work / probe.PROGRESS_NAME).read_text()) > 0.5
 
 
 def test_killed_child_is_a_reason(tmp_path, work):

@@ -1,0 +1,166 @@
+"""Hostile and damaged files against the limits of the decoding process."""
+
+import os
+import time
+
+import pytest
+
+from tests import media
+from ursa.artifacts import FailureReason
+from ursa.data.clips import read_clips
+from ursa.ingestion import commit_clips, discover_videos, ingest_video, plan_ingestion
+from ursa.video.probe import QuarantinedError, copy_foreign_file, normalise_video
+
+LIMIT_S = 20.0
+
+
+def quarantine(path, folder, **changes):
+    """Return the reason, which is found within the time limit."""
+    config = media.ingestion_config(**changes)
+    folder.mkdir()
+    start_s = time.monotonic()
+    _, demuxer = copy_foreign_file(path, folder, config)
+    with pytest.raises(QuarantinedError) as caught:
+        normalise_video(folder, demuxer, config)
+    assert time.monotonic() - start_s < LIMIT_S
+    return caught.value.reason
+
+
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory):
+    """A small file with eight pictures of 67 million pixels each."""
+    path = tmp_path_factory.mktemp("bomb") / "bomb.mp4"
+    media.save_bomb(path, side=8192, num_frames=8)
+    assert path.stat().st_size < 1 << 20
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, FailureReason.RESOLUTION_TOO_HIGH),
+        ({"max_side_px": 8192, "pixel_budget": 400_000_000}, FailureReason.PIXEL_BUDGET),
+        (
+            {"max_side_px": 8192, "child_memory_bytes": 600 << 20},
+            FailureReason.OUT_OF_MEMORY,
+        ),
+        ({"max_side_px": 8192, "child_timeout_s": 1.0}, FailureReason.TIMEOUT),
+    ],
+)
+def test_decompression_bomb_is_stopped_by_each_limit(bomb, tmp_path, changes, reason):
+    assert quarantine(bomb, tmp_path / "work", **changes) is reason
+
+
+def test_header_that_lies_about_the_size_allocates_nothing(tmp_path):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=1), 24.0)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"avc1", data.index(b"stsd")) + 28
+    assert int.from_bytes(data[place : place + 2], "big") == 256
+    data[place : place + 4] = b"\xea\x60\xea\x60"
+    place = data.index(b"tkhd") + 4 + 40 + 36
+    data[place : place + 8] = b"\xea\x60\0\0\xea\x60\0\0"
+    path.write_bytes(data)
+    config = media.ingestion_config(child_memory_bytes=1 << 30)
+    (source,) = discover_videos(str(path))
+    video = ingest_video(source, str(tmp_path / "data"), config)
+    if video.info is None:
+        assert video.failure in (FailureReason.RESOLUTION_TOO_HIGH, FailureReason.TOO_SHORT)
+    else:
+        assert (video.info.width_px, video.info.height_px) == (256, 144)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_damage_always_ends_as_clips_or_a_reason(tmp_path, seed):
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    suffix = (".mp4", ".mkv", ".ts", ".avi")[seed % 4]
+    codec = "mpeg4" if suffix == ".avi" else "libx264"
+    frames = media.panning(48, step=2, height=96, width=128)
+    path = media.save_video(tmp_path / f"a{suffix}", frames, 24.0, codec=codec)
+    data = bytearray(path.read_bytes())
+    for place in random.integers(16, len(data), 200):
+        data[place] = random.integers(0, 256)
+    path.write_bytes(data[: random.integers(len(data) // 2, len(data))])
+    config = media.ingestion_config()
+    (source,) = discover_videos(str(path))
+    video = ingest_video(source, str(tmp_path / "data"), config)
+    assert (video.failure is None) == bool(video.clips)
+    assert video.failure is not FailureReason.CRASHED
+
+
+def test_playlists_do_not_reach_other_files(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    secret = media.save_video(tmp_path / "secret.mp4", media.panning(48, step=2), 24.0)
+    playlists = {
+        "hls.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n",
+        "concat.mkv": f"ffconcat version 1.0\nfile '{secret}'\n",
+        "dash.mp4": f"<?xml version='1.0'?><MPD><BaseURL>file://{secret}</BaseURL></MPD>",
+        "url.mp4": "http://127.0.0.1:9/video.mp4",
+    }
+    for name, text in playlists.items():
+        (source / name).write_text(text)
+    config = media.ingestion_config()
+    for video in discover_videos(str(source)):
+        result = ingest_video(video, str(tmp_path / "data"), config)
+        assert result.failure is FailureReason.NOT_A_VIDEO
+
+
+def test_a_folder_of_trouble_loses_no_file(tmp_path):
+    source, output = tmp_path / "source", str(tmp_path / "data")
+    source.mkdir()
+    good = media.save_video(source / "good.mp4", media.panning(36, step=2), 24.0)
+    names = [
+        "ünïcode_видео_视频_🎬.mp4",
+        "with space and (brackets) [x] 'q' & %20 #1 ?.mp4",
+        "new\nline.mp4",
+        "-dash-first.mp4",
+        "UPPER.MP4",
+        "no_extension",
+        "x" * 250 + ".mp4",
+        "trailing_space .mp4",
+        "semi;colon|pipe$(touch pwned)`id`.mp4",
+    ]
+    for name in names:
+        (source / name).write_bytes(good.read_bytes())
+    with open(os.fsencode(source) + b"/latin1_\xe9.mp4", "wb") as file:  # noqa: PTH123
+        file.write(good.read_bytes())
+    media.save_video(source / "short.mp4", media.panning(12, step=2), 24.0)
+    media.save_video(source / "tiny.mp4", media.panning(36, step=1, height=16, width=32), 24.0)
+    media.save_sound(source / "sound.mp4")
+    (source / "cut.mp4").write_bytes(good.read_bytes()[:-3000])
+    (source / "zero.mp4").touch()
+    (source / "picture.mp4").write_bytes(b"\xff\xd8\xff\xe0" + bytes(100))
+    os.mkfifo(source / "fifo.mp4")
+    (source / "dir.mp4").mkdir()
+    (source / "dir.mp4" / "self").symlink_to(source)
+    (source / "dangling.mp4").symlink_to("nowhere")
+
+    config = media.ingestion_config()
+    sources = discover_videos(str(source))
+    plan = plan_ingestion(str(source), sources, output, config)
+    videos = [ingest_video(item, output, config) for item in plan.todo]
+    clips = commit_clips(str(source), videos, output, plan.fingerprint, config)
+    assert clips.num_videos == len(names) + 2 + 7
+    assert clips.failures == {
+        FailureReason.EMPTY_FILE: 1,
+        FailureReason.NOT_A_VIDEO: 1,
+        FailureReason.NOT_REGULAR_FILE: 1,
+        FailureReason.NO_VIDEO_STREAM: 1,
+        FailureReason.RESOLUTION_TOO_LOW: 1,
+        FailureReason.TOO_SHORT: 1,
+        FailureReason.UNREADABLE: 1,
+    }
+    rows = read_clips(clips)
+    assert clips.num_clips == len(rows) == len(names) + 2
+    assert len({clip.clip_id for clip in rows}) == 1
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_time_and_memory_of_a_bad_file_are_bounded(bomb, tmp_path):
+    import resource
+
+    quarantine(bomb, tmp_path / "work", max_side_px=8192)
+    peak_kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak_kilobytes << 10 < 2 << 30
