@@ -125,7 +125,8 @@ class MetricPath:
 def normalize_codebook(codebook: Tensor) -> Tensor:
     """Divide every row by its length; the zero row stays zero. Shape (V, D), float32."""
     codebook = codebook.float()
-    return codebook / codebook.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    length: Tensor = torch.linalg.vector_norm(codebook, dim=-1, keepdim=True)
+    return codebook / length.clamp_min(NORM_FLOOR)
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:

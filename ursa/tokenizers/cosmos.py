@@ -104,7 +104,7 @@ class CausalConv(nn.Module):
         # a 3x1x1 convolution in time is a 1x1 one over three neighbouring frames
         neighbours = torch.cat([long_before, before, x], dim=2).flatten(0, 1)
         mixed: Tensor = self.time(neighbours)
-        return mixed.unflatten(0, (batch, frames)).transpose(1, 2)
+        return mixed.view(batch, frames, *mixed.shape[1:]).transpose(1, 2)
 
 
 class ChannelNorm(nn.Module):
