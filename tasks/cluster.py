@@ -243,8 +243,14 @@ def _outcomes(
         max_restarts=3,
         max_task_retries=3,
     )
-    for outcome in done.iter_rows():
-        yield int(outcome["index"]), outcome
+    try:
+        for outcome in done.iter_rows():
+            yield int(outcome["index"]), outcome
+    except ray.exceptions.RayError as error:
+        raise ServiceError(
+            f"Ray lost the actors that worked ({_first_line(error)}); often the memory was full: "
+            "set URSA_NUM_WORKERS lower, then run again: finished units are kept"
+        ) from error
 
 
 class _Unit:
@@ -254,11 +260,14 @@ class _Unit:
         self, make_unit: Callable[[], Callable[[Any], FrozenModel]], item_type: type[FrozenModel]
     ) -> None:
         logging.getLogger("ursa").setLevel(logging.INFO)
-        self._unit = make_unit()
+        self._make_unit = make_unit
         self._item_type = item_type
+        self._unit: Callable[[Any], FrozenModel] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
+            if self._unit is None:  # here, so that a model that cannot be loaded becomes a row
+                self._unit = self._make_unit()
             result = self._unit(self._item_type.model_validate_json(row["item"]))
         except Exception as error:  # noqa: BLE001  (becomes a row, raised again by the caller)
             return {"index": row["index"], "result": "", "error": _pack_error(error)}

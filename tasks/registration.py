@@ -53,22 +53,31 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
             **tracking.source_version(),
         },
     )
-    tracking.tag_run(context.run, sample_tags(report))
+    tracking.tag_run(context.run, sample_tags(context, report))
     announce("registered %s as %s", version.model_uri, version.alias)
     return version
 
 
-def sample_tags(report: EvalReport) -> dict[str, str]:
-    """Return where a generated clip lies and the command that makes one again."""
-    clips = [name for name in report.samples if name.endswith(".mp4")]
-    tags = {"ursa.samples_uri": report.samples_uri}
-    if clips:
-        tags["ursa.sample"] = storage.join(report.samples_uri, clips[0])
-    model = shlex.quote(report.model.directory_uri)
-    tags["ursa.model_directory"] = report.model.directory_uri
-    tags["ursa.generate_command"] = (
-        f'ursa generate "a clip" --model {model} --seed 0 --out clip.mp4'
-    )
+def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
+    """Return where a generated clip lies and the command that makes it again."""
+    from ursa.data.dataset import address_seed  # noqa: PLC0415  (torch: seconds)
+
+    tags = {
+        "ursa.samples_uri": report.samples_uri,
+        "ursa.model_directory": report.model.directory_uri,
+    }
+    rows = storage.read_bytes(storage.join(report.samples_uri, "prompts.tsv")).decode("utf-8")
+    for row in rows.splitlines():
+        name, _, prompt = row.partition("\t")
+        if not name.startswith("t2v"):
+            continue
+        seed = address_seed(context.config.seed, "sample", "t2v", prompt)
+        model = shlex.quote(report.model.directory_uri)
+        tags["ursa.sample"] = storage.join(report.samples_uri, f"{name}.mp4")
+        tags["ursa.generate_command"] = (
+            f"ursa generate {shlex.quote(prompt)} --model {model} --seed {seed} --out clip.mp4"
+        )
+        break
     return tags
 
 

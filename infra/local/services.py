@@ -259,6 +259,17 @@ def our_processes() -> list[psutil.Process]:
     return [item for item in psutil.process_iter() if item.pid not in spared and is_ours(item)]
 
 
+def find_lost(service: Service) -> psutil.Process | None:
+    """Return a process of a service that we have started, but whose pid file is gone."""
+    wanted = list(service.command[:3])
+    for process in our_processes():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if wanted in (command[:3], command[1:4]):
+                return process
+    return None
+
+
 def write_pid_file(service: Service, pid: int, **extra: str) -> None:
     """Record a started process."""
     content = {"pid": pid, "start": start_time(pid), "port": service.port, **extra}
@@ -295,6 +306,12 @@ def ensure_started(service: Service) -> None:
     if living:
         say(f"{service.name}: moving from port {living.get('port')} to {service.port}")
         stop(service)
+    lost = find_lost(service)
+    if lost is not None and lost.cmdline()[-len(service.command) :] == list(service.command):
+        write_pid_file(service, lost.pid)
+        return
+    if lost is not None:
+        stop_processes([lost, *lost.children(recursive=True)])
     assert service.port is not None
     if port_taken(service.port):
         owner = port_owner(service.port)
@@ -507,6 +524,8 @@ def up() -> None:
                 stop(worker)
                 living = None
         if living is None:
+            if (lost := find_lost(worker)) is not None:
+                stop_processes([lost, *lost.children(recursive=True)])
             launch(worker, environment=digest)
         if fresh:
             say(f"services are up after {time.monotonic() - began:.0f} s")
@@ -571,6 +590,7 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
     if flow_run["state"]["type"] != "COMPLETED":
         message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
         message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
+        message = re.sub(r"\x1b?\[\d+m", "", message)
         say(f"\nFAILED: {message}")
         say(f"Try: look at {page}, then `make run` again (finished work is kept)")
         return code or 1

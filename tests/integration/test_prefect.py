@@ -1,0 +1,142 @@
+"""A real Prefect server and worker: deployments, refused parameters, errors of one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import running_services
+from tests.running_services import ROOT, Running
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def services() -> Running:
+    return running_services.start()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    shutil.copy(ROOT / "tests" / "data" / "videos" / "tree_hand.mp4", folder)
+    return folder
+
+
+def submit(services: Running, *parameters: str) -> subprocess.CompletedProcess[str]:
+    """Run the literal command without watching."""
+    return subprocess.run(
+        [
+            *(str(Path(sys.executable).parent / "prefect"), "deployment", "run"),
+            "ursa/full-training",
+            *(word for parameter in parameters for word in ("--param", parameter)),
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PREFECT_API_URL": f"{services.prefect_url}/api",
+            "PREFECT_HOME": str(services.folder / "prefect"),
+            "COLUMNS": "300",
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def registered(services: Running) -> list[str]:
+    found = services.ask(f"{services.mlflow_url}/api/2.0/mlflow/model-versions/search")
+    return [item["version"] for item in found.get("model_versions", [])]
+
+
+def test_all_deployments_are_there(services: Running) -> None:
+    found = services.ask(f"{services.prefect_url}/api/deployments/filter", {})
+    flows = {
+        item["id"]: item["name"]
+        for item in services.ask(f"{services.prefect_url}/api/flows/filter", {})
+    }
+    names = {f"{flows[item['flow_id']]}/{item['name']}": item for item in found}
+    assert set(names) == {
+        "ursa/full-training",
+        "ursa/scheduled-retraining",
+        "ursa-data-preparation/default",
+        "ursa-staged-training/default",
+        "ursa-model-release/default",
+    }
+    assert all(item["enforce_parameter_schema"] for item in found)
+    scheduled = names["ursa/scheduled-retraining"]
+    assert scheduled["parameters"]["only_new"] is True
+    assert [schedule["active"] for schedule in scheduled["schedules"]] == [False]
+    assert scheduled["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "named"),
+    [
+        ("sorce_uri=/videos", "sorce_uri"),
+        ("preset=tinny", "tinny"),
+        ("only_new=perhaps", "only_new"),
+        ('overrides={"stages": {"video_pretrain": {"max_stepz": 5}}}', "max_stepz"),
+        ('overrides={"sead": 1}', "sead"),
+    ],
+)
+def test_wrong_parameter_is_refused_at_submission(
+    services: Running, parameter: str, named: str
+) -> None:
+    done = submit(services, parameter)
+    assert done.returncode == 1
+    assert named in done.stdout + done.stderr
+    assert "UUID" not in done.stdout
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line of a failed run; there must be exactly one."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED: ")]
+    assert len(lines) == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    return lines[0]
+
+
+def test_wrong_source_is_named(services: Running, tmp_path: Path) -> None:
+    before = registered(services)
+    done = services.script("run", "--source", str(tmp_path / "nothing"))
+    assert str(tmp_path / "nothing") in failure(done)
+    assert services.flow_run(done.stdout)["state"]["type"] == "FAILED"
+    assert registered(services) == before
+
+
+def test_empty_source_is_named(services: Running, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = services.script("run", "--source", str(tmp_path / "empty"))
+    assert "DataError" in failure(done)
+
+
+def test_value_out_of_range_is_named(services: Running, source: Path) -> None:
+    parameters = '--param overrides={"tokenization": {"num_frames": 6}}'
+    done = services.script("run", "--source", str(source), f"--parameters={parameters}")
+    assert "num_frames" in failure(done)
+
+
+def test_unreachable_tracking_server_is_named(services: Running, source: Path) -> None:
+    done = services.script(
+        "run", "--source", str(source), URSA_MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+    )
+    line = failure(done)
+    assert "http://127.0.0.1:9" in line
+    assert "make up" in line
+
+
+def test_data_directory_that_cannot_be_written_is_named(
+    services: Running, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = services.script(
+        "run", "--source", str(source), URSA_DATA_URI=str(tmp_path / "file" / "data")
+    )
+    assert str(tmp_path / "file") in failure(done)

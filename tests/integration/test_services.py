@@ -1,0 +1,129 @@
+"""The services script: what it starts it stops, and nothing else; what is wrong it names."""
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import running_services
+from tests.running_services import Running, free_port, run_script, service_environment
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def services() -> Running:
+    return running_services.start()
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("URSA_SERVICES") == str(folder):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_status_names_all_services(services: Running) -> None:
+    done = services.script("status")
+    assert done.returncode == 0, done.stdout
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:3]] == [
+        ["prefect", "up"],
+        ["mlflow", "up"],
+        ["worker", "up"],
+    ]
+
+
+def test_up_again_changes_nothing_and_is_quick(services: Running) -> None:
+    before = {path.name: path.read_text() for path in (services.folder / "run").glob("*.json")}
+    began = time.monotonic()
+    done = services.script("up")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert time.monotonic() - began < 15
+    after = {path.name: path.read_text() for path in (services.folder / "run").glob("*.json")}
+    assert after == before
+
+
+def test_servers_listen_on_loopback_only(services: Running) -> None:
+    ports = {int(services.environment[f"URSA_{name}_PORT"]) for name in ("PREFECT", "MLFLOW")}
+    listening = {
+        (item.laddr.ip, item.laddr.port)
+        for item in psutil.net_connections("tcp")
+        if item.status == psutil.CONN_LISTEN and item.laddr.port in ports
+    }
+    assert listening == {("127.0.0.1", port) for port in ports}
+
+
+@pytest.mark.parametrize("variable", ["URSA_PREFECT_PORT", "URSA_MLFLOW_PORT"])
+def test_port_of_another_process_is_named(tmp_path: Path, variable: str) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = service_environment(tmp_path) | {variable: str(server.server_port)}
+    try:
+        done = run_script("up", environment=environment)
+    finally:
+        run_script("down", environment=environment)
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"port {server.server_port} " in done.stderr
+    assert variable in done.stderr
+    assert marked(tmp_path) == []
+
+
+def test_port_that_is_no_port_is_refused(tmp_path: Path) -> None:
+    environment = service_environment(tmp_path) | {"URSA_MLFLOW_PORT": "http"}
+    done = run_script("status", environment=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ERROR: URSA_MLFLOW_PORT must be a port")
+
+
+def test_recycled_pid_is_never_stopped(tmp_path: Path) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        (tmp_path / "run").mkdir()
+        for name in ("prefect", "mlflow", "worker"):
+            content = {"pid": stranger.pid, "start": "another-boot:1", "port": free_port()}
+            (tmp_path / "run" / f"{name}.json").write_text(json.dumps(content))
+        done = run_script("down", environment=service_environment(tmp_path))
+        assert (done.returncode, done.stdout) == (0, "nothing was running\n")
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_broken_pid_file_counts_as_not_running(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "prefect.json").write_text("{half")
+    done = run_script("status", environment=service_environment(tmp_path))
+    assert done.returncode == 1
+    assert "prefect  down" in done.stdout
+
+
+@pytest.mark.timeout(400)
+def test_lost_pid_files_and_down_leave_nothing_behind(tmp_path: Path) -> None:
+    environment = service_environment(tmp_path)
+    try:
+        assert run_script("up", environment=environment).returncode == 0
+        first = {process.pid for process in marked(tmp_path)}
+        assert first
+        for path in (tmp_path / "run").glob("*.json"):
+            path.unlink()
+        done = run_script("up", environment=environment)  # adopts or replaces its own processes
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        done = run_script("down", environment=environment)
+    assert done.returncode == 0
+    assert marked(tmp_path) == []
+    assert run_script("down", environment=environment).stdout == "nothing was running\n"

@@ -1,0 +1,144 @@
+"""One set of real services for all tests of a session: Prefect, MLflow and a worker."""
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "infra" / "local" / "services.py"
+TINY: dict[str, Any] = {
+    "visual_tokenizer": {
+        "max_steps": 2,
+        "hidden_channels": 8,
+        "num_residual_blocks": 0,
+        "max_windows": 16,
+        "batch_size": 2,
+    },
+    "tokenization": {
+        "num_frames": 5,
+        "height_px": 32,
+        "width_px": 48,
+        "window_stride_s": 1.0,
+        "image_stride_s": 1.0,
+    },
+    "model": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    },
+    "stages": {
+        name: {
+            "max_steps": 4,
+            "global_batch_size": 4,
+            "warmup_steps": 1,
+            "checkpoint_every": 2,
+            "validate_every": 2,
+            "log_every": 1,
+        }
+        for name in ("image_pretrain", "video_pretrain", "async_finetune")
+    },
+    "evaluation": {
+        "timesteps": [0.3, 0.7],
+        "max_samples": 4,
+        "batch_size": 4,
+        "sampling": {"num_inference_steps": 2, "num_prompts": 1},
+    },
+}
+"""Overrides that make a whole run a matter of seconds."""
+
+
+class Running(NamedTuple):
+    """Services that are up."""
+
+    folder: Path
+    environment: dict[str, str]
+    prefect_url: str
+    mlflow_url: str
+
+    def script(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the services script against these services."""
+        return run_script(*arguments, environment={**self.environment, **variables})
+
+    def ask(self, url: str, body: Any = None) -> Any:
+        """Send a GET or a POST and return the decoded answer."""
+        return ask(url, body)
+
+    def flow_run(self, output: str) -> dict[str, Any]:
+        """Return the flow run whose id is in the output of `prefect deployment run`."""
+        run_id = output.split("UUID: ")[1].split()[0]
+        return dict(ask(f"{self.prefect_url}/api/flow_runs/{run_id}"))
+
+    def artifacts(self) -> dict[str, dict[str, Any]]:
+        """Return the newest artifacts by key."""
+        found = ask(f"{self.prefect_url}/api/artifacts/latest/filter", {"limit": 200})
+        return {item["key"]: item for item in found if item["key"]}
+
+
+def ask(url: str, body: Any = None) -> Any:
+    call = urllib.request.Request(
+        url,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(call, timeout=20) as answer:
+        return json.loads(answer.read())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def service_environment(folder: Path) -> dict[str, str]:
+    own = ("URSA_", "PREFECT_", "MLFLOW_", "RAY_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    return {
+        **inherited,
+        "URSA_STATE_DIR": str(folder),
+        "URSA_PREFECT_PORT": str(free_port()),
+        "URSA_MLFLOW_PORT": str(free_port()),
+        "URSA_LAUNCHER": "local",
+    }
+
+
+def run_script(
+    *arguments: str, environment: dict[str, str], limit_s: float = 280
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )
+
+
+@functools.cache
+def start() -> Running:
+    """Start the services once a session; they are stopped when Python ends."""
+    folder = Path(tempfile.mkdtemp(prefix="ursa-services-"))
+    environment = service_environment(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(run_script, "down", environment=environment)
+    done = run_script("up", environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Running(
+        folder,
+        environment,
+        f"http://127.0.0.1:{environment['URSA_PREFECT_PORT']}",
+        f"http://127.0.0.1:{environment['URSA_MLFLOW_PORT']}",
+    )

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from tasks.settings import RuntimeSettings, absolute_uri
+from ursa.errors import ConfigError
+
+
+def test_defaults_are_local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("URSA_DATA_URI", "URSA_LAUNCHER", "URSA_RAY_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    settings = RuntimeSettings.from_env()
+    assert settings.data_uri == str(tmp_path / ".ursa" / "data")
+    assert settings.ray_address is None
+    assert settings.launcher == "ray"
+    assert settings.uri("tokens", "a") == f"{tmp_path}/.ursa/data/tokens/a"
+
+
+def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("URSA_DATA_URI", "s3://bucket/prefix")
+    monkeypatch.setenv("URSA_NUM_WORKERS", "7")
+    monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
+    settings = RuntimeSettings.from_env()
+    assert settings.data_uri == "s3://bucket/prefix"
+    assert settings.num_workers == 7
+    assert settings.ray_address == "ray-head:6379"
+
+
+def test_bad_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("URSA_NUM_TRAIN_WORKERS", "0")
+    with pytest.raises(ConfigError, match=r"URSA_NUM_TRAIN_WORKERS.*'0'"):
+        RuntimeSettings.from_env()
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a", "file:///a/b", "/a/b"])
+def test_absolute_uri_keeps_what_is_absolute(uri: str) -> None:
+    assert absolute_uri(uri) == uri
+
+
+def test_absolute_uri_of_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("videos/x") == str(tmp_path / "videos" / "x")
