@@ -49,7 +49,6 @@ check: setup ## format, lint, layers, types, docstrings
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pydoclint --quiet ursa tasks flows
 
 test: setup ## everything but slow and GPU tests
 	$(BIN)/pytest -m "not slow and not gpu"

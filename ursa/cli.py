@@ -1,4 +1,4 @@
-"""The `ursa` command: generate clips, show configurations. Thin; imports only what a command needs."""
+"""The `ursa` command: generate clips, show configurations. Imports only what a command needs."""
 
 import random
 import subprocess
