@@ -158,6 +158,9 @@ class StageConfig(FrozenModel):
     timesteps: Literal["synchronous", "per_frame"] = Field(
         description="one t a sample, or one t a latent frame (asynchronous)"
     )
+    synchronous_fraction: Fraction = Field(
+        description="share of samples that keep one t for all frames in mode per_frame"
+    )
     timestep_shift: float = Field(gt=0, description="1 is none, larger means more noise")
     max_steps: int = Field(gt=0, description="optimizer steps")
     global_batch_size: int = Field(gt=0, description="samples a step over all workers")

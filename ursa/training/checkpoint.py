@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ursa import storage
 from ursa.config import FrozenModel
-from ursa.errors import CheckpointError, NonFiniteLossError
+from ursa.errors import CheckpointError, ManifestError, NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class CheckpointMarker(FrozenModel):
     num_samples_seen: int
     state_sha256: str
     fingerprint: str
+    metrics: dict[str, float]
 
 
 def training_state(
@@ -77,8 +79,18 @@ def save_checkpoint(
     num_samples_seen: int,
     fingerprint: str,
     keep: int,
+    metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Write a checkpoint, commit it, then remove older ones beyond `keep`.
+
+    Args:
+        state: Named tensors of `training_state`.
+        stage_uri: The checkpoint becomes a new folder below it.
+        step: Steps done.
+        num_samples_seen: Samples of these steps over all workers.
+        fingerprint: What decides the run; a checkpoint with another one is not resumed.
+        keep: Number of checkpoints left, at least 1.
+        metrics: Those of the last step, kept in the marker.
 
     Returns:
         URI of the new folder.
@@ -102,6 +114,7 @@ def save_checkpoint(
             num_samples_seen=num_samples_seen,
             state_sha256=storage.sha256_file(path),
             fingerprint=fingerprint,
+            metrics=dict(metrics or {}),
         )
     storage.commit_record(storage.join(folder_uri, MARKER_FILE), marker)
     for old, _ in _committed(stage_uri)[keep:]:
@@ -115,7 +128,10 @@ def load_checkpoint(folder_uri: str) -> tuple[CheckpointMarker, dict[str, Tensor
     Raises:
         CheckpointError: If it is not committed or damaged.
     """
-    marker = storage.load_record(storage.join(folder_uri, MARKER_FILE), CheckpointMarker)
+    try:
+        marker = storage.load_record(storage.join(folder_uri, MARKER_FILE), CheckpointMarker)
+    except ManifestError as error:
+        raise CheckpointError(f"{folder_uri}: {MARKER_FILE} is damaged: {error}") from error
     if marker is None:
         raise CheckpointError(f"{folder_uri}: not committed ({MARKER_FILE} is missing)")
     try:

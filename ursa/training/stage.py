@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -93,14 +94,14 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     trainer = _build_trainer(request, group)
     resumed = latest_checkpoint(_stage_uri(request), fingerprint=stage_fingerprint(request))
     first = 0
+    metrics: dict[str, float] = {}
     if resumed is not None:
         _, marker, state = resumed
         restore_state(state, trainer.model, trainer.average, trainer.optimizer)
-        first = marker.step
+        first, metrics = marker.step, marker.metrics
         logger.info("stage %s goes on from step %d", request.stage, first)
     uri = resumed[0] if resumed is not None else ""
     validation = _Validation(request, trainer)
-    metrics: dict[str, float] = {}
     with _Termination() as termination:
         for step in range(first, config.max_steps):
             metrics = trainer.step(step)
@@ -113,7 +114,7 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
                 ):
                     on_metrics(count, metrics)
                 if termination.requested or _is_due(count, config.checkpoint_every, config):
-                    uri = _save(trainer, request, count)
+                    uri = _save(trainer, request, count, metrics)
             if termination.requested:
                 logger.warning("SIGTERM: saved step %d of stage %s", step + 1, request.stage)
                 raise SystemExit(143)
@@ -244,7 +245,9 @@ def _is_due(count: int, every: int, config: StageConfig) -> bool:
     return count % every == 0 or count == config.max_steps
 
 
-def _save(trainer: Trainer, request: StageRequest, count: int) -> str:
+def _save(
+    trainer: Trainer, request: StageRequest, count: int, metrics: Mapping[str, float]
+) -> str:
     return save_checkpoint(
         training_state(trainer.model, trainer.average, trainer.optimizer),
         _stage_uri(request),
@@ -252,6 +255,7 @@ def _save(trainer: Trainer, request: StageRequest, count: int) -> str:
         num_samples_seen=count * trainer.config.global_batch_size,
         fingerprint=stage_fingerprint(request),
         keep=trainer.config.keep_checkpoints,
+        metrics=metrics,
     )
 
 

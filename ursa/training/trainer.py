@@ -155,10 +155,10 @@ def make_noisy_batch(
     prompts, times, noises = [], [], []
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        drop, prefix = torch.rand(2, generator=generator).tolist()
+        drop, prefix, together = torch.rand(3, generator=generator).tolist()
         uniform = torch.rand(num_frames, generator=generator)
         noises.append(torch.rand(num_frames, rows, columns, generator=generator))
-        if config.timesteps == "synchronous":
+        if config.timesteps == "synchronous" or together < config.synchronous_fraction:
             uniform = uniform[:1].expand(num_frames)
         times.append(training_times(uniform, config.timestep_shift))
         motion = batch.motion_px_per_s[index]

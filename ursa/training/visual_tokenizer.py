@@ -266,6 +266,7 @@ def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
     return StageConfig(
         modality="video",
         timesteps="synchronous",
+        synchronous_fraction=1.0,
         timestep_shift=1.0,
         max_steps=settings.max_steps,
         global_batch_size=settings.batch_size,
