@@ -169,7 +169,7 @@ def _committed(stage_uri: str) -> list[tuple[str, int]]:
     except FileNotFoundError:
         return []
     found = [
-        (item.uri.removesuffix(f"/{MARKER_FILE}"), int(match[2]))
+        (storage.join(stage_uri, match[1]), int(match[2]))
         for item in files
         if (match := _FOLDER.search(item.uri))
     ]

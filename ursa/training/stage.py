@@ -245,9 +245,7 @@ def _is_due(count: int, every: int, config: StageConfig) -> bool:
     return count % every == 0 or count == config.max_steps
 
 
-def _save(
-    trainer: Trainer, request: StageRequest, count: int, metrics: Mapping[str, float]
-) -> str:
+def _save(trainer: Trainer, request: StageRequest, count: int, metrics: Mapping[str, float]) -> str:
     return save_checkpoint(
         training_state(trainer.model, trainer.average, trainer.optimizer),
         _stage_uri(request),
