@@ -107,7 +107,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def tiny_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
-    stages = {name: _STAGE for name in ("image_pretrain", "video_pretrain", "async_finetune")}
+    stages = dict.fromkeys(("image_pretrain", "video_pretrain", "async_finetune"), _STAGE)
     return load_config("tiny", merged(merged(OVERRIDES, {"stages": stages}), changes or {}))
 
 
@@ -324,7 +324,7 @@ class MetricsFile:
     """Metrics written by any process, read back here."""
 
     def __init__(self) -> None:
-        self.path = tempfile.mktemp(suffix=".jsonl")  # noqa: S306
+        self.path = tempfile.mktemp(suffix=".jsonl")
         self.on_metrics = functools.partial(append_json_line, self.path)
 
     def rows(self) -> list[dict[str, float]]:

@@ -33,9 +33,7 @@ def test_ranks_divide_the_global_batch(num_samples, per_rank, world_size, step, 
 
 
 @few
-@given(
-    num_samples=st.integers(1, 40), size=st.integers(1, 12), epochs=st.integers(1, 3), seed=...
-)
+@given(num_samples=st.integers(1, 40), size=st.integers(1, 12), epochs=st.integers(1, 3), seed=...)
 def test_every_sample_once_an_epoch(num_samples: int, size: int, epochs: int, seed: bool):
     steps = -(-epochs * num_samples // size)
     stream = [
@@ -71,7 +69,7 @@ def test_address_is_a_seed(address):
     count=st.integers(1, 7),
     seed=st.integers(0, 1000),
     codebook_size=st.sampled_from([60, 1 << 16, (1 << 16) + 1]),
-    caption=st.text("aé\n\"\x00猫", max_size=20),
+    caption=st.text('aé\n"\x00猫', max_size=20),
 )
 def test_shards_are_a_round_trip(tmp_path, count, seed, codebook_size, caption):
     rows = factories.token_rows("video", count, seed=seed, codebook_size=codebook_size)

@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from ursa.training import stage as stage_module
+from ursa.training.distributed import Group
+from ursa.training.optim import build_average, learning_rate
+from ursa.training.trainer import make_noisy_batch
+
+
+def build(request, rank=0, world_size=1):
+    return stage_module._build_trainer(request, Group(rank, world_size))
+
+
+def times_of(trainer, step=0):
+    """Recover the times of a batch: in a lone token's posterior they cannot be seen, so spy."""
+    seen = []
+    original = trainer.path.sample
+
+    def note(x_1, t, *, uniform):
+        seen.append(t)
+        return original(x_1, t, uniform=uniform)
+
+    trainer.path.sample = note
+    trainer.noisy_batch(step)
+    return seen[0].flatten(1)
+
+
+def test_gradient_reaches_every_weight(make_request):
+    trainer = build(make_request("async_finetune", prompt_dropout=0.0))
+    trainer.step(0)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_step_moves_weights_and_average(make_request):
+    trainer = build(make_request())
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.step(0)
+    for name, value in trainer.model.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    assert int(trainer.average.n_averaged) == 1
+
+
+def test_a_batch_is_a_function_of_its_step(make_request):
+    request = make_request("async_finetune")
+    one, other = build(request), build(request)
+    one.noisy_batch(0)
+    first, second = one.noisy_batch(3), other.noisy_batch(3)
+    for name in ("text_ids", "x_1", "x_t"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert not torch.equal(first.x_t, one.noisy_batch(4).x_t)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_see_the_batch_of_one(make_request, world_size):
+    request = make_request("async_finetune", global_batch_size=8)
+    alone = build(request).noisy_batch(2)
+    parts = [build(request, rank, world_size).noisy_batch(2) for rank in range(world_size)]
+    for name in ("text_ids", "x_1", "x_t"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(alone, name))
+
+
+def test_times_are_one_a_sample_or_one_a_frame(make_request):
+    together = times_of(build(make_request("video_pretrain")))
+    assert (together[:, 0] == together[:, 1]).all()
+    assert len(together.unique()) == 4
+    apart = times_of(build(make_request("async_finetune")))
+    assert len(apart.unique()) == 8
+
+
+def test_shift_means_more_noise(make_request):
+    plain = times_of(build(make_request(timestep_shift=1.0)))
+    # the stage's name and seed address the noise, not its settings
+    shifted = times_of(build(make_request(timestep_shift=5.0)))
+    assert (shifted < plain).all()
+
+
+@pytest.mark.parametrize(
+    ("dropout", "prefix", "expected"),
+    [
+        (1.0, 1.0, ["", ""]),
+        (0.0, 0.0, ["a red ball rolls", "the night city"]),
+        (0.0, 1.0, ["motion=9.5, a red ball rolls", "the night city"]),
+    ],
+)
+def test_prompts(make_request, dropout, prefix, expected):
+    trainer = build(make_request(prompt_dropout=dropout, motion_prefix_probability=prefix))
+    batch = trainer.samples.batch([0, 1])
+    batch = type(batch)(
+        batch.visual_ids, ("a red ball rolls", "the night city"), (9.5, None), batch.sample_ids
+    )
+    noisy = make_noisy_batch(
+        batch,
+        trainer.path,
+        trainer.config,
+        trainer.text_tokenizer,
+        max_prompt_length=30,
+        seeds=[1, 2],
+    )
+    assert [trainer.text_tokenizer.decode(ids.tolist()) for ids in noisy.text_ids] == expected
+    assert torch.equal(noisy.x_1, batch.visual_ids)
+
+
+def test_learning_rate_warms_up_and_falls(make_request):
+    request = make_request(max_steps=10, warmup_steps=4, learning_rate=1.0, final_learning_rate=0.1)
+    config = request.config.stages.video_pretrain
+    rates = [learning_rate(config, step) for step in range(11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[10] == pytest.approx(0.1)
+    assert learning_rate(config, 99) == pytest.approx(0.1)
+
+
+def test_average_forgets_its_start(make_request):
+    request = make_request(ema_decay=0.9)
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = build_average(model, request.config.stages.video_pretrain)
+    value = None
+    for step, weight in enumerate([1.0, 2.0, 4.0]):
+        torch.nn.init.constant_(model.weight, weight)
+        average.update_parameters(model)
+        decay = min(0.9, (1 + step) / (10 + step))
+        value = weight if value is None else decay * value + (1 - decay) * weight
+    assert float(average.module.weight.detach()) == pytest.approx(value)
