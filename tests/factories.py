@@ -77,6 +77,7 @@ OVERRIDES: dict[str, Any] = {
 }
 _STAGE = {
     "max_steps": 6,
+    "synchronous_fraction": 0.0,
     "global_batch_size": 4,
     "learning_rate": 3.0e-3,
     "warmup_steps": 2,

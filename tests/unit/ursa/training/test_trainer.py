@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -68,6 +70,10 @@ def test_times_are_one_a_sample_or_one_a_frame(make_request):
     assert len(together.unique()) == 4
     apart = times_of(build(make_request("async_finetune")))
     assert len(apart.unique()) == 8
+    mixed = times_of(
+        build(make_request("async_finetune", synchronous_fraction=0.5, global_batch_size=64))
+    )
+    assert 16 < int((mixed[:, 0] == mixed[:, 1]).sum()) < 48
 
 
 def test_shift_means_more_noise(make_request):
@@ -109,7 +115,7 @@ def test_learning_rate_warms_up_and_falls(make_request):
     rates = [learning_rate(config, step) for step in range(11)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[4:]))
     assert rates[10] == pytest.approx(0.1)
     assert learning_rate(config, 99) == pytest.approx(0.1)
 
