@@ -31,7 +31,6 @@ PUT_DEADLINE_S = 120.0
 """An upload that takes longer is abandoned and repeated; s3fs alone would wait for ever."""
 GET_DEADLINE_S = 300.0
 MANIFEST_LIMIT_BYTES = 64 << 20
-_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR)
 
 Record = TypeVar("Record", bound=FrozenModel)
 
@@ -365,10 +364,14 @@ def _local_errors(uri: str) -> Iterator[None]:
     """Turn operating system errors into errors that say what to do."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
+    except FileNotFoundError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise StorageConfigurationError(
+                f"{uri}: a file stands where a directory is needed; choose another directory"
+            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageConfigurationError(
                 f"disk full while writing {uri}; free some space, then run again: finished work "
                 "is kept"
