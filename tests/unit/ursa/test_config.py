@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from tests import factories
+from ursa.artifacts import StageRequest
+from ursa.config import PRESETS, STAGES, ConfigOverrides, RunConfig, load_config, parse_config
+from ursa.errors import ConfigError
+from ursa.training.stage import train_stage
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_complete(preset):
+    config = load_config(preset)
+    assert isinstance(config, RunConfig)
+    assert parse_config(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset, tiny_data, tmp_path):
+    small = {
+        "text_tokenizer": {"max_prompt_length": 4},
+        "model": {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1},
+        "path": {"schedule": "fixed"},
+        "evaluation": {"max_samples": 2},
+    }
+    stages = {name: {"max_steps": 2, "global_batch_size": 2} for name in STAGES}
+    config = load_config(preset, {**small, "stages": stages})
+    for stage in STAGES:
+        request = StageRequest(
+            stage=stage,
+            config=config,
+            datasets=tiny_data.datasets,
+            visual_tokenizer=tiny_data.visual_tokenizer,
+            text_tokenizer=tiny_data.text_tokenizer,
+            init_from=None,
+            output_uri=str(tmp_path),
+        )
+        assert train_stage(request).step == 2
+
+
+def test_unknown_preset_names_the_known():
+    with pytest.raises(ConfigError, match=r"one of tiny, small, got 'huge'"):
+        load_config("huge")
+
+
+def test_unknown_key_is_named_with_its_place():
+    with pytest.raises(ConfigError, match=r"stages\.video_pretrain\.max_stepz"):
+        load_config("tiny", {"stages": {"video_pretrain": {"max_stepz": 3}}})
+
+
+def test_every_bad_key_is_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        load_config("tiny", {"seed": -1, "model": {"head_dim": 24}, "nonsense": 1})
+    for part in ("seed", "model.head_dim", "nonsense", "'24'"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tokenization": {"num_frames": 6}}, r"1 \+ 4k, got 6"),
+        ({"tokenization": {"height_px": 20}}, "height_px must be divisible by 8, got 20"),
+        ({"tokenization": {"fps": 99}}, r"99.0 must not exceed"),
+        ({"ingestion": {"min_clip_s": 99}}, "min_clip_s 99.0 must not exceed"),
+        ({"model": {"num_key_value_heads": 3}}, "must be a multiple of"),
+        ({"stages": {"image_pretrain": {"timesteps": "per_frame"}}}, "needs modality 'video'"),
+        ({"stages": 3}, "stages"),
+        ({"seed": None}, "seed"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("tiny", overrides)
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config("tiny").seed = 2
+
+
+def test_codebook_size_is_the_product_of_the_levels():
+    assert factories.tiny_config().visual_tokenizer.codebook_size == 60
+
+
+def test_overrides_may_leave_out_anything_but_add_nothing():
+    ConfigOverrides.model_validate({"stages": {"video_pretrain": {"max_steps": 3}}})
+    with pytest.raises(ValidationError, match="max_stepz"):
+        ConfigOverrides.model_validate({"stages": {"video_pretrain": {"max_stepz": 3}}})

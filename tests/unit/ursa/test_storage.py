@@ -1,0 +1,270 @@
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ursa import storage
+from ursa.artifacts import ShardInfo, SourceVideo
+from ursa.errors import ManifestError, StorageConfigurationError
+
+RECORD = SourceVideo(uri="file:///a", num_bytes=3, etag="x")
+
+
+def left_over(folder: Path):
+    return [path.name for path in folder.rglob("*") if ".tmp" in path.name]
+
+
+def test_bytes_are_a_round_trip(tmp_path):
+    uri = storage.join(str(tmp_path), "a", "b.bin")
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.read_bytes(uri) == b"two"
+    assert storage.exists(uri)
+    assert not storage.exists(str(tmp_path))
+    assert left_over(tmp_path) == []
+    storage.remove_file(uri)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(uri)
+
+
+def test_first_writer_wins_and_all_learn_it(tmp_path):
+    uri = str(tmp_path / "deep" / "commit")
+    barrier = threading.Barrier(16)
+
+    def write(index):
+        barrier.wait()
+        return storage.put_if_absent(uri, f"writer {index}".encode() * 1000)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = set(pool.map(write, range(16)))
+    assert answers == {storage.read_bytes(uri)}
+    assert left_over(tmp_path) == []
+    assert len(list(tmp_path.rglob("*"))) == 2
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    uri = str(tmp_path / "file")
+    contents = [bytes([value]) * 300_000 for value in range(2)]
+    storage.write_bytes(uri, contents[0])
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for content in contents:
+                storage.write_bytes(uri, content)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert all(storage.read_bytes(uri) in contents for _ in range(200))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_killed_writer_leaves_nothing_visible(tmp_path):
+    code = f"""
+    import os
+    from ursa import storage
+    os.fsync = lambda _: os._exit(9)
+    storage.put_if_absent({str(tmp_path / "commit")!r}, b"x" * 100)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)])
+    assert done.returncode == 9
+    assert not storage.exists(str(tmp_path / "commit"))
+    assert storage.put_if_absent(str(tmp_path / "commit"), b"y") == b"y"
+
+
+ODD_NAMES = [b"plain.mp4", b"two words #1%20?.mp4", b"latin\xe9.mp4", "猫\n.mp4".encode(), b"-x&y"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_any_file_name_has_a_uri(tmp_path, name):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.write_bytes(name)
+    (found,) = storage.list_files(str(tmp_path))
+    assert found.uri.startswith("file:///")
+    assert found.uri.isascii()
+    assert (found.num_bytes, found.etag) == (len(name), storage.sha256_file(path))
+    assert storage.read_bytes(found.uri) == name
+    assert storage.local_path(found.uri) == path
+    with storage.local_copy(found.uri) as copy:
+        assert copy.read_bytes() == name
+    storage.write_bytes(found.uri, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_listing_is_sorted_and_holds_regular_files_alone(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one").write_bytes(b"1")
+    (tmp_path / "a").write_bytes(b"22")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "pipe")
+    found = storage.list_files(str(tmp_path), with_etag=False)
+    assert [Path(item.uri).name for item in found] == ["a", "one"]
+    assert [item.num_bytes for item in found] == [2, 1]
+    assert [Path(uri).name for uri in storage.list_irregular_files(str(tmp_path))] == ["pipe"]
+    assert [item.uri for item in storage.list_files(str(tmp_path / "a"))] == [found[0].uri]
+    with pytest.raises(FileNotFoundError):
+        storage.list_files(str(tmp_path / "gone"))
+
+
+def test_directories_are_copied_with_their_hashes(tmp_path):
+    (tmp_path / "from" / "sub").mkdir(parents=True)
+    (tmp_path / "from" / "a.txt").write_text("a")
+    (tmp_path / "from" / "sub" / "b.txt").write_text("b")
+    target = str(tmp_path / "to")
+    hashes = storage.upload_directory(tmp_path / "from", target)
+    assert sorted(hashes) == ["a.txt", "sub/b.txt"]
+    with storage.local_directory(target) as folder:
+        for name, digest in hashes.items():
+            assert storage.sha256_file(folder / name) == digest
+    storage.remove_directory(target)
+    assert not Path(target).exists()
+    storage.remove_directory(target)
+
+
+def test_records_are_committed_once(tmp_path):
+    uri = str(tmp_path / "manifest.json")
+    assert storage.load_record(uri, SourceVideo) is None
+    assert storage.commit_record(uri, RECORD) == RECORD
+    late = RECORD.model_copy(update={"etag": "y"})
+    assert storage.commit_record(uri, late) == RECORD
+    assert storage.load_record(uri, SourceVideo) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a manifest"),
+        (b"\xff\xfe{}", "not a manifest"),
+        (b'{"schema_version": 1, "kind": "SourceVideo"', "not a manifest"),
+        (b'{"schema_version": 1}', "not a manifest"),
+        (b'{"schema_version": 99, "kind": "SourceVideo", "record": {}}', "version 99, expected"),
+        (b'{"schema_version": 1, "kind": "Clip", "record": {}}', "holds Clip"),
+        (b'{"schema_version": 1, "kind": "SourceVideo", "record": {"uri": 3}}', "is damaged"),
+    ],
+)
+def test_damaged_records_are_named(tmp_path, content, message):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match=message) as error:
+        storage.load_record(str(path), SourceVideo)
+    assert str(path) in str(error.value)
+
+
+def test_a_record_of_another_kind_is_refused(tmp_path):
+    uri = str(tmp_path / "manifest.json")
+    storage.commit_record(uri, RECORD)
+    with pytest.raises(ManifestError, match="expected ShardInfo of version 1"):
+        storage.load_record(uri, ShardInfo)
+
+
+def test_a_huge_manifest_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MANIFEST_LIMIT_BYTES", 10)
+    uri = str(tmp_path / "manifest.json")
+    storage.write_bytes(uri, b"x" * 11)
+    with pytest.raises(ManifestError, match="11 bytes, expected at most 10"):
+        storage.load_record(uri, SourceVideo)
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/x"])
+def test_unknown_schemes_are_named(uri):
+    with pytest.raises(StorageConfigurationError, match=r"use s3://bucket/prefix"):
+        storage.read_bytes(uri)
+
+
+def in_child(code: str, **options) -> subprocess.CompletedProcess:
+    head = "from ursa import storage\nfrom ursa.errors import *\n"
+    command = [sys.executable, "-c", head + textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_a_file_that_outgrows_its_limit_is_one_clear_error(tmp_path):
+    # the limit stands in for a full disk: the kernel refuses to write on
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    done = in_child(
+        f"""
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        storage.write_bytes({str(tmp_path / "small")!r}, b"x" * 900)
+        for call in (storage.write_bytes, storage.put_if_absent):
+            try:
+                call({str(tmp_path / "big")!r}, b"x" * 5000)
+            except StorageError as error:
+                print(type(error).__name__, error)
+        """,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("StorageConfigurationError") == 2, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_full_disk_is_a_configuration_error():
+    # /dev/full answers every write with "no space left"
+    done = in_child(
+        """
+        from pathlib import Path
+        try:
+            with storage._local_errors("/data/x"), Path("/dev/full").open("wb", 0) as file:
+                file.write(b"x")
+        except StorageConfigurationError as error:
+            print(error)
+        """
+    )
+    assert "disk full while writing /data/x" in done.stdout, done.stderr
+    assert "finished work is kept" in done.stdout
+
+
+def test_too_little_room_is_found_before_the_run(tmp_path):
+    storage.check_store(str(tmp_path / "new"))
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(StorageConfigurationError, match="disk full: .* MB free"):
+        storage.check_store(str(tmp_path), min_free_bytes=1 << 60)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become nobody")
+def test_no_permission_is_a_configuration_error(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        message = "nothing raised"
+        try:
+            os.setuid(65534)
+            storage.write_bytes(str(closed / "x"), b"x")
+        except BaseException as error:  # noqa: BLE001
+            message = f"{type(error).__name__} {error}"
+        os.write(writer, message.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    assert text.startswith("StorageConfigurationError"), text
+    assert "no permission" in text
+
+
+def test_a_file_where_a_directory_should_be(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    uri = str(tmp_path / "file" / "below")
+    for call in (
+        lambda: storage.write_bytes(uri, b"y"),
+        lambda: storage.put_if_absent(uri, b"y"),
+        lambda: storage.read_bytes(uri),
+        lambda: storage.check_store(str(tmp_path / "file")),
+        lambda: storage.check_store(uri),
+    ):
+        with pytest.raises(StorageConfigurationError, match="a file stands where a directory"):
+            call()
+    assert storage.exists(uri) is False
