@@ -188,7 +188,7 @@ def token_rows(
 
 def write_dataset(output_uri: str, modality: str, split: str, num_samples: int) -> TokenDataset:
     """Write samples as two shards with the real writer."""
-    rows = token_rows(modality, num_samples, seed=split == "validation")
+    rows = token_rows(modality, num_samples, seed=int(split == "validation"))
     half = len(rows) // 2
     shards = tuple(
         write_shard(part, f"{output_uri}/{modality}-{split}-{i}", codebook_size=CODEBOOK_SIZE)

@@ -228,7 +228,7 @@ def test_full_disk_is_a_configuration_error():
 def test_too_little_room_is_found_before_the_run(tmp_path):
     storage.check_store(str(tmp_path / "new"))
     assert list((tmp_path / "new").iterdir()) == []
-    with pytest.raises(StorageConfigurationError, match="disk full: .* MB free"):
+    with pytest.raises(StorageConfigurationError, match=r"disk full: .* MB free"):
         storage.check_store(str(tmp_path), min_free_bytes=1 << 60)
 
 
