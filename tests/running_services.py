@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "infra" / "local" / "services.py"
+STAGES = ("image-pretrain", "video-pretrain", "async-finetune")
 TINY: dict[str, Any] = {
     "visual_tokenizer": {
         "max_steps": 2,
@@ -142,3 +143,45 @@ def start() -> Running:
         f"http://127.0.0.1:{environment['URSA_PREFECT_PORT']}",
         f"http://127.0.0.1:{environment['URSA_MLFLOW_PORT']}",
     )
+
+
+class Finished(NamedTuple):
+    services: Running
+    source: Path
+    output: str
+    flow_run: dict[str, Any]
+
+    def run_again(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        return run_pipeline(self.services, self.source, **variables)
+
+
+def run_pipeline(
+    services: Running, source: Path, *more: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    parameters = " ".join([f"--param overrides={json.dumps(TINY)}", *more])
+    return services.script(
+        *("run", "--source", str(source), f"--parameters={parameters}"), **variables
+    )
+
+
+def mlflow_runs(services: Running, query: str) -> list[dict[str, Any]]:
+    found = services.ask(
+        f"{services.mlflow_url}/api/2.0/mlflow/runs/search",
+        {"experiment_ids": ["1"], "filter": query},
+    )
+    return list(found.get("runs", []))
+
+
+def committed(services: Running) -> dict[Path, int]:
+    """Return everything that steps have written, with the time of writing."""
+    steps = ("clips", "selections", "tokenizers", "tokens", "checkpoints", "models", "evaluations")
+    return {
+        path: path.stat().st_mtime_ns
+        for step in steps
+        for path in (services.folder / "data" / step).rglob("*")
+        if path.is_file()
+    }
+
+
+def tags(item: dict[str, Any]) -> dict[str, str]:
+    return {tag["key"]: tag["value"] for tag in item["data"]["tags"]}

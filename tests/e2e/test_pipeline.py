@@ -1,0 +1,123 @@
+"""The whole pipeline on real videos, through the literal command, with Ray: small but all of it."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.running_services import STAGES, Finished, committed, mlflow_runs, run_pipeline, tags
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def test_run_says_where_to_look(finished: Finished) -> None:
+    state = finished.flow_run["state"]
+    assert state["type"] == "COMPLETED"
+    assert "registered ursa version 1" in state["message"]
+    for text in ("Prefect run", "MLflow run", "Model version", "Generated clip", "ursa generate"):
+        assert text in finished.output
+    line = next(x for x in finished.output.splitlines() if x.startswith("Generated clip"))
+    assert Path(line.split()[-1]).is_file()
+
+
+def test_artifacts_are_all_there(finished: Finished) -> None:
+    artifacts = finished.services.artifacts()
+    expected = {
+        *("run-summary", "data-funnel", "clip-examples", "ingest-progress", "tokenize-progress"),
+        *("token-shards", "sample-grid", "eval-report", "model-version"),
+        *(f"train-{stage}" for stage in STAGES),
+        *(f"train-{stage}-progress" for stage in STAGES),
+    }
+    assert expected == set(artifacts)
+    funnel = json.loads(artifacts["data-funnel"]["data"])
+    broken = [row for row in funnel if row["file"].endswith("broken.mp4")]
+    assert len(broken) == 1
+    assert broken[0]["step"].startswith("quarantined: ")
+    assert all(
+        item["data"] == 100.0 for key, item in artifacts.items() if key.endswith("-progress")
+    )
+
+
+def test_tracking_has_a_parent_with_a_child_a_step(finished: Finished) -> None:
+    services = finished.services
+    parents = mlflow_runs(services, f"tags.`prefect.flow_run_id` = '{finished.flow_run['id']}'")
+    by_stage = {tags(item)["ursa.stage"]: item for item in parents}
+    assert set(by_stage) == {"run", "data", *STAGES, "evaluate"}
+    assert {item["info"]["status"] for item in by_stage.values()} == {"FINISHED"}
+    parent = by_stage["run"]["info"]["run_id"]
+    for stage in ("data", *STAGES, "evaluate"):
+        assert tags(by_stage[stage])["mlflow.parentRunId"] == parent
+        assert by_stage[stage]["inputs"]["dataset_inputs"]
+    parameters = {p["key"]: p["value"] for p in by_stage["run"]["data"]["params"]}
+    assert parameters["stages.video_pretrain.max_steps"] == "4"
+    for stage in STAGES:
+        history = services.ask(
+            f"{services.mlflow_url}/api/2.0/mlflow/metrics/get-history?metric_key=train/loss"
+            f"&run_id={by_stage[stage]['info']['run_id']}"
+        )
+        assert [item["step"] for item in history["metrics"]] == [1, 2, 3, 4]
+
+
+def test_second_run_does_nothing(finished: Finished) -> None:
+    services = finished.services
+    before = committed(services)
+    done = finished.run_again(URSA_LAUNCHER="ray")
+    assert done.returncode == 0, done.stdout
+    assert "nothing changed: version 1 is up to date" in done.stdout
+    assert services.flow_run(done.stdout)["state"]["name"] == "NothingChanged"
+    assert committed(services) == before
+
+
+def test_only_new_ends_without_work(finished: Finished) -> None:
+    done = run_pipeline(
+        finished.services, finished.source, "--param only_new=true", URSA_LAUNCHER="ray"
+    )
+    assert done.returncode == 0, done.stdout
+    assert finished.services.flow_run(done.stdout)["state"]["name"] == "NoNewData"
+
+
+def test_registered_model_generates(finished: Finished, tmp_path: Path) -> None:
+    """In a process of its own, as a user of the registry would."""
+    services = finished.services
+    code = """
+import sys, mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/ursa@challenger")
+rows = [{"prompt": "a tree"}]
+first = model.predict(rows, params={"seed": 3, "num_inference_steps": 2})
+again = model.predict(rows, params={"seed": 3, "num_inference_steps": 2})
+assert first == again
+open(sys.argv[2], "w").write(first[0])
+"""
+    target = tmp_path / "clip.txt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, services.mlflow_url, str(target)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert base64.b64decode(target.read_text())[4:8] == b"ftyp"
+
+
+def test_stored_model_holds_no_pickle(finished: Finished) -> None:
+    stored = finished.services.folder / "mlflow" / "artifacts"
+    names = {path.suffix for path in stored.rglob("*") if path.is_file()}
+    assert ".safetensors" in names
+    assert not names & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+
+
+def test_samples_are_in_the_tracking_server(finished: Finished) -> None:
+    services = finished.services
+    found = mlflow_runs(services, "tags.`ursa.stage` = 'evaluate'")
+    run_id = found[0]["info"]["run_id"]
+    listed = services.ask(
+        f"{services.mlflow_url}/api/2.0/mlflow/artifacts/list?run_id={run_id}&path=samples"
+    )
+    suffixes = {Path(item["path"]).suffix for item in listed["files"]}
+    assert {".mp4", ".gif", ".png"} <= suffixes
