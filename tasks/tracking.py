@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -129,7 +130,11 @@ def open_run(
 
 @contextlib.contextmanager
 def child_run(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
-    """Open the child run of a step, new or taken up again, and close it with the right status."""
+    """Open the child run of a step, new or taken up again, and close it with the right status.
+
+    Yields:
+        The run, while it is under way.
+    """
     child = _open_child(parent, stage, tags)
     try:
         yield child
@@ -178,19 +183,22 @@ def log_inputs(run: TrackedRun, datasets: Sequence[DatasetInput]) -> None:
         from mlflow.entities import InputTag  # noqa: PLC0415
         from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT  # noqa: PLC0415
 
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow registers its local source twice
+            sources = [resolve_dataset_source(item.uri) for item in datasets]
         client.log_inputs(
             run.run_id,
             [
                 Input(
                     dataset=MetaDataset(  # type: ignore[abstract]
-                        resolve_dataset_source(item.uri), name=item.name, digest=item.digest[:36]
+                        source, name=item.name, digest=item.digest[:36]
                     )._to_mlflow_entity(),
                     tags=[
                         InputTag(MLFLOW_DATASET_CONTEXT, item.context),
                         InputTag("fingerprint", item.digest),
                     ],
                 )
-                for item in datasets
+                for item, source in zip(datasets, sources, strict=True)
             ],
         )
 

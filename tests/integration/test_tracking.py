@@ -1,0 +1,171 @@
+"""Runs, metrics and the registry in a real MLflow store (SQLite and a local folder)."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tasks import tracking
+from tasks.tracking import MetricSink, TrackedRun
+from ursa import storage
+from ursa.artifacts import CheckpointRef, EvalReport, ExportedModel
+from ursa.config import load_config
+from ursa.errors import RegistrationError, ServiceError
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # MLflow warns about its own imports
+]
+NAME = "ursa"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    address = f"sqlite:///{folder}/mlflow.db"
+    client = MlflowClient(address)
+    client.create_experiment(tracking.EXPERIMENT, artifact_location=(folder / "files").as_uri())
+    before = mlflow.get_tracking_uri()
+    yield address
+    mlflow.set_tracking_uri(before)
+
+
+def history(run: TrackedRun, key: str) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for item in MlflowClient(run.tracking_uri).get_metric_history(run.run_id, key):
+        found.setdefault(item.step, []).append(item.value)
+    return found
+
+
+def report_of(folder: Path, content: bytes, *, gate_passed: bool) -> EvalReport:
+    model = folder / "model"
+    (model / "vae").mkdir(parents=True)
+    (model / "weights.safetensors").write_bytes(content)
+    (model / "vae" / "config.json").write_bytes(b"{}")
+    checkpoint = CheckpointRef(
+        uri=str(folder), stage="async_finetune", step=1, num_samples_seen=1, metrics={},
+        fingerprint="c", parent_uri=None,
+    )  # fmt: skip
+    exported = ExportedModel(
+        manifest_uri=str(folder / "manifest.json"),
+        directory_uri=str(model),
+        checkpoint=checkpoint,
+        sha256={
+            name: storage.sha256_file(model / name)
+            for name in ("weights.safetensors", "vae/config.json")
+        },
+        fingerprint="m",
+    )
+    return EvalReport(
+        manifest_uri=str(folder / "evaluation.json"), model=exported, metrics={"eval/loss": 1.5},
+        samples_uri=str(folder), samples=(), gate_passed=gate_passed,
+        failed_gates=() if gate_passed else ("eval/loss",), fingerprint="e",
+    )  # fmt: skip
+
+
+def register(run: TrackedRun, report: EvalReport) -> tracking.ModelVersion:
+    tags = {"ursa.run_fingerprint": "f", "ursa.tokens_fingerprint": "tokens"}
+    return tracking.register_version(run, report, load_config("tiny"), tags)
+
+
+def test_same_fingerprint_is_the_same_run(uri: str) -> None:
+    first = tracking.open_run(uri, "a run", "print-1", {"ursa.preset": "tiny"})
+    tracking.close_run(first, "KILLED")
+    again = tracking.open_run(uri, "a run", "print-1", {"ursa.preset": "small"})
+    other = tracking.open_run(uri, "a run", "print-2", {})
+    assert again == first != other
+    stored = MlflowClient(uri).get_run(first.run_id)
+    assert stored.info.status == "RUNNING"
+    assert stored.data.tags["ursa.preset"] == "small"
+
+
+def test_child_is_closed_with_the_right_status_and_taken_up_again(uri: str) -> None:
+    parent = tracking.open_run(uri, "a run", "print-3", {})
+    with pytest.raises(ValueError, match="no"), tracking.child_run(parent, "data", {}) as first:
+        raise ValueError("no")
+    assert MlflowClient(uri).get_run(first.run_id).info.status == "FAILED"
+    with tracking.child_run(parent, "data", {}) as again:
+        assert MlflowClient(uri).get_run(again.run_id).info.status == "RUNNING"
+    assert again == first
+    assert MlflowClient(uri).get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_sink_keeps_one_value_a_step_over_a_resume(uri: str) -> None:
+    run = tracking.open_run(uri, "a run", "print-4", {})
+    with MetricSink(run) as sink:
+        for step in range(1, 6):
+            sink(step, {"train/loss": float(step)})
+    with MetricSink(run) as sink:  # the second try starts from the checkpoint of step 3
+        for step in range(4, 9):
+            sink(step, {"train/loss": -1.0})
+    assert history(run, "train/loss") == {
+        **{step: [float(step)] for step in range(1, 6)},
+        **{step: [-1.0] for step in range(6, 9)},
+    }
+
+
+def test_sink_neither_waits_nor_raises_when_the_server_is_away() -> None:
+    gone = TrackedRun(tracking_uri="http://127.0.0.1:9", experiment_id="1", run_id="x")
+    sink = MetricSink(gone)
+    sink._thread.start()
+    began = time.monotonic()
+    for step in range(1000):
+        sink(step, {"train/loss": 1.0})
+    assert time.monotonic() - began < 1.0
+
+
+def test_configuration_and_inputs_are_logged_once(uri: str) -> None:
+    run = tracking.open_run(uri, "a run", "print-5", {})
+    item = tracking.DatasetInput("tokens", "/data/tokens/manifest.json", "ab" * 32, "training")
+    for _ in range(2):
+        tracking.log_config(run, load_config("tiny"))
+        tracking.log_inputs(run, [item])
+    stored = MlflowClient(uri).get_run(run.run_id)
+    assert stored.data.params["release.model_name"] == "ursa"
+    assert [entry.dataset.name for entry in stored.inputs.dataset_inputs] == ["tokens"]
+
+
+def test_unreachable_server_is_named() -> None:
+    with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:9 .*make up"):
+        tracking.check_service("http://127.0.0.1:9", timeout_s=1)
+
+
+def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> None:
+    run = tracking.open_run(uri, "a run", "print-6", {})
+    report = report_of(tmp_path / "a", b"weights a", gate_passed=True)
+    version = register(run, report)
+    assert (version.version, version.alias, version.is_new) == ("1", "champion", True)
+    again = register(run, report)
+    assert again == version.model_copy(update={"is_new": False})
+    assert tracking.find_version(uri, NAME, "ursa.run_fingerprint", "f") == again
+    assert tracking.champion_metrics(uri, NAME, "tokens") == {"eval/loss": 1.5}
+    assert tracking.champion_metrics(uri, NAME, "other tokens") is None
+
+    worse = register(run, report_of(tmp_path / "b", b"weights b", gate_passed=False))
+    assert (worse.version, worse.alias) == ("2", "challenger")
+    champion = MlflowClient(uri).get_model_version_by_alias(NAME, "champion")
+    assert str(champion.version) == "1"
+
+
+def test_damaged_upload_is_not_registered_and_cleaned_up_next_time(
+    uri: str, tmp_path: Path
+) -> None:
+    run = tracking.open_run(uri, "a run", "print-7", {})
+    report = report_of(tmp_path / "c", b"weights c", gate_passed=True)
+    path = tmp_path / "c" / "model" / "weights.safetensors"
+    path.write_bytes(b"damaged c")  # not what the manifest says
+    client = MlflowClient(uri)
+    before = len(client.search_model_versions(f"name = '{NAME}'"))
+    with pytest.raises(RegistrationError, match=r"weights\.safetensors"):
+        register(run, report)
+    assert len(client.search_model_versions(f"name = '{NAME}'")) == before
+    path.write_bytes(b"weights c")
+    assert register(run, report).is_new
+    key = tracking.registration_key(report.model)
+    left = client.search_logged_models(
+        [run.experiment_id], filter_string=f"tags.`ursa.registration_key` = '{key}'"
+    )
+    assert len(left) == 1
