@@ -61,6 +61,7 @@ class TokenizedUnit(FrozenModel):
     split: Split
     image: ShardInfo | None
     video: ShardInfo | None
+    num_clips: int
     num_too_short: int
     failed: tuple[FailedClip, ...]
 
@@ -168,6 +169,7 @@ class ClipTokenizer:
                 split=unit.split,
                 image=shards["image"],
                 video=shards["video"],
+                num_clips=len(unit.clips),
                 num_too_short=num_too_short,
                 failed=tuple(failed),
             ),
@@ -234,12 +236,12 @@ def commit_tokens(
         return plan.committed
     ordered = sorted(units, key=lambda unit: unit.key)
     failed = [clip for unit in ordered for clip in unit.failed]
-    num_clips = sum(len(unit.clips) for unit in plan.todo) + len(failed)
+    num_clips = sum(unit.num_clips for unit in ordered)
     settings = config.tokenization
-    if failed and len(failed) > settings.max_failed_fraction * max(num_clips, len(failed)):
+    if len(failed) > settings.max_failed_fraction * num_clips:
         named = "; ".join(f"{clip.source_uri}: {clip.detail}" for clip in failed[:3])
         raise FailureBudgetExceeded(
-            f"{len(failed)} clips could not be tokenized, more than tokenization."
+            f"{len(failed)} of {num_clips} clips could not be tokenized, more than tokenization."
             f"max_failed_fraction {settings.max_failed_fraction:g} allows: {named}"
         )
     manifest_uri = _root(output_uri, plan.fingerprint, "manifest.json")

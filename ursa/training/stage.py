@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, TokenizerRef
@@ -155,8 +155,8 @@ def launch_local(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        mp.spawn(_local_worker, (num_workers, port, request, on_metrics), nprocs=num_workers)
-    except mp.ProcessRaisedException as error:
+        spawn(_local_worker, (num_workers, port, request, on_metrics), nprocs=num_workers)
+    except (ProcessRaisedException, ProcessExitedException) as error:
         raise TrainingError(f"a training worker failed: {error}") from error
     result = find_stage(request)
     if result is None:
