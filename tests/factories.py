@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -324,12 +323,12 @@ def append_json_line(path: str, step: int, metrics: Mapping[str, float]) -> None
 class MetricsFile:
     """Metrics written by any process, read back here."""
 
-    def __init__(self) -> None:
-        self.path = tempfile.mktemp(suffix=".jsonl")
-        self.on_metrics = functools.partial(append_json_line, self.path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.on_metrics = functools.partial(append_json_line, str(path))
 
     def rows(self) -> list[dict[str, float]]:
-        return [json.loads(line) for line in Path(self.path).read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
 
     def losses(self) -> list[float]:
         return [row["train/loss"] for row in self.rows()]
