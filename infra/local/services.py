@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +34,7 @@ POOL = "ursa"
 DEPLOYMENT = "ursa/full-training"
 MARK = "URSA_SERVICES"
 START_LIMIT_S = 180.0
-STOP_LIMIT_S = 20.0
+STOP_LIMIT_S = 12.0
 RUN_ID = re.compile(r"UUID: ([0-9a-f-]{36})")
 
 QUIET = {
@@ -378,10 +377,7 @@ def stop(service: Service) -> bool:
         family = [leader, *leader.children(recursive=True)]
     except psutil.Error:
         return False
-    with contextlib.suppress(psutil.Error):
-        leader.send_signal(signal.SIGTERM)
-    psutil.wait_procs([leader], timeout=STOP_LIMIT_S)
-    stop_processes([process for process in family if process.is_running()])
+    stop_processes(family)
     return True
 
 
@@ -585,8 +581,15 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
     code, run_id = follow(command)
     if run_id is None:
         return code or 1
-    flow_run = request(f"{prefect.url}/api/flow_runs/{run_id}")
     page = f"{prefect.url}/runs/flow-run/{run_id}"
+    try:
+        flow_run = request(f"{prefect.url}/api/flow_runs/{run_id}")
+    except OSError:
+        flow_run = {"state": {"type": "RUNNING"}}
+    if flow_run["state"]["type"] in ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING"):
+        say("\nFAILED: the services were stopped while the run was under way")
+        say("Try: `make run` again (finished work is kept)")
+        return 1
     if flow_run["state"]["type"] != "COMPLETED":
         message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
         message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
