@@ -283,8 +283,8 @@ def check_store(uri: str, *, min_free_bytes: int = 256 << 20) -> None:
                 f"{min_free_bytes >> 20} MB; free some space or choose another directory"
             )
     probe = join(uri, f".probe-{secrets.token_hex(8)}")
+    put_if_absent(probe, b"first")
     try:
-        put_if_absent(probe, b"first")
         if put_if_absent(probe, b"second") != b"first":
             raise StorageConfigurationError(
                 f"{uri}: the store overwrites existing objects (no conditional writes); use a "
@@ -386,14 +386,17 @@ def _local_errors(uri: str) -> Iterator[None]:
 def _filesystem() -> Any:
     import s3fs  # noqa: PLC0415  (0.5 s, not needed for local runs)
 
-    return s3fs.S3FileSystem(
+    filesystem = s3fs.S3FileSystem(
         use_listings_cache=False,
         config_kwargs={
-            "retries": {"mode": "standard", "max_attempts": 5},
+            "retries": {"mode": "standard", "max_attempts": 3},
             "connect_timeout": 5,
             "read_timeout": 30,
         },
     )
+    # botocore repeats a call and so do we: with a third loop inside, a wrong address takes a minute
+    filesystem.retries = 1
+    return filesystem
 
 
 class _TransientError(Exception):
@@ -421,7 +424,15 @@ def _s3_call(
             return sync(
                 filesystem.loop, getattr(filesystem, method), *call, timeout=deadline_s, **options
             )
-        except (FileNotFoundError, FileExistsError):
+        except FileExistsError:
+            raise
+        except FileNotFoundError as error:
+            if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == (
+                "NoSuchBucket"
+            ):
+                raise StorageConfigurationError(
+                    f"{uri}: there is no such bucket; make it or correct the URI"
+                ) from error
             raise
         except FSTimeoutError as error:
             raise _TransientError(f"no answer within {deadline_s:g} s") from error
@@ -441,7 +452,7 @@ def _s3_call(
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(_TransientError),
         stop=tenacity.stop_after_attempt(3),
-        wait=tenacity.wait_exponential_jitter(initial=0.5, max=5),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=5),
         reraise=True,
     )
     try:
