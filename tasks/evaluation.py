@@ -40,7 +40,10 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
         )
         with tracking.MetricSink(run) as sink:
             report = evaluation.evaluate(
-                *(model, datasets, trained.selection, config),
+                model,
+                datasets,
+                trained.selection,
+                config,
                 output_uri=context.data_uri,
                 champion_metrics=champion,
                 on_metrics=sink,
@@ -51,8 +54,10 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
         pictures = [name for name in media if name.endswith(".png")]
         for name in pictures:
             tracking.log_image_step(
-                *(run, f"{report.samples_uri.rstrip('/')}/{name}"),
-                *(name.rpartition("/")[2].removesuffix(".png"), trained.checkpoint.step),
+                run,
+                f"{report.samples_uri.rstrip('/')}/{name}",
+                name.rpartition("/")[2].removesuffix(".png"),
+                trained.checkpoint.step,
             )
     strip = pictures[0].rpartition("/")[2] if pictures else ""
     reports.eval_report(report, run.url, tracking.artifact_url(run, f"{SAMPLES}/{strip}"))

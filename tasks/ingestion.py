@@ -41,7 +41,9 @@ def ingest_videos(context: RunContext) -> ClipSet:
     )
     announce(
         "%d clips from %d files, %d files quarantined",
-        *(clips.num_clips, clips.num_videos, clips.num_failed),
+        clips.num_clips,
+        clips.num_videos,
+        clips.num_failed,
     )
     return clips
 

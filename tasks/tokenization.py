@@ -31,13 +31,18 @@ def tokenize_clips(
                 on_progress=advance,
             )
         datasets = tokenization.commit_tokens(
-            *(plan, (*plan.done, *new), visual_tokenizer, config),
+            plan,
+            (*plan.done, *new),
+            visual_tokenizer,
+            config,
             output_uri=context.data_uri,
         )
     reports.token_shards(datasets)
     parts = (
-        *(datasets.image_train, datasets.image_validation),
-        *(datasets.video_train, datasets.video_validation),
+        datasets.image_train,
+        datasets.image_validation,
+        datasets.video_train,
+        datasets.video_validation,
     )
     with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
         tracking.log_inputs(
@@ -53,6 +58,7 @@ def tokenize_clips(
         )
     announce(
         "%d image and %d video samples to train on",
-        *(datasets.image_train.num_samples, datasets.video_train.num_samples),
+        datasets.image_train.num_samples,
+        datasets.video_train.num_samples,
     )
     return datasets

@@ -439,7 +439,10 @@ def register_version(
         if is_new:
             _set_aliases(client, name, versions[-1].version, champion=report.gate_passed)
         client.set_model_version_tag(
-            *(name, versions[-1].version, "ursa.run_fingerprint", tags["ursa.run_fingerprint"])
+            name,
+            versions[-1].version,
+            "ursa.run_fingerprint",
+            tags["ursa.run_fingerprint"],
         )
         return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
 

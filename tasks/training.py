@@ -44,7 +44,9 @@ def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
             [
                 tracking.DatasetInput(
                     f"tokens-{dataset.modality}-{dataset.split}",
-                    *(dataset.manifest_uri, dataset.fingerprint, "training"),
+                    dataset.manifest_uri,
+                    dataset.fingerprint,
+                    "training",
                 )
             ],
         )

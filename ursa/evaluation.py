@@ -137,7 +137,9 @@ def held_out_metrics(
         TokenSamples(datasets.video_validation) if datasets.video_validation.num_samples else train
     )
     untrained = build_transformer(
-        pipeline.transformer.config, seed=address_seed(config.seed, "untrained")
+        pipeline.transformer.config,
+        seed=address_seed(config.seed, "untrained"),
+        codebook=pipeline.visual_tokenizer.codebook,
     )
     metrics: dict[str, float] = {}
     for prefix, network, samples in (

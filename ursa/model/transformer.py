@@ -20,6 +20,8 @@ from ursa.model.rope import rotary_embedding
 from ursa.model.sequence import TokenLayout, positions, posterior_slice
 
 INITIALIZER_RANGE = 0.02
+CODE_BANDWIDTH = 2.0
+"""Codes half a unit apart (of [-1, 1] a channel) start with a similarity of 0.6."""
 
 
 class TransformerConfig(FrozenModel):
@@ -97,8 +99,36 @@ class UrsaTransformer(nn.Module):
         return logits
 
 
-def build_transformer(config: TransformerConfig, *, seed: int) -> UrsaTransformer:
-    """Build a network whose weights are a function of the seed alone."""
+def build_transformer(
+    config: TransformerConfig, *, seed: int, codebook: Tensor | None = None
+) -> UrsaTransformer:
+    """Build a network whose weights are a function of the seed and the codebook alone.
+
+    Args:
+        config: Shape of the network.
+        seed: Seed of all draws.
+        codebook: Code embeddings, shape (V, D). Given, the rows of the codes in the embedding and
+            in the head start as random Fourier features of them, so that near codes start near
+            and what is learned of one serves its neighbours; None draws all rows independently.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UrsaTransformer(config)
+        model = UrsaTransformer(config)
+        if codebook is not None:
+            features = _fourier_features(codebook, config.backbone.hidden_size)
+            with torch.no_grad():
+                model.model.embed_tokens.weight[config.text_vocab_size :] = features
+                model.lm_head.weight.copy_(features)
+        return model
+
+
+def _fourier_features(codebook: Tensor, num_features: int) -> Tensor:
+    """Return features whose inner product falls with the distance of two codes.
+
+    sqrt(2) cos(w e + b) with w ~ N(0, CODE_BANDWIDTH^2) approximates a Gaussian kernel (Rahimi and
+    Recht, 2007). Shape (V, num_features), standard deviation INITIALIZER_RANGE.
+    """
+    weight = CODE_BANDWIDTH * torch.randn(codebook.shape[1], num_features)
+    phase = 2 * torch.pi * torch.rand(num_features)
+    features = 2**0.5 * torch.cos(codebook.float() @ weight + phase)
+    return INITIALIZER_RANGE * (features - features.mean(0))

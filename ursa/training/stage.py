@@ -217,7 +217,12 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
 
 def _build_trainer(request: StageRequest, group: Group) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
-    model = build_transformer(transformer_config(request), seed=request.config.seed)
+    path = build_path(request)
+    model = build_transformer(
+        transformer_config(request),
+        seed=request.config.seed,
+        codebook=load_codebook(request.visual_tokenizer),
+    )
     if request.init_from is not None:
         _, state = load_checkpoint(request.init_from.uri)
         # a stage starts from the average of the one before: less noise than the last weights
@@ -233,7 +238,7 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         config=stage,
         seed=request.config.seed,
         model=model,
-        path=build_path(request),
+        path=path,
         text_tokenizer=load_text(request.text_tokenizer),
         samples=TokenSamples(request.datasets.get(stage.modality, "train")),
         group=group,
