@@ -5,6 +5,8 @@ PRESET ?= tiny
 SOURCE ?= tests/data/videos
 PARAMS ?=
 export PRESET SOURCE PARAMS
+# threads that wait must not spin: beside other processes spinning costs a factor of nine
+export OMP_WAIT_POLICY ?= PASSIVE
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -373,9 +373,10 @@ def _psnr(network: CosmosAutoencoder, windows: np.ndarray) -> float:
 
 
 def _affine_map(source: Tensor, target: Tensor) -> Tensor:
-    ones = torch.ones(len(source), 1)
-    solution: Tensor = torch.linalg.lstsq(torch.cat([source, ones], 1), target).solution
-    return solution
+    # normal equations in float64: unlike lstsq they repeat to the bit wherever the data lie
+    inputs = torch.cat([source, torch.ones(len(source), 1)], 1).double()
+    gram = inputs.T @ inputs + 1e-9 * len(inputs) * torch.eye(inputs.shape[1])
+    return torch.linalg.solve(gram, inputs.T @ target.double()).float()
 
 
 def _apply(solution: Tensor, source: Tensor) -> Tensor:
