@@ -403,6 +403,14 @@ class _TransientError(Exception):
     """The call may succeed if repeated."""
 
 
+def _refuse_missing_bucket(uri: str, error: OSError) -> None:
+    answer = getattr(error.__cause__, "response", {})
+    if answer.get("Error", {}).get("Code") == "NoSuchBucket":
+        raise StorageConfigurationError(
+            f"{uri}: there is no such bucket; make it or correct the URI"
+        ) from error
+
+
 def _s3_call(
     method: str,
     uri: str,
@@ -424,15 +432,8 @@ def _s3_call(
             return sync(
                 filesystem.loop, getattr(filesystem, method), *call, timeout=deadline_s, **options
             )
-        except FileExistsError:
-            raise
-        except FileNotFoundError as error:
-            if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == (
-                "NoSuchBucket"
-            ):
-                raise StorageConfigurationError(
-                    f"{uri}: there is no such bucket; make it or correct the URI"
-                ) from error
+        except (FileNotFoundError, FileExistsError) as error:
+            _refuse_missing_bucket(uri, error)
             raise
         except FSTimeoutError as error:
             raise _TransientError(f"no answer within {deadline_s:g} s") from error

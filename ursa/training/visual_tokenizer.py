@@ -376,7 +376,8 @@ def _affine_map(source: Tensor, target: Tensor) -> Tensor:
     # normal equations in float64: unlike lstsq they repeat to the bit wherever the data lie
     inputs = torch.cat([source, torch.ones(len(source), 1)], 1).double()
     gram = inputs.T @ inputs + 1e-9 * len(inputs) * torch.eye(inputs.shape[1])
-    return torch.linalg.solve(gram, inputs.T @ target.double()).float()
+    solution: Tensor = torch.linalg.solve(gram, inputs.T @ target.double())
+    return solution.float()
 
 
 def _apply(solution: Tensor, source: Tensor) -> Tensor:
