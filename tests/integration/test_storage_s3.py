@@ -210,7 +210,7 @@ def test_an_upload_into_the_void_is_abandoned(monkeypatch):
     monkeypatch.setattr(storage, "PUT_DEADLINE_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        with at_most(30), pytest.raises(StorageError, match="no answer within 0.5 s"):
+        with at_most(30), pytest.raises(StorageError, match=r"no answer within 0\.5 s"):
             storage.put_if_absent(f"s3://{BUCKET}/x", b"x" * 100_000)
 
 

@@ -1,0 +1,110 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests import media
+from ursa.config import load_config
+from ursa.video.decode import video_info
+
+URSA = [sys.executable, "-c", "from ursa.cli import main; main()"]
+
+
+def ursa(*arguments, **options):
+    command = [*URSA, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def model(exported_model):
+    return exported_model.directory_uri
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys; from ursa.cli import app; app(['--help'], exit_on_error=False,"
+        " result_action='return_value'); print('torch' in sys.modules, 'mlflow' in sys.modules)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("False False")
+    assert "generate" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def test_version_is_printed():
+    from ursa import __version__
+
+    assert ursa("--version").stdout.strip() == __version__
+
+
+def test_clips_are_written_and_repeatable(model, tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.gif", "d.png"):
+        done = ursa("generate", "a tree", "--model", model, "--seed", 3, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert "seed 3" in done.stdout
+    info = video_info(tmp_path / "a.mp4")
+    assert (info.num_frames, info.width_px, info.height_px, info.fps) == (5, 24, 16, 8.0)
+    assert info.codec == "h264"
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    with Image.open(tmp_path / "c.gif") as picture:
+        assert (picture.n_frames, picture.size) == (5, (24, 16))
+    with Image.open(tmp_path / "d.png") as picture:
+        assert (getattr(picture, "n_frames", 1), picture.size) == (1, (24, 16))
+
+
+def test_a_given_first_frame_and_quiet(model, tmp_path):
+    Image.fromarray(media.texture(32, 48)).save(tmp_path / "first.png")
+    out = tmp_path / "x.png"
+    done = ursa(
+        *("generate", "a tree", "--model", model, "--image", tmp_path / "first.png"),
+        *("--out", out, "--num-frames", 5, "--steps", 2, "--guidance", 1, "-q"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    assert np.asarray(Image.open(out)).shape == (16, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.avi"], "must end in .mp4, .gif or .png, got 'x.avi'"),
+        (["--out", "gone/x.mp4"], "there is no directory gone"),
+        (["--image", "gone.png"], "there is no file gone.png"),
+        (["--num-frames", "6"], "num_frames must be 1 + 4k, got 6; the nearest are 5 and 9"),
+        (["--height", "20"], "height must be divisible by 8"),
+        (["--model", "gone"], "no model at gone: model_index.json is missing"),
+    ],
+)
+def test_a_mistake_is_one_line(model, tmp_path, arguments, message):
+    given = ["generate", "a tree", "--model", model, *arguments]
+    if "--model" in arguments:
+        given = ["generate", "a tree", *arguments]
+    done = ursa(*given, cwd=tmp_path, env={"PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin"})
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistyped_option_is_refused(model):
+    done = ursa("generate", "a tree", "--model", model, "--guidence", 2)
+    assert done.returncode != 0
+    assert "--guidence" in done.stdout + done.stderr
+
+
+def test_configuration_is_printed_as_it_is_read():
+    done = ursa("config", "tiny")
+    assert yaml.safe_load(done.stdout) == load_config("tiny").model_dump(mode="json")
+    assert "one of tiny, small" in ursa("config", "huge").stderr

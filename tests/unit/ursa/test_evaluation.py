@@ -1,0 +1,120 @@
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import factories, media
+from ursa import storage
+from ursa.evaluation import Sample, evaluate, failed_gates, sample_metrics, unigram_metrics
+from ursa.video.decode import video_info
+
+CONFIG = factories.tiny_config()
+TIMES = CONFIG.evaluation.timesteps
+
+
+def measured(loss=1.0, untrained=4.0, unigram=2.0):
+    metrics = {f"eval/loss_t{t:g}": loss for t in TIMES}
+    metrics |= {f"eval/untrained_loss_t{t:g}": untrained for t in TIMES}
+    return metrics | {"eval/unigram_loss": unigram, "eval/loss": loss}
+
+
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    clips = []
+    for index in range(2):
+        frames = media.panning(30, step=2, height=48, width=64, seed=index)
+        path = media.save_video(folder / f"{index}.mp4", frames, 12.0)
+        info = video_info(path)
+        clips.append(
+            factories.clip_of(path, caption=factories.CAPTIONS[index], info=info, index=index)
+        )
+    return factories.commit_selection(str(folder / "s"), clips, num_validation=1)
+
+
+def test_report_measures_everything_and_shows_samples(
+    exported_model, token_datasets, selection, tmp_path
+):
+    calls = []
+    arguments = (exported_model, token_datasets, selection, CONFIG)
+    options = {"output_uri": str(tmp_path), "champion_metrics": None}
+    report = evaluate(*arguments, **options, on_metrics=lambda s, m: calls.append((s, m)))
+    metrics = report.metrics
+    assert calls == [(exported_model.checkpoint.step, metrics)]
+    for t in TIMES:
+        assert metrics[f"eval/untrained_loss_t{t:g}"] == pytest.approx(math.log(60), abs=0.2)
+        assert 0 <= metrics[f"eval/accuracy_t{t:g}"] <= 1
+    assert metrics["eval/loss"] < metrics["eval/untrained_loss"]
+    assert metrics["eval/chance_accuracy"] == 1 / 60
+    assert {"eval/tokenizer_psnr_train", "eval/tokenizer_psnr_validation"} <= metrics.keys()
+    folder = storage.local_path(report.samples_uri)
+    assert set(report.samples) == {
+        *(f"{mode}-0.{kind}" for mode in ("t2v", "i2v") for kind in ("mp4", "gif")),
+        "prompts.tsv",
+        "strip.png",
+    }
+    assert video_info(folder / "t2v-0.mp4").num_frames == 5
+    assert (folder / "prompts.tsv").read_text("utf-8").startswith(f"t2v-0\t{factories.CAPTIONS[0]}")
+    with Image.open(folder / "strip.png") as picture:
+        assert picture.size == (2 * (7 * 24 + 8), 2 * 2 * (16 + 4))
+    assert evaluate(*arguments, **options) == report
+    assert report.gate_passed == (not report.failed_gates)
+
+
+def test_unigram_of_known_counts(tmp_path):
+    train = factories.write_dataset(str(tmp_path / "a"), "image", "train", 8)
+    from ursa.data.dataset import TokenSamples
+
+    samples = TokenSamples(train)
+    metrics = unigram_metrics(samples, samples, 60)
+    ids = samples.batch(range(8)).visual_ids.flatten().tolist()
+    counts = [ids.count(code) + 1 for code in range(60)]
+    expected = -np.mean([math.log(counts[code] / sum(counts)) for code in ids])
+    assert metrics["eval/unigram_loss"] == pytest.approx(expected)
+    assert metrics["eval/unigram_accuracy"] == pytest.approx((max(counts) - 1) / len(ids))
+
+
+def test_gate_is_open_for_a_good_model():
+    assert failed_gates(measured(), {}, CONFIG) == ()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (measured(loss=4.5), "not below the untrained model's 4.000"),
+        (measured(loss=math.nan), "loss at t=0 is nan"),
+        (measured(loss=3.0), "loss at t=0.5 is 3.000, not below the unigram's 2.000"),
+    ],
+)
+def test_gate_names_what_failed(metrics, message):
+    assert any(message in reason for reason in failed_gates(metrics, {}, CONFIG))
+
+
+def test_unigram_counts_from_its_time_on():
+    assert not any("t=0 " in reason for reason in failed_gates(measured(loss=3.0), {}, CONFIG))
+
+
+def test_a_champion_must_not_be_missed_by_more_than_allowed():
+    regression = CONFIG.release.max_regression
+    champion = {"eval/loss": 1.0 - regression - 0.01}
+    (reason,) = failed_gates(measured(), champion, CONFIG)
+    assert "misses the champion's" in reason
+    close = champion | {"eval/loss": 1.0 - regression + 0.01}
+    assert failed_gates(measured(), close, CONFIG) == ()
+
+
+def test_flicker_and_dynamics_of_known_videos():
+    frozen = media.still(5, height=16, width=24)
+    blinking = np.zeros((5, 16, 24, 3), np.uint8)
+    blinking[1::2] = 255
+    rising = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * np.full((16, 24, 3), 10, np.uint8)
+    noise = frozen
+    metrics = sample_metrics([Sample("a", "p", noise, blinking, frozen)])
+    assert metrics["eval/real_temporal_flicker"] == 1.0
+    assert metrics["eval/real_dynamic_degree"] == 0.0
+    assert metrics["eval/generated_temporal_flicker"] == 0.0
+    metrics = sample_metrics([Sample("a", "p", noise, rising, frozen)])
+    assert metrics["eval/generated_temporal_flicker"] == pytest.approx(1 - 10 / 255)
+    assert metrics["eval/generated_dynamic_degree"] == 1.0
+    assert sample_metrics([]) == {}
