@@ -1,5 +1,6 @@
 """Fixtures and the markers that follow from a test's directory."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from ursa.artifacts import StageRequest, TokenDatasets
 from ursa.config import RunConfig
 
 torch.set_num_threads(1)
+# tests of tasks import Prefect, which then handles the library's lines; here no flow reads them
+os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
