@@ -19,7 +19,8 @@ from ursa.config import FrozenModel, ModelConfig
 from ursa.model.rope import rotary_embedding
 from ursa.model.sequence import TokenLayout, positions, posterior_slice
 
-INITIALIZER_RANGE = 0.02
+HEAD_RANGE = 0.02
+"""Standard deviation of the head: small, so that an untrained network knows nothing (ln V)."""
 CODE_BANDWIDTH = 2.0
 """Codes half a unit apart (of [-1, 1] a channel) start with a similarity of 0.6."""
 
@@ -50,7 +51,11 @@ class UrsaTransformer(nn.Module):
     """Posterior network p(x_1 | x_t, prompt) over the codes of every visual token."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build the network with freshly drawn weights (torch's global generator)."""
+        """Build the network with freshly drawn weights (torch's global generator).
+
+        Their standard deviation is hidden_size ** -0.5: Qwen3's 0.02 at its widths, and enough for
+        small networks to learn at once.
+        """
         super().__init__()
         backbone = config.backbone
         self.config = config
@@ -70,7 +75,9 @@ class UrsaTransformer(nn.Module):
         self.lm_head = nn.Linear(backbone.hidden_size, config.codebook_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIALIZER_RANGE)
+                nn.init.normal_(module.weight, std=backbone.hidden_size**-0.5)
+            if module is self.lm_head:
+                nn.init.normal_(self.lm_head.weight, std=HEAD_RANGE)
             if isinstance(module, Qwen3Attention):
                 module.is_causal = False
 
@@ -117,8 +124,10 @@ def build_transformer(
         if codebook is not None:
             features = _fourier_features(codebook, config.backbone.hidden_size)
             with torch.no_grad():
-                model.model.embed_tokens.weight[config.text_vocab_size :] = features
-                model.lm_head.weight.copy_(features)
+                model.model.embed_tokens.weight[config.text_vocab_size :] = (
+                    config.backbone.hidden_size**-0.5 * features
+                )
+                model.lm_head.weight.copy_(HEAD_RANGE * features)
         return model
 
 
@@ -126,9 +135,9 @@ def _fourier_features(codebook: Tensor, num_features: int) -> Tensor:
     """Return features whose inner product falls with the distance of two codes.
 
     sqrt(2) cos(w e + b) with w ~ N(0, CODE_BANDWIDTH^2) approximates a Gaussian kernel (Rahimi and
-    Recht, 2007). Shape (V, num_features), standard deviation INITIALIZER_RANGE.
+    Recht, 2007). Shape (V, num_features), standard deviation about 1.
     """
     weight = CODE_BANDWIDTH * torch.randn(codebook.shape[1], num_features)
     phase = 2 * torch.pi * torch.rand(num_features)
     features = 2**0.5 * torch.cos(codebook.float() @ weight + phase)
-    return INITIALIZER_RANGE * (features - features.mean(0))
+    return features - features.mean(0)
