@@ -53,6 +53,8 @@ class TokenSamples:
                 f"{dataset.manifest_uri}: no {dataset.split} {dataset.modality} samples; loosen "
                 "the selection, shorten tokenization.num_frames or add videos"
             )
+        # the order must depend neither on the division into shards nor on where they lie
+        table = table.sort_by("sample_id")
         flat = table["visual_ids"].combine_chunks().flatten().to_numpy()
         self._ids = flat.reshape(table.num_rows, *dataset.latent_shape)
         self.captions: list[str] = table["caption"].to_pylist()

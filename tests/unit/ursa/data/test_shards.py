@@ -82,6 +82,16 @@ def test_samples_keep_ids_captions_and_motion(token_datasets):
         assert batch.sample_ids[place] == rows[index]["sample_id"]
 
 
+def test_order_of_samples_does_not_depend_on_the_shards(token_datasets):
+    dataset = token_datasets.video_train
+    assert len(dataset.shards) > 1
+    turned = dataset.model_copy(update={"shards": dataset.shards[::-1]})
+    one, other = TokenSamples(dataset), TokenSamples(turned)
+    assert one.sample_ids == other.sample_ids
+    places = list(range(len(one)))
+    assert torch.equal(one.batch(places).visual_ids, other.batch(places).visual_ids)
+
+
 def test_no_samples_say_what_to_do(token_datasets):
     empty = token_datasets.video_train.model_copy(update={"shards": ()})
     with pytest.raises(DataExhaustedError, match="loosen the selection"):
