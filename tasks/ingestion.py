@@ -85,7 +85,7 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
 
     with (
         tracking.child_run(context.run, "data", reports.flow_run_tags()) as run,
-        tracking.MetricSink(run) as sink,
+        tracking.MetricSink(run, flush_at=lambda _: True) as sink,
     ):
         fitted = visual_tokenizer.fit_visual_tokenizer(
             selection, context.config, output_uri=context.data_uri, on_metrics=sink

@@ -8,8 +8,9 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.tracking import MetricSink, TrackedRun
+from tasks.tracking import MetricSink, TrackedRun, before_checkpoint
 from ursa.artifacts import StageRequest
+from ursa.config import StageConfig
 
 PROGRESS_EVERY_S = 5.0
 
@@ -50,18 +51,19 @@ class StageProgress:
 class LocalSink:
     """Sends metrics from whichever local process calls it first; survives pickling."""
 
-    def __init__(self, run: TrackedRun, progress: StageProgress) -> None:
+    def __init__(self, run: TrackedRun, progress: StageProgress, config: StageConfig) -> None:
         self._run = run
         self._progress = progress
+        self._config = config
         self._sink: MetricSink | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_run": self._run, "_progress": self._progress, "_sink": None}
+        return {**self.__dict__, "_sink": None}
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step."""
         if self._sink is None:
-            self._sink = MetricSink(self._run, on_step=self._progress).__enter__()
+            self._sink = stage_sink(self._run, self._progress, self._config).__enter__()
             # child processes of multiprocessing run finalizers, not `atexit`
             multiprocessing.util.Finalize(self, self._sink.__exit__, (None,) * 3, exitpriority=10)
         self._sink(step, metrics)
@@ -70,6 +72,16 @@ class LocalSink:
         """Send what is left, in the process that has called."""
         if self._sink is not None:
             self._sink.__exit__(None, None, None)
+
+
+def stage_sink(run: TrackedRun, progress: StageProgress, config: StageConfig) -> MetricSink:
+    """Return what takes the metrics of a stage; they are stored before a checkpoint is."""
+    flush_at = before_checkpoint(config.log_every, config.checkpoint_every)
+    return MetricSink(
+        run,
+        on_step=progress,
+        flush_at=lambda step: step == config.max_steps or flush_at(step),
+    )
 
 
 def run_stage(arguments: dict[str, Any]) -> None:
@@ -85,7 +97,7 @@ def run_stage(arguments: dict[str, Any]) -> None:
         train_stage(request)
         return
     run = TrackedRun.model_validate_json(arguments["run"])
-    stage = getattr(request.config.stages, request.stage)
+    stage: StageConfig = getattr(request.config.stages, request.stage)
     progress = StageProgress(arguments["progress_url"], stage.max_steps)
-    with MetricSink(run, on_step=progress) as sink:
+    with stage_sink(run, progress, stage) as sink:
         train_stage(request, on_metrics=sink)

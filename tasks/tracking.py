@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 EXPERIMENT = "ursa"
 FLUSH_EVERY_S = 2.0
 CLOSE_LIMIT_S = 30.0
+FLUSH_LIMIT_S = 5.0
 METRICS_PER_BATCH = 500
 
 
@@ -245,21 +246,30 @@ def artifact_url(run: TrackedRun, path: str) -> str:
 
 
 class MetricSink:
-    """Sends metrics to a run from a background thread; never blocks and never raises.
+    """Sends metrics to a run from a background thread; never raises.
 
     Values are sent in batches every two seconds. One value per key and step: steps that the run
     holds already, from an earlier try that was killed, are skipped. When the server is away the
     values wait; what cannot be sent at the end is dropped with a warning.
+
+    Taking a value never blocks, but for the steps of `flush_at`: those that are followed by a
+    checkpoint, after which a killed run would not make the waiting values again.
     """
 
     def __init__(
-        self, run: TrackedRun, *, on_step: Callable[[int, Mapping[str, float]], None] | None = None
+        self,
+        run: TrackedRun,
+        *,
+        on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        flush_at: Callable[[int], bool] | None = None,
     ) -> None:
         self._run = run
         self._on_step = on_step
-        self._queue: queue.SimpleQueue[tuple[int, int, dict[str, float]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._flush_at = flush_at
+        self._queue: queue.SimpleQueue[
+            tuple[int, int, dict[str, float]] | threading.Event | None
+        ] = queue.SimpleQueue()
+        self._flushed: list[threading.Event] = []
         self._seen: dict[str, set[int]] = {}
         self._known: frozenset[str] | None = None
         self._deadline: float | None = None
@@ -275,20 +285,25 @@ class MetricSink:
         self._thread.join(CLOSE_LIMIT_S + 5)
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take metrics of a step; returns at once."""
+        """Take metrics of a step; returns at once, or when they are sent (see `flush_at`)."""
         self._queue.put((int(time.time() * 1000), step, dict(metrics)))
+        if self._flush_at is not None and self._flush_at(step):
+            flushed = threading.Event()
+            self._queue.put(flushed)
+            flushed.wait(FLUSH_LIMIT_S)
 
     def _work(self) -> None:
         waiting: list[tuple[int, int, dict[str, float]]] = []
         ending = False
         while not ending or waiting:
             ending = self._collect(waiting, ending=ending)
-            if not waiting:
-                continue
             try:
-                self._report_step(waiting[-1])
-                self._send(waiting)
-                waiting = []
+                if waiting:
+                    self._report_step(waiting[-1])
+                    self._send(waiting)
+                    waiting = []
+                while self._flushed:
+                    self._flushed.pop().set()
             except Exception as error:  # noqa: BLE001  (training must not notice)
                 if ending and self._deadline is not None and time.monotonic() > self._deadline:
                     logger.warning("%d metric steps could not be logged: %s", len(waiting), error)
@@ -304,6 +319,9 @@ class MetricSink:
                 break
             if item is None:
                 return True
+            if isinstance(item, threading.Event):
+                self._flushed.append(item)
+                break
             waiting.append(item)
         return ending
 
@@ -340,6 +358,21 @@ class MetricSink:
             history = client.get_metric_history(self._run.run_id, key) if key in self._known else []
             self._seen[key] = {metric.step for metric in history}
         return self._seen[key]
+
+
+def before_checkpoint(log_every: int, checkpoint_every: int) -> Callable[[int], bool]:
+    """Return whether a checkpoint comes at a logged step or before the next one.
+
+    Args:
+        log_every: A value is logged every so many steps.
+        checkpoint_every: A checkpoint is written every so many steps.
+    """
+
+    def is_before(step: int) -> bool:
+        next_logged = (step // log_every + 1) * log_every
+        return (next_logged - 1) // checkpoint_every * checkpoint_every >= step
+
+    return is_before
 
 
 @functools.cache

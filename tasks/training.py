@@ -83,7 +83,7 @@ def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> Checkp
     else:
         config = getattr(request.config.stages, request.stage)
         progress = stage_worker.StageProgress(progress_url, config.max_steps)
-        sink = stage_worker.LocalSink(run, progress)
+        sink = stage_worker.LocalSink(run, progress, config)
         try:
             checkpoint = stage.launch_local(
                 request, num_workers=settings.num_train_workers, on_metrics=sink

@@ -1,5 +1,6 @@
 """Runs, metrics and the registry in a real MLflow store (SQLite and a local folder)."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_sink_keeps_one_value_a_step_over_a_resume(uri: str) -> None:
         **{step: [float(step)] for step in range(1, 6)},
         **{step: [-1.0] for step in range(6, 9)},
     }
+
+
+def test_sink_has_sent_what_comes_before_a_checkpoint(uri: str) -> None:
+    run = tracking.open_run(uri, "a run", "print-flush", {})
+    sink = MetricSink(run, flush_at=tracking.before_checkpoint(1, 3))
+    sink._thread.start()
+    for step in range(1, 4):
+        sink(step, {"train/loss": float(step)})
+    # as after SIGKILL: nothing was closed
+    assert history(run, "train/loss") == {step: [float(step)] for step in range(1, 4)}
+
+
+@pytest.mark.parametrize(("log_every", "checkpoint_every"), [(1, 1), (1, 7), (10, 80), (7, 3)])
+def test_checkpoint_is_after_the_last_logged_step(log_every: int, checkpoint_every: int) -> None:
+    is_before = tracking.before_checkpoint(log_every, checkpoint_every)
+    logged = [1, *range(log_every, 200, log_every)]
+    for step, following in itertools.pairwise(dict.fromkeys(logged)):
+        expected = any(count % checkpoint_every == 0 for count in range(step, following))
+        assert is_before(step) is expected
 
 
 def test_sink_neither_waits_nor_raises_when_the_server_is_away() -> None:
