@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,12 +157,38 @@ class Finished(NamedTuple):
 
 
 def run_pipeline(
-    services: Running, source: Path, *more: str, **variables: str
+    services: Running, source: Path | str, *more: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    parameters = " ".join([f"--param overrides={json.dumps(TINY)}", *more])
-    return services.script(
-        *("run", "--source", str(source), f"--parameters={parameters}"), **variables
-    )
+    return services.script(*run_arguments(source, TINY, *more), **variables)
+
+
+def run_arguments(source: Path | str, overrides: dict[str, Any], *more: str) -> tuple[str, ...]:
+    """Return the arguments of the script that run the pipeline."""
+    parameters = " ".join([f"--param overrides={json.dumps(overrides)}", *more])
+    return ("run", "--source", str(source), f"--parameters={parameters}")
+
+
+def changed(changes: dict[str, Any], values: dict[str, Any] = TINY) -> dict[str, Any]:
+    """Return overrides with some values replaced."""
+    result = {**values}
+    for key, value in changes.items():
+        result[key] = changed(value, values.get(key, {})) if isinstance(value, dict) else value
+    return result
+
+
+def versions(services: Running, model_name: str) -> list[dict[str, Any]]:
+    """Return the registered versions of a model."""
+    query = urllib.parse.urlencode({"filter": f"name = '{model_name}'"})
+    url = f"{services.mlflow_url}/api/2.0/mlflow/model-versions/search?{query}"
+    return list(services.ask(url).get("model_versions", []))
+
+
+def metric_history(services: Running, run_id: str, key: str) -> list[dict[str, Any]]:
+    """Return all points of a curve, in the order of their steps."""
+    query = urllib.parse.urlencode({"metric_key": key, "run_id": run_id})
+    url = f"{services.mlflow_url}/api/2.0/mlflow/metrics/get-history?{query}"
+    found = services.ask(url).get("metrics", [])
+    return sorted(found, key=lambda item: int(item.get("step", 0)))
 
 
 def mlflow_runs(services: Running, query: str) -> list[dict[str, Any]]:
