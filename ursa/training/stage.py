@@ -107,11 +107,11 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
             metrics = trainer.step(step)
             if group.is_main:
                 count = step + 1
-                if _is_due(count, config.validate_every, config):
+                validated = _is_due(count, config.validate_every, config)
+                if validated:
                     metrics |= validation.measure()
-                if on_metrics is not None and (
-                    step == 0 or _is_due(count, config.log_every, config)
-                ):
+                logged = validated or step == 0 or _is_due(count, config.log_every, config)
+                if on_metrics is not None and logged:
                     on_metrics(count, metrics)
                 if termination.requested or _is_due(count, config.checkpoint_every, config):
                     uri = _save(trainer, request, count, metrics)
