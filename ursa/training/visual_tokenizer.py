@@ -8,6 +8,7 @@ and recoloured, so that the tokenizer serves clips it has not seen.
 Dimensions: B = batch, T = frames, H, W = rows and columns, C = code channels.
 """
 
+import copy
 import logging
 import math
 import tempfile
@@ -148,8 +149,21 @@ def _fit(
         measured["validation"] = _shrink(_spread(held_out, _MEASURED_WINDOWS))
     metrics = {f"psnr_pca_{split}": _psnr(network, windows) for split, windows in measured.items()}
     logger.info("PCA start: %s", {key: round(value, 2) for key, value in metrics.items()})
+    start = copy.deepcopy(network)
     network = _descend(network, train, settings, folder_uri, print_, on_metrics)
-    metrics |= {f"psnr_{split}": _psnr(network, windows) for split, windows in measured.items()}
+    fitted = {f"psnr_{split}": _psnr(network, windows) for split, windows in measured.items()}
+    judge = list(measured)[-1]
+    if fitted[f"psnr_{judge}"] < metrics[f"psnr_pca_{judge}"]:
+        logger.warning(
+            "the fit ends at %.2f dB on the %s clips, below its PCA start of %.2f dB, which is "
+            "kept; raise visual_tokenizer.max_steps or augmented_fraction",
+            fitted[f"psnr_{judge}"],
+            judge,
+            metrics[f"psnr_pca_{judge}"],
+        )
+        network = start.eval()
+        fitted = {f"psnr_{split}": metrics[f"psnr_pca_{split}"] for split in measured}
+    metrics |= fitted
     metrics |= code_usage(CosmosTokenizer(network), measured["train"])
     logger.info("fitted: %s", {key: round(value, 2) for key, value in metrics.items()})
     if on_metrics is not None:
