@@ -60,7 +60,7 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
 
 def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
     """Return where a generated clip lies and the command that makes it again."""
-    from ursa.data.dataset import address_seed  # noqa: PLC0415  (torch: seconds)
+    from ursa.data.addresses import address_seed  # noqa: PLC0415  (torch: seconds)
 
     tags = {
         "ursa.samples_uri": report.samples_uri,

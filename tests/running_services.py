@@ -31,6 +31,8 @@ TINY: dict[str, Any] = {
         "width_px": 48,
         "window_stride_s": 1.0,
         "image_stride_s": 1.0,
+        "image_variants": 1,
+        "video_variants": 0,
     },
     "model": {
         "hidden_size": 32,

@@ -107,6 +107,12 @@ class TokenizationConfig(FrozenModel):
     width_px: int = Field(gt=0, description="width of a sample, pixels; divisible by 8")
     window_stride_s: float = Field(gt=0, description="distance between starts of samples, seconds")
     image_stride_s: float = Field(gt=0, description="distance between frames used as images")
+    image_variants: int = Field(
+        ge=0, description="crops, mirrored or recoloured, of every training image beside itself"
+    )
+    video_variants: int = Field(
+        ge=0, description="crops, mirrored or recoloured, of every training sample beside itself"
+    )
     clips_per_shard: int = Field(gt=0, description="clips a unit of work and a shard")
     max_failed_fraction: Fraction = Field(description="more failed clips stop the run")
 

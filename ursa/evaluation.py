@@ -27,8 +27,9 @@ from ursa.artifacts import (
     TokenDatasets,
 )
 from ursa.config import RunConfig, fingerprint
+from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.data.dataset import TokenSamples, address_seed
+from ursa.data.dataset import TokenSamples
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import build_transformer
 from ursa.tokenizers.visual import psnr_db

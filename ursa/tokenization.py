@@ -24,11 +24,13 @@ from ursa.artifacts import (
     TokenizerRef,
 )
 from ursa.config import FrozenModel, RunConfig, TokenizationConfig, fingerprint
+from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_frames, clip_windows, read_selection
 from ursa.data.shards import write_shard
 from ursa.errors import FailureBudgetExceeded, StorageError, UrsaError
 from ursa.tokenizers.visual import CosmosTokenizer, load_visual_tokenizer
 from ursa.video.decode import read_frames
+from ursa.video.variants import ZOOM, vary
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,7 @@ class ClipTokenizer:
         num_too_short = 0
         for clip in unit.clips:
             try:
-                found = tokenize_clip(clip, self._tokenizer, self._settings)
+                found = tokenize_clip(clip, unit.split, self._tokenizer, self._settings)
             except StorageError:
                 raise
             except (UrsaError, FileNotFoundError) as error:
@@ -177,12 +179,13 @@ class ClipTokenizer:
 
 
 def tokenize_clip(
-    clip: Clip, tokenizer: CosmosTokenizer, settings: TokenizationConfig
+    clip: Clip, split: Split, tokenizer: CosmosTokenizer, settings: TokenizationConfig
 ) -> dict[Modality, list[dict[str, Any]]]:
-    """Return the rows of all image and video samples of a clip.
+    """Return the rows of all image and video samples of a clip, training ones with variants.
 
     Args:
         clip: A normalised clip.
+        split: Held-out clips have no variants.
         tokenizer: The visual tokenizer.
         settings: Size, rate and distance of the samples.
 
@@ -195,20 +198,32 @@ def tokenize_clip(
     images = [(start, [index]) for start, index in clip_frames(clip, settings.image_stride_s)]
     videos = list(clip_windows(clip, settings))
     samples: dict[Modality, list[tuple[float, list[int]]]] = {"image": images, "video": videos}
+    num_variants: dict[Modality, int] = {"image": 0, "video": 0}
+    if split == "train":
+        num_variants = {"image": settings.image_variants, "video": settings.video_variants}
     rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
     wanted = sorted({index for found in samples.values() for _, part in found for index in part})
     with storage.local_copy(clip.media_uri) as path:
         # one pass over the clip: samples overlap, and random access costs a seek a sample
-        frames = read_frames(path, wanted, height_px=settings.height_px, width_px=settings.width_px)
+        height, width = settings.height_px, settings.width_px
+        small = read_frames(path, wanted, height_px=height, width_px=width)
+        large = small
+        if any(num_variants.values()):
+            large = read_frames(path, wanted, height_px=ZOOM * height, width_px=ZOOM * width)
     place = {index: position for position, index in enumerate(wanted)}
     for modality in MODALITIES:
-        for part in _parts(samples[modality]):
-            windows = np.stack([frames[[place[i] for i in indices]] for _, indices in part])
-            ids = tokenizer.encode(windows).numpy()
-            rows[modality] += [
-                _row(clip, modality, start, settings.fps, grid)
-                for (start, _), grid in zip(part, ids, strict=True)
-            ]
+        for variant in range(1 + num_variants[modality]):
+            for part in _parts(samples[modality]):
+                windows = []
+                for start, indices in part:
+                    places = [place[index] for index in indices]
+                    seed = address_seed(clip.clip_id, modality, f"{start:.4f}", variant)
+                    windows.append(vary(large[places], seed=seed) if variant else small[places])
+                ids = tokenizer.encode(np.stack(windows)).numpy()
+                rows[modality] += [
+                    _row(clip, modality, start, variant, settings.fps, grid)
+                    for (start, _), grid in zip(part, ids, strict=True)
+                ]
     return rows
 
 
@@ -308,16 +323,17 @@ def _dataset(
 
 
 def _row(
-    clip: Clip, modality: Modality, start_s: float, fps: float, grid: np.ndarray
+    clip: Clip, modality: Modality, start_s: float, variant: int, fps: float, grid: np.ndarray
 ) -> dict[str, Any]:
     frames, rows, columns = grid.shape
     return {
-        "sample_id": f"{clip.clip_id}-{modality}-{round(start_s * 1000):07d}",
+        "sample_id": f"{clip.clip_id}-{modality}-{round(start_s * 1000):07d}-{variant}",
         "clip_id": clip.clip_id,
         "source_uri": clip.source_uri,
         "source_sha256": clip.source_sha256,
         "media_sha256": clip.media_sha256,
         "start_s": start_s,
+        "variant": variant,
         "fps": fps,
         "num_latent_frames": frames,
         "num_rows": rows,

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from tests import factories
 from ursa.config import fingerprint, load_config, parse_config
-from ursa.data.dataset import address_seed, epoch_order, step_indices
+from ursa.data.addresses import address_seed
+from ursa.data.dataset import epoch_order, step_indices
 from ursa.data.shards import read_shard, write_shard
 from ursa.errors import ConfigError
 from ursa.training.distributed import Group

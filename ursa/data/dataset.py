@@ -6,7 +6,6 @@ slice of it. So a resumed run, or one on another number of workers, sees the sam
 Dimensions: B = batch, T, H, W = latent frames, rows and columns.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,9 +95,3 @@ def epoch_order(num_samples: int, epoch: int, seed: int) -> tuple[int, ...]:
     """Return the permutation of an epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(num_samples)
     return tuple(int(index) for index in order)
-
-
-def address_seed(*address: int | str) -> int:
-    """Return a 63-bit seed for an address such as (seed, stage, step, sample): no state needed."""
-    text = "/".join(str(part) for part in address)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

@@ -23,6 +23,7 @@ def token_schema(codebook_size: int) -> pa.Schema:
             pa.field("source_sha256", pa.string(), nullable=False),
             pa.field("media_sha256", pa.string(), nullable=False),
             pa.field("start_s", pa.float64(), nullable=False),
+            pa.field("variant", pa.int32(), nullable=False),
             pa.field("fps", pa.float64(), nullable=False),
             pa.field("num_latent_frames", pa.int32(), nullable=False),
             pa.field("num_rows", pa.int32(), nullable=False),

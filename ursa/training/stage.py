@@ -16,7 +16,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, TokenizerRef
 from ursa.config import FrozenModel, StageConfig, fingerprint
-from ursa.data.dataset import TokenSamples, address_seed
+from ursa.data.addresses import address_seed
+from ursa.data.dataset import TokenSamples
 from ursa.diffusion.linearization import fit_schedule
 from ursa.diffusion.path import MetricPath
 from ursa.errors import CheckpointError, TrainingError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ursa.config import StageConfig
-from ursa.data.dataset import TokenBatch, TokenSamples, address_seed, step_indices
+from ursa.data.addresses import address_seed
+from ursa.data.dataset import TokenBatch, TokenSamples, step_indices
 from ursa.diffusion.loss import posterior_loss
 from ursa.diffusion.path import MetricPath
 from ursa.diffusion.timesteps import training_times

@@ -24,8 +24,8 @@ from torch.nn import functional
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
+from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.data.dataset import address_seed
 from ursa.errors import DataExhaustedError, NonFiniteLossError
 from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
 from ursa.tokenizers.visual import (
@@ -43,14 +43,14 @@ from ursa.training.checkpoint import (
 )
 from ursa.training.optim import build_average, build_optimizer, learning_rate
 from ursa.video.decode import read_frames
+from ursa.video.variants import ZOOM, shrink
 
 logger = logging.getLogger(__name__)
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 
-ZOOM = 2
-"""Fitting windows are read at twice the size, so that random crops have pixels to choose from."""
 _MEASURED_WINDOWS = 64
+_WINDOW_FIELDS = {"fps", "num_frames", "height_px", "width_px", "window_stride_s"}
 _PCA_BLOCKS = 40_000
 _WARMUP_STEPS = 20
 _EMA_DECAY = 0.99
@@ -87,7 +87,7 @@ def fit_visual_tokenizer(
         SCHEMA_VERSION,
         "visual",
         settings,
-        config.tokenization if source is None else None,
+        None if source else config.tokenization.model_dump(mode="json", include=_WINDOW_FIELDS),
         selection.fingerprint if source is None else None,
     )
     folder_uri = storage.join(output_uri, "tokenizers", "visual", print_[:32])
@@ -143,10 +143,10 @@ def _fit(
                 num_residual_blocks=settings.num_residual_blocks,
             )
         )
-    start_from_pca(network, to_pixels(_shrink(_spread(train, 2 * _MEASURED_WINDOWS))))
-    measured = {"train": _shrink(_spread(train, _MEASURED_WINDOWS))}
+    start_from_pca(network, to_pixels(shrink(_spread(train, 2 * _MEASURED_WINDOWS))))
+    measured = {"train": shrink(_spread(train, _MEASURED_WINDOWS))}
     if len(held_out):
-        measured["validation"] = _shrink(_spread(held_out, _MEASURED_WINDOWS))
+        measured["validation"] = shrink(_spread(held_out, _MEASURED_WINDOWS))
     metrics = {f"psnr_pca_{split}": _psnr(network, windows) for split, windows in measured.items()}
     logger.info("PCA start: %s", {key: round(value, 2) for key, value in metrics.items()})
     start = copy.deepcopy(network)
@@ -357,14 +357,6 @@ def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
             windows[filled] = frames[[place[index] for index in indices]]
             filled += 1
     return windows
-
-
-def _shrink(windows: np.ndarray) -> np.ndarray:
-    """Average ZOOM x ZOOM pixels: (B, T, zH, zW, 3) to uint8 (B, T, H, W, 3)."""
-    batch, frames, height, width, _ = windows.shape
-    shape = (batch, frames, height // ZOOM, ZOOM, width // ZOOM, ZOOM, 3)
-    small: np.ndarray = windows.reshape(shape).mean((3, 5)).round().astype(np.uint8)
-    return small
 
 
 def _spread(windows: np.ndarray, limit: int) -> np.ndarray:

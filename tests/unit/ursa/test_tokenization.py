@@ -83,7 +83,7 @@ def test_clips_become_four_data_sets(selection, tokenizer_ref, clips, tmp_path):
 
 def test_ids_are_those_of_the_decoded_frames(tokenizer_ref, clips):
     tokenizer = load_visual_tokenizer(storage.local_path(tokenizer_ref.directory_uri))
-    rows = tokenize_clip(clips[0], tokenizer, CONFIG.tokenization)
+    rows = tokenize_clip(clips[0], "train", tokenizer, CONFIG.tokenization)
     path = storage.local_path(clips[0].media_uri)
     for modality, num_frames in (("image", 1), ("video", 5)):
         for row in rows[modality]:
@@ -96,9 +96,21 @@ def test_ids_are_those_of_the_decoded_frames(tokenizer_ref, clips):
             assert shape == tuple(ids.shape) == latent_shape(CONFIG, modality)
 
 
+def test_only_training_samples_have_variants(tokenizer_ref, clips):
+    tokenizer = load_visual_tokenizer(storage.local_path(tokenizer_ref.directory_uri))
+    settings = CONFIG.tokenization.model_copy(update={"image_variants": 2, "video_variants": 1})
+    plain = tokenize_clip(clips[0], "validation", tokenizer, settings)
+    varied = tokenize_clip(clips[0], "train", tokenizer, settings)
+    assert len(varied["image"]) == 3 * len(plain["image"])
+    assert len(varied["video"]) == 2 * len(plain["video"])
+    assert [row for row in varied["video"] if row["variant"] == 0] == plain["video"]
+    assert len({row["sample_id"] for row in varied["image"]}) == len(varied["image"])
+    assert varied == tokenize_clip(clips[0], "train", tokenizer, settings)
+
+
 def test_first_frame_as_image_is_the_first_latent_frame(tokenizer_ref, clips):
     tokenizer = load_visual_tokenizer(storage.local_path(tokenizer_ref.directory_uri))
-    rows = tokenize_clip(clips[0], tokenizer, CONFIG.tokenization)
+    rows = tokenize_clip(clips[0], "train", tokenizer, CONFIG.tokenization)
     images = {row["start_s"]: row["visual_ids"] for row in rows["image"]}
     for row in rows["video"]:
         assert row["visual_ids"][:6] == images[row["start_s"]]

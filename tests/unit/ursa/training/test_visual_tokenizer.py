@@ -65,10 +65,10 @@ def test_a_fit_that_ends_below_its_start_is_refused(selection, tmp_path):
 def test_pca_alone_beats_a_flat_picture(selection, tmp_path):
     ref = fit_visual_tokenizer(selection, config(max_steps=0), output_uri=str(tmp_path))
     assert ref.metrics["psnr_train"] == ref.metrics["psnr_pca_train"]
-    windows = module._shrink(module._read_windows([], config()))
+    windows = module.shrink(module._read_windows([], config()))
     assert len(windows) == 0
     clips = [item.clip for item in module.read_selection(selection) if item.split == "train"]
-    windows = module._shrink(module._read_windows(clips, config()))
+    windows = module.shrink(module._read_windows(clips, config()))
     flat = np.broadcast_to(windows.mean((1, 2, 3), keepdims=True).round(), windows.shape)
     floor = module.psnr_db(windows, flat.astype(np.uint8))
     assert ref.metrics["psnr_train"] > floor
