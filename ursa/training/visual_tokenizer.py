@@ -52,6 +52,7 @@ OnMetrics = Callable[[int, Mapping[str, float]], None]
 _MEASURED_WINDOWS = 64
 _WINDOW_FIELDS = {"fps", "num_frames", "height_px", "width_px", "window_stride_s"}
 _PCA_BLOCKS = 40_000
+_FIT = "fit"
 _WARMUP_STEPS = 20
 _EMA_DECAY = 0.99
 _LOG_EVERY = 20
@@ -104,7 +105,7 @@ def fit_visual_tokenizer(
     with tempfile.TemporaryDirectory(prefix="ursa-tokenizer-") as scratch:
         save_visual_tokenizer(network, Path(scratch))
         storage.upload_directory(Path(scratch), storage.join(folder_uri, "model"))
-    return storage.commit_record(
+    result = storage.commit_record(
         manifest_uri,
         TokenizerRef(
             manifest_uri=manifest_uri,
@@ -115,6 +116,8 @@ def fit_visual_tokenizer(
             fingerprint=print_,
         ),
     )
+    storage.remove_directory(storage.join(folder_uri, _FIT))  # not needed any more
+    return result
 
 
 def _fit(
@@ -233,7 +236,7 @@ def _descend(
     recipe = _recipe(settings)
     optimizer = build_optimizer(network, recipe)
     average = build_average(network, recipe)
-    checkpoints_uri = storage.join(folder_uri, "fit")
+    checkpoints_uri = storage.join(folder_uri, _FIT)
     first = 0
     resumed = latest_checkpoint(checkpoints_uri, fingerprint=print_)
     if resumed is not None:
@@ -269,7 +272,6 @@ def _descend(
                 fingerprint=print_,
                 keep=1,
             )
-    storage.remove_directory(checkpoints_uri)
     fitted = average.module
     assert isinstance(fitted, CosmosAutoencoder)
     return fitted.eval()
