@@ -67,7 +67,6 @@ class UrsaModel(PythonModel):
 
         given = {k: v for k, v in (params or {}).items() if v is not None and v != NOT_GIVEN}
         seed = int(given.pop("seed", 0))
-        given.setdefault("motion_score", self._pipeline.defaults.motion_score)
         prompts = [str(value) for value in model_input["prompt"]]
         clips = []
         with tempfile.TemporaryDirectory() as folder:

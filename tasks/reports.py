@@ -6,6 +6,7 @@ take it, the work goes on. Outside of a flow run nothing is reported.
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -246,5 +247,5 @@ def printable(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Return a text that fits into a markdown table."""
-    return printable(text).replace("|", "\\|")
+    """Return a text that fits into a markdown table and stays a text there."""
+    return re.sub(r"([`\[\]<>|])", r"\\\1", printable(text))

@@ -405,7 +405,11 @@ def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVer
 def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
     """Return the tags of the newest version of a model; empty when there is none."""
     with _service(tracking_uri) as client:
-        found = client.search_model_versions(f"name = '{name}'")
+        found = [
+            item
+            for item in client.search_model_versions(f"name = '{name}'")
+            if "ursa.aliased" in item.tags  # others were left by a run that was killed
+        ]
         newest = max(found, key=lambda item: int(item.version), default=None)
         return dict(newest.tags) if newest else {}
 

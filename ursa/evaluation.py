@@ -9,7 +9,7 @@ import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +33,10 @@ from ursa.data.dataset import TokenSamples
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import build_transformer
 from ursa.tokenizers.visual import psnr_db
-from ursa.training.trainer import loss_by_time
+from ursa.training.trainer import OnMetrics, loss_by_time
 from ursa.video.decode import read_frames, write_gif, write_video
 
 logger = logging.getLogger(__name__)
-
-OnMetrics = Callable[[int, Mapping[str, float]], None]
 
 STRIP_FILE = "strip.png"
 _STRIP_COLUMNS = 3
@@ -103,7 +101,8 @@ def evaluate(
     metrics |= tokenizer_metrics(pipeline, selected, config)
     samples = draw_samples(pipeline, selected, config)
     metrics |= sample_metrics(samples)
-    files = _write_samples(samples, folder_uri, fps=config.tokenization.fps)
+    samples_uri = storage.unique_place(folder_uri, "samples")
+    files = _write_samples(samples, samples_uri, fps=config.tokenization.fps)
     failed = failed_gates(metrics, champion, config)
     if on_metrics is not None:
         on_metrics(model.checkpoint.step, metrics)
@@ -113,7 +112,7 @@ def evaluate(
             manifest_uri=manifest_uri,
             model=model,
             metrics=metrics,
-            samples_uri=storage.join(folder_uri, "samples"),
+            samples_uri=samples_uri,
             samples=files,
             gate_passed=not failed,
             failed_gates=failed,
@@ -132,22 +131,22 @@ def held_out_metrics(
     `eval/unigram_accuracy`, `eval/chance_accuracy`; losses in nats.
     """
     train = TokenSamples(datasets.video_train)
-    if not datasets.video_validation.num_samples:
-        logger.warning("no held-out clips: the model is measured on training clips only")
-    held_out = (
-        TokenSamples(datasets.video_validation) if datasets.video_validation.num_samples else train
-    )
     untrained = build_transformer(
         pipeline.transformer.config,
         seed=address_seed(config.seed, "untrained"),
         codebook=pipeline.visual_tokenizer.codebook,
     )
+    measurements = [("train_", pipeline.transformer, train)]
     metrics: dict[str, float] = {}
-    for prefix, network, samples in (
-        ("", pipeline.transformer, held_out),
-        ("untrained_", untrained, held_out),
-        ("train_", pipeline.transformer, train),
-    ):
+    if datasets.video_validation.num_samples:
+        held_out = TokenSamples(datasets.video_validation)
+        measurements += [("", pipeline.transformer, held_out), ("untrained_", untrained, held_out)]
+        codebook_size = len(pipeline.visual_tokenizer.codebook)
+        limit = config.evaluation.max_samples
+        metrics |= unigram_metrics(train, held_out, codebook_size, max_samples=limit)
+    else:
+        logger.warning("no held-out clips: the model is measured on training clips only")
+    for prefix, network, samples in measurements:
         measured = loss_by_time(
             network,
             pipeline.path,
@@ -162,20 +161,19 @@ def held_out_metrics(
             metrics[f"eval/{prefix}loss_t{t:g}"] = loss
             metrics[f"eval/{prefix}accuracy_t{t:g}"] = accuracy
         metrics[f"eval/{prefix}loss"] = sum(loss for loss, _ in measured.values()) / len(measured)
-    return metrics | unigram_metrics(train, held_out, len(pipeline.visual_tokenizer.codebook))
+    return metrics
 
 
 def unigram_metrics(
-    train: TokenSamples, held_out: TokenSamples, codebook_size: int
+    train: TokenSamples, held_out: TokenSamples, codebook_size: int, *, max_samples: int
 ) -> dict[str, float]:
     """Return loss and accuracy of always predicting the training tokens' distribution.
 
-    Codes never seen in training get the weight of one occurrence (Laplace), so the loss is finite.
+    Measured on the same held-out samples as the model. Codes never seen in training get the
+    weight of one occurrence (Laplace), so the loss is finite.
     """
-    counts = np.ones(codebook_size)
-    ids = train.batch(range(len(train))).visual_ids.flatten().numpy()
-    counts += np.bincount(ids, minlength=codebook_size)
-    target = held_out.batch(range(len(held_out))).visual_ids.flatten().numpy()
+    counts = 1.0 + train.code_counts(codebook_size)
+    target = held_out.batch(held_out.spread(max_samples)).visual_ids.flatten().numpy()
     return {
         "eval/unigram_loss": float(-np.log(counts[target] / counts.sum()).mean()),
         "eval/unigram_accuracy": float((target == counts.argmax()).mean()),
@@ -261,6 +259,10 @@ def failed_gates(
     metrics: Mapping[str, float], champion: Mapping[str, float], config: RunConfig
 ) -> tuple[str, ...]:
     """Return the reasons why a model must not become champion; none means it may."""
+    if "eval/loss" not in metrics:
+        return (
+            "no held-out clips to measure on; add videos or raise selection.validation_fraction",
+        )
     failed = []
     for t in config.evaluation.timesteps:
         loss = metrics[f"eval/loss_t{t:g}"]
@@ -329,7 +331,7 @@ def _read(item: SelectedClip, indices: Sequence[int], config: RunConfig) -> np.n
         )
 
 
-def _write_samples(samples: Sequence[Sample], folder_uri: str, *, fps: float) -> tuple[str, ...]:
+def _write_samples(samples: Sequence[Sample], samples_uri: str, *, fps: float) -> tuple[str, ...]:
     """Write mp4 and gif of every sample, the prompts and the strip; return the file names."""
     with tempfile.TemporaryDirectory(prefix="ursa-samples-") as scratch:
         folder = Path(scratch)
@@ -342,5 +344,5 @@ def _write_samples(samples: Sequence[Sample], folder_uri: str, *, fps: float) ->
             buffer = io.BytesIO()
             strip(samples).save(buffer, "PNG")
             (folder / STRIP_FILE).write_bytes(buffer.getvalue())
-        hashes = storage.upload_directory(folder, storage.join(folder_uri, "samples"))
+        hashes = storage.upload_directory(folder, samples_uri)
     return tuple(hashes)

@@ -33,13 +33,17 @@ from ursa.tokenizers.visual import (
     load_visual_tokenizer,
     save_visual_tokenizer,
 )
+from ursa.video.decode import fit_frames
 
 OutputType = Literal["pil", "np", "latent"]
 OnStepEnd = Callable[[int, float, Tensor], None]
 
 
 class SampleDefaults(FrozenModel):
-    """What the model was trained on: the sizes used where a call names none."""
+    """What the model was trained on: sizes and steps where a call names none.
+
+    `motion_score` is the median motion of the training clips, a sensible value to ask for.
+    """
 
     height: int
     width: int
@@ -253,7 +257,7 @@ class UrsaPipeline:
             return None
         frames = video if video is not None else np.asarray(_rgb(image))[None]
         size = (width or self.defaults.width, height or self.defaults.height)
-        fitted = np.stack([_fit(frame, size) for frame in frames])
+        fitted = fit_frames(frames, height_px=size[1], width_px=size[0])
         return self.visual_tokenizer.encode(fitted[None])
 
     def _latent_shape(
@@ -320,14 +324,3 @@ def _rgb(image: Image.Image | np.ndarray | None) -> np.ndarray:
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     return np.asarray(image)
-
-
-def _fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop a frame about its centre to (width, height) and resize it."""
-    width, height = size
-    scale = min(frame.shape[1] / width, frame.shape[0] / height)
-    crop_width, crop_height = round(width * scale), round(height * scale)
-    left = (frame.shape[1] - crop_width) // 2
-    top = (frame.shape[0] - crop_height) // 2
-    box = Image.fromarray(frame).crop((left, top, left + crop_width, top + crop_height))
-    return np.asarray(box.resize((width, height), Image.Resampling.BOX))

@@ -239,7 +239,8 @@ def commit_clips(
         source_uri: Where the files are.
         videos: One result for each file of the plan, in any order.
         output_uri: Root of all intermediate data.
-        plan_fingerprint: `IngestPlan.fingerprint`.
+        plan_fingerprint: `IngestPlan.fingerprint`. A set in which files timed out, ran out of
+            memory or crashed gets another one, so that the next plan tries them again.
         config: Holds the failure budget.
 
     Returns:
@@ -253,6 +254,13 @@ def commit_clips(
     ordered = sorted(videos, key=lambda video: video.source.uri)
     failed = [video for video in ordered if video.failure is not None]
     _check_budget(source_uri, ordered, failed, config)
+    unstable = [
+        f"{video.failure}:{video.source.etag}"
+        for video in failed
+        if video.failure in _UNSTABLE_FAILURES
+    ]
+    if unstable:  # a set of its own name, so that a plan looks at these files again
+        plan_fingerprint = fingerprint("clips-without", plan_fingerprint, sorted(unstable))
     captions = _Captions.read(source_uri, [video.source for video in ordered])
     captions.warn_about_unused_rows()
     clips = [captions.applied_to(clip) for video in ordered for clip in video.clips]

@@ -59,12 +59,13 @@ def export_model(
             ),
         )
         pipeline.save_pretrained(Path(scratch))
-        hashes = storage.upload_directory(Path(scratch), storage.join(folder_uri, "model"))
+        directory_uri = storage.unique_place(folder_uri, "model")
+        hashes = storage.upload_directory(Path(scratch), directory_uri)
     return storage.commit_record(
         manifest_uri,
         ExportedModel(
             manifest_uri=manifest_uri,
-            directory_uri=storage.join(folder_uri, "model"),
+            directory_uri=directory_uri,
             checkpoint=checkpoint,
             sha256=hashes,
             fingerprint=print_,

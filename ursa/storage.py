@@ -207,6 +207,15 @@ def upload_file(path: Path, uri: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def unique_place(uri: str, *parts: str) -> str:
+    """Return a place below a URI that no other writer has, however often it is asked for.
+
+    What is uploaded there cannot be overwritten by another run; the record that names it decides
+    which of several copies counts.
+    """
+    return join(uri, secrets.token_hex(4), *parts)
+
+
 def upload_directory(folder: Path, uri: str) -> dict[str, str]:
     """Copy all files of a directory; return their sha256 by relative path."""
     hashes: dict[str, str] = {}
@@ -448,6 +457,10 @@ def _s3_call(
                 f"{uri}: access denied ({error}); check the S3 credentials and bucket policy"
             ) from error
         except (botocore.exceptions.BotoCoreError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageConfigurationError(
+                    f"disk full while downloading {uri}; free some space in TMPDIR, then run again"
+                ) from error
             raise _TransientError(str(error) or type(error).__name__) from error
 
     retrying = tenacity.Retrying(

@@ -665,14 +665,19 @@ def guard(run_id: str, pid: int) -> int:
 
 def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     """Say where the results of a completed run are; the tracking server holds them as tags."""
-    experiment = request(
-        f"{mlflow.url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=ursa"
-    )["experiment"]["experiment_id"]
+    tracking = environment().get("URSA_MLFLOW_TRACKING_URI", mlflow.url).rstrip("/")
+    try:
+        experiment = request(
+            f"{tracking}/api/2.0/mlflow/experiments/get-by-name?experiment_name=ursa"
+        )["experiment"]["experiment_id"]
+    except (OSError, ValueError):  # a tracking server of another kind has no such page
+        say(f"\n{flow_run['state'].get('message') or flow_run['state']['name']}\n  Prefect  {page}")
+        return
     query = {
         "experiment_ids": [experiment],
         "filter": f"tags.`prefect.flow_run_id` = '{flow_run['id']}'",
     }
-    found = request(f"{mlflow.url}/api/2.0/mlflow/runs/search", query).get("runs", [])
+    found = request(f"{tracking}/api/2.0/mlflow/runs/search", query).get("runs", [])
     runs = [{t["key"]: t["value"] for t in r["data"]["tags"]} | r["info"] for r in found]
     parents = [run for run in runs if "mlflow.parentRunId" not in run]
     if not parents:
@@ -683,8 +688,8 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     if tags.get("ursa.is_new") == "false":
         say(f"\nnothing changed: version {version} is up to date")
     say(f"\nPrefect run     {page}")
-    say(f"MLflow run      {mlflow.url}/#/experiments/{experiment}/runs/{tags['run_id']}")
-    say(f"Model version   {mlflow.url}/#/models/{name}/versions/{version}")
+    say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}")
+    say(f"Model version   {tracking}/#/models/{name}/versions/{version}")
     say(f"                models:/{name}/{version} is models:/{name}@{tags.get('ursa.alias', '?')}")
     if sample := tags.get("ursa.sample"):
         say(f"Generated clip  {sample}")

@@ -64,6 +64,15 @@ class TokenSamples:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def spread(self, limit: int) -> list[int]:
+        """Return at most `limit` positions, evenly spread, so that no clip fills them alone."""
+        count = min(len(self), limit)
+        return [index * len(self) // count for index in range(count)]
+
+    def code_counts(self, codebook_size: int) -> np.ndarray:
+        """Return how often each code occurs, shape (codebook_size,), int64."""
+        return np.bincount(self._ids.ravel(), minlength=codebook_size)
+
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         """Return the samples at the given positions as one batch."""
         return TokenBatch(

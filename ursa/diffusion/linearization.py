@@ -40,7 +40,6 @@ def mean_distance(codebook: Tensor, betas: np.ndarray) -> np.ndarray:
     codes = normalize_codebook(codebook)
     rows = codes[:: max(1, len(codes) // _MAX_ROWS)]
     square = codes.square().sum(-1)
-    result = np.empty(len(betas))
     totals = np.zeros(len(betas))
     for chunk in rows.split(256):
         distance = chunk.square().sum(-1, keepdim=True) + square - 2 * chunk @ codes.T
@@ -48,8 +47,7 @@ def mean_distance(codebook: Tensor, betas: np.ndarray) -> np.ndarray:
         for index, beta in enumerate(betas):
             weight = torch.softmax(-float(beta) * distance, dim=-1)
             totals[index] += float((weight * distance).sum())
-    result[:] = totals / len(rows)
-    return result
+    return totals / len(rows)
 
 
 def fit_schedule(codebook: Tensor) -> ScheduleFit:

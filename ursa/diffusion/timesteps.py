@@ -10,7 +10,7 @@ References:
 import torch
 from torch import Tensor
 
-TRAINING_SIGMA_MAX = 0.999
+TRAINING_SPAN = 0.999
 """Training draws sigma = 1 - 0.999 u, so t never reaches 1 where beta is infinite."""
 
 
@@ -36,4 +36,4 @@ def inference_times(num_steps: int, shift: float) -> Tensor:
 
 def training_times(uniform: Tensor, shift: float) -> Tensor:
     """Return training times for uniform numbers in [0, 1): same shape, float32, in [0, 1)."""
-    return shift_time(1 - TRAINING_SIGMA_MAX * uniform, shift)
+    return shift_time(1 - TRAINING_SPAN * uniform, shift)

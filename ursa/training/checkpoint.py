@@ -117,8 +117,9 @@ def save_checkpoint(
             metrics=dict(metrics or {}),
         )
     storage.commit_record(storage.join(folder_uri, MARKER_FILE), marker)
-    for old, _ in _committed(stage_uri)[keep:]:
-        storage.remove_directory(old)
+    for old, old_step in _committed(stage_uri)[keep:]:
+        if old_step < step:  # never one that another writer has just made of the same step
+            storage.remove_directory(old)
     return folder_uri
 
 

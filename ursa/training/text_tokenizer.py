@@ -43,12 +43,13 @@ def fit_text_tokenizer(
     used = float((lengths != tokenizer.pad_id).sum() / max(1, len(texts)))
     with tempfile.TemporaryDirectory(prefix="ursa-tokenizer-") as scratch:
         tokenizer.save(Path(scratch))
-        storage.upload_directory(Path(scratch), storage.join(folder_uri, "model"))
+        directory_uri = storage.unique_place(folder_uri, "model")
+        storage.upload_directory(Path(scratch), directory_uri)
     return storage.commit_record(
         manifest_uri,
         TokenizerRef(
             manifest_uri=manifest_uri,
-            directory_uri=storage.join(folder_uri, "model"),
+            directory_uri=directory_uri,
             kind="text",
             vocab_size=tokenizer.vocab_size,
             metrics={"tokens_per_caption": used},

@@ -191,9 +191,8 @@ def loss_by_time(
         (loss in nats, accuracy in [0, 1]) by t.
     """
     model.eval()
-    count = min(len(samples), max_samples)
-    # an even spread over the data set, so that a limit does not measure one clip alone
-    chosen = [index * len(samples) // count for index in range(count)]
+    chosen = samples.spread(max_samples)
+    count = len(chosen)
     result: dict[float, tuple[float, float]] = {}
     for t in timesteps:
         totals = torch.zeros(2, dtype=torch.float64)

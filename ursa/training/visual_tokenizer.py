@@ -12,7 +12,7 @@ import copy
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -42,12 +42,11 @@ from ursa.training.checkpoint import (
     training_state,
 )
 from ursa.training.optim import build_average, build_optimizer, learning_rate
+from ursa.training.trainer import OnMetrics
 from ursa.video.decode import read_frames
 from ursa.video.variants import ZOOM, shrink
 
 logger = logging.getLogger(__name__)
-
-OnMetrics = Callable[[int, Mapping[str, float]], None]
 
 _MEASURED_WINDOWS = 64
 _WINDOW_FIELDS = {"fps", "num_frames", "height_px", "width_px", "window_stride_s"}
@@ -104,12 +103,13 @@ def fit_visual_tokenizer(
         network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
     with tempfile.TemporaryDirectory(prefix="ursa-tokenizer-") as scratch:
         save_visual_tokenizer(network, Path(scratch))
-        storage.upload_directory(Path(scratch), storage.join(folder_uri, "model"))
+        directory_uri = storage.unique_place(folder_uri, "model")
+        storage.upload_directory(Path(scratch), directory_uri)
     result = storage.commit_record(
         manifest_uri,
         TokenizerRef(
             manifest_uri=manifest_uri,
-            directory_uri=storage.join(folder_uri, "model"),
+            directory_uri=directory_uri,
             kind="visual",
             vocab_size=network.quantizer.codebook_size,
             metrics=metrics,
@@ -156,7 +156,8 @@ def _fit(
     network = _descend(network, train, settings, folder_uri, print_, on_metrics)
     fitted = {f"psnr_{split}": _psnr(network, windows) for split, windows in measured.items()}
     judge = list(measured)[-1]
-    if fitted[f"psnr_{judge}"] < metrics[f"psnr_pca_{judge}"]:
+    kept_pca = fitted[f"psnr_{judge}"] < metrics[f"psnr_pca_{judge}"]
+    if kept_pca:
         logger.warning(
             "the fit ends at %.2f dB on the %s clips, below its PCA start of %.2f dB, which is "
             "kept; raise visual_tokenizer.max_steps or augmented_fraction",
@@ -166,7 +167,7 @@ def _fit(
         )
         network = start.eval()
         fitted = {f"psnr_{split}": metrics[f"psnr_pca_{split}"] for split in measured}
-    metrics |= fitted
+    metrics |= {**fitted, "kept_pca": float(kept_pca)}
     metrics |= code_usage(CosmosTokenizer(network), measured["train"])
     logger.info("fitted: %s", {key: round(value, 2) for key, value in metrics.items()})
     if on_metrics is not None:

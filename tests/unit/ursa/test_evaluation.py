@@ -67,12 +67,18 @@ def test_unigram_of_known_counts(tmp_path):
     from ursa.data.dataset import TokenSamples
 
     samples = TokenSamples(train)
-    metrics = unigram_metrics(samples, samples, 60)
+    metrics = unigram_metrics(samples, samples, 60, max_samples=8)
     ids = samples.batch(range(8)).visual_ids.flatten().tolist()
     counts = [ids.count(code) + 1 for code in range(60)]
     expected = -np.mean([math.log(counts[code] / sum(counts)) for code in ids])
     assert metrics["eval/unigram_loss"] == pytest.approx(expected)
     assert metrics["eval/unigram_accuracy"] == pytest.approx((max(counts) - 1) / len(ids))
+
+
+def test_nothing_held_out_is_no_pass():
+    trained_only = {"eval/train_loss": 0.1, "eval/train_loss_t0": 0.1}
+    (reason,) = failed_gates(trained_only, {}, CONFIG)
+    assert reason.startswith("no held-out clips")
 
 
 def test_gate_is_open_for_a_good_model():

@@ -230,6 +230,24 @@ def test_timeout_is_not_kept_as_done(tmp_path):
     assert plan.todo == (source,)
 
 
+def test_set_without_a_file_that_timed_out_is_not_the_last_word(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        video = media.panning(30, step=2 + (name == "b.mp4"), height=72)
+        media.save_video(tmp_path / "in" / name, video, 24.0)
+    root, data = str(tmp_path / "in"), str(tmp_path / "data")
+    sources = discover_videos(root)
+    plan = plan_ingestion(root, sources, data, CONFIG)
+    good, other = (ingest_video(source, data, CONFIG) for source in sources)
+    hurried = other.model_copy(update={"clips": (), "failure": FailureReason.TIMEOUT})
+    config = CONFIG.model_copy(update={"max_failed_fraction": 0.9})
+    first = commit_clips(root, [good, hurried], data, plan.fingerprint, config)
+    again = plan_ingestion(root, sources, data, CONFIG)
+    assert again.committed is None
+    second = commit_clips(root, again.done, data, again.fingerprint, config)
+    assert (first.num_failed, second.num_failed) == (1, 0)
+    assert first.fingerprint != second.fingerprint
+
+
 def test_store_that_cannot_be_written_is_no_failure_of_the_file(tmp_path):
     media.save_video(tmp_path / "a.mp4", media.panning(30, step=2, height=72), 24.0)
     (source,) = discover_videos(str(tmp_path))
