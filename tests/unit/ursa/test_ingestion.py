@@ -233,7 +233,7 @@ def test_timeout_is_not_kept_as_done(tmp_path):
 def test_set_without_a_file_that_timed_out_is_not_the_last_word(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.mp4", "b.mp4"):
-        video = media.panning(30, step=2 + (name == "b.mp4"), height=72)
+        video = media.panning(30 + 6 * (name == "b.mp4"), step=2, height=72)
         media.save_video(tmp_path / "in" / name, video, 24.0)
     root, data = str(tmp_path / "in"), str(tmp_path / "data")
     sources = discover_videos(root)
