@@ -475,12 +475,8 @@ def register_version(
         is_new = "ursa.aliased" not in versions[-1].tags
         if is_new:
             _set_aliases(client, name, versions[-1].version, champion=report.gate_passed)
-        client.set_model_version_tag(
-            name,
-            versions[-1].version,
-            "ursa.run_fingerprint",
-            tags["ursa.run_fingerprint"],
-        )
+        for tag, value in all_tags.items():  # a version found again has the newest lineage
+            client.set_model_version_tag(name, versions[-1].version, tag, value)
         return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
 
 
