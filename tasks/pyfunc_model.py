@@ -39,6 +39,7 @@ def signature() -> ModelSignature:
                 ParamSpec("seed", DataType.long, 0),
                 ParamSpec("num_inference_steps", DataType.long, NOT_GIVEN),
                 ParamSpec("guidance_scale", DataType.double, float(NOT_GIVEN)),
+                ParamSpec("temperature", DataType.double, float(NOT_GIVEN)),
                 ParamSpec("motion_score", DataType.double, float(NOT_GIVEN)),
             ]
         ),

@@ -31,6 +31,7 @@ def generate(
     width: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    temperature: float | None = None,
     motion: float | None = None,
     seed: int | None = None,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
@@ -49,6 +50,7 @@ def generate(
         width: Pixels, divisible by 8.
         steps: Steps of the sampler.
         guidance: Classifier-free guidance, 1 is off.
+        temperature: Of the draw of codes: 1 is the model's own law, less is cleaner and less varied.
         motion: Asked motion, px/s at 256 px width.
         seed: Makes the clip repeatable; drawn and printed if left out.
         quiet: Print the path alone.
@@ -83,6 +85,7 @@ def generate(
         width=width,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        temperature=temperature,
         motion_score=motion,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",

@@ -205,6 +205,9 @@ class SamplingConfig(FrozenModel):
     num_inference_steps: int = Field(gt=0)
     guidance_scale: float = Field(ge=0)
     guidance_trunc: float = Field(ge=0, le=1)
+    temperature: float = Field(
+        gt=0, description="the guided logits are divided by it; 1 is the law of the paper"
+    )
     timestep_shift: float = Field(gt=0)
     num_prompts: int = Field(gt=0, description="training captions sampled, most frequent first")
 

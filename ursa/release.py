@@ -54,6 +54,7 @@ def export_model(
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 guidance_trunc=sampling.guidance_trunc,
+                temperature=sampling.temperature,
                 flow_shift=sampling.timestep_shift,
                 motion_score=sorted(motion)[len(motion) // 2] if motion else None,
             ),

@@ -159,3 +159,5 @@ def test_posterior_draws_follow_the_logits():
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(draw_posterior(logits, uniform), minlength=3) / 20_000
     torch.testing.assert_close(counts, torch.softmax(logits[0], -1), rtol=0, atol=0.01)
+    cold = torch.bincount(draw_posterior(logits, uniform, temperature=0.5), minlength=3) / 20_000
+    torch.testing.assert_close(cold, torch.softmax(2 * logits[0], -1), rtol=0, atol=0.01)

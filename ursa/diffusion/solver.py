@@ -39,6 +39,15 @@ def euler_step(
     return torch.where(jumps, target, x_t)
 
 
-def draw_posterior(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw x_1 from softmax(logits), shape (..., V), with one uniform number a token (...)."""
-    return draw(torch.softmax(logits.float(), dim=-1), uniform)
+def draw_posterior(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Draw x_1 from softmax(logits / temperature).
+
+    Args:
+        logits: Posterior logits, shape (..., V).
+        uniform: One random number in [0, 1) a token, shape (...), float32.
+        temperature: > 0; 1 is the model's own law, towards 0 the likeliest code always wins.
+
+    Returns:
+        Clean token ids, shape (...), int64.
+    """
+    return draw(torch.softmax(logits.float() / temperature, dim=-1), uniform)

@@ -84,6 +84,18 @@ def test_prompt_motion_and_negative_prompt_reach_the_network(pipeline):
     assert len(logits(guidance_trunc=0.0)) == 1
 
 
+def test_temperature(pipeline):
+    def draw(seed, temperature):
+        return pipeline(
+            "a tree", generator=seeded(seed), output_type="latent", temperature=temperature
+        ).frames
+
+    assert torch.equal(draw(1, None), draw(1, pipeline.defaults.temperature))
+    assert not torch.equal(draw(1, 1.0), draw(1, 0.1))
+    with pytest.raises(ConfigError, match="temperature must be positive, got 0"):
+        draw(1, 0.0)
+
+
 def test_first_frame_is_held_in_every_step(pipeline):
     image = media.texture(16, 24, seed=1, grain=1.0)
     given = pipeline.visual_tokenizer.encode(image[None, None])[:, 0]
