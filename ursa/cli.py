@@ -50,7 +50,7 @@ def generate(
         width: Pixels, divisible by 8.
         steps: Steps of the sampler.
         guidance: Classifier-free guidance, 1 is off.
-        temperature: Of the draw of codes: 1 is the model's own law, less is cleaner and less varied.
+        temperature: Of the draw of codes; 1 is the model's own law, less is cleaner, less varied.
         motion: Asked motion, px/s at 256 px width.
         seed: Makes the clip repeatable; drawn and printed if left out.
         quiet: Print the path alone.
