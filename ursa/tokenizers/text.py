@@ -5,7 +5,8 @@ References:
     section 4.2 and docs/math.md.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,12 @@ from torch import Tensor
 from ursa.errors import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+COMPANION_FILES = (
+    *(CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+"""Files beside tokenizer.json that transformers reads: kept as they are, for its sake."""
 PAD_TOKEN = "<|endoftext|>"  # noqa: S105
 BOV_TOKEN = "<|vision_start|>"  # noqa: S105
 
@@ -22,13 +29,18 @@ BOV_TOKEN = "<|vision_start|>"  # noqa: S105
 class TextTokenizer:
     """Byte-level BPE with a pad token and the begin-of-video token of the Qwen vocabulary."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, files: Mapping[str, bytes] | None = None) -> None:
         """Take a tokenizer over.
+
+        Args:
+            tokenizer: Any tokenizer of the `tokenizers` library.
+            files: The files that it was read from, by name; `save` writes them again as they are.
 
         Raises:
             ConfigError: If it lacks the pad or the begin-of-video token.
         """
         self._tokenizer = tokenizer
+        self._files = dict(files or {})
         self.pad_id = _token_id(tokenizer, PAD_TOKEN)
         self.bov_id = _token_id(tokenizer, BOV_TOKEN)
 
@@ -36,6 +48,13 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Number of ids including special tokens."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def class_name(self) -> str:
+        """The class of transformers that reads the saved files."""
+        config = json.loads(self._files.get(CONFIG_FILE, b"{}"))
+        name = str(config.get("tokenizer_class", "PreTrainedTokenizerFast"))
+        return "Qwen2TokenizerFast" if name.startswith("Qwen2Tokenizer") else name
 
     def encode(self, prompts: Sequence[str], *, max_length: int) -> Tensor:
         """Encode prompts to ids, cut at the right and padded at the left.
@@ -58,9 +77,23 @@ class TextTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json into a directory."""
+        """Write tokenizer.json, and what transformers reads beside it, into a directory."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save(str(directory / TOKENIZER_FILE))
+        files = self._files or {
+            TOKENIZER_FILE: self._tokenizer.to_str(pretty=True).encode(),
+            CONFIG_FILE: json.dumps(
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "pad_token": PAD_TOKEN,
+                    "eos_token": PAD_TOKEN,
+                    "padding_side": "left",
+                    "clean_up_tokenization_spaces": False,
+                },
+                indent=2,
+            ).encode(),
+        }
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:
@@ -96,12 +129,27 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokeni
 
 
 def load_text_tokenizer(directory: Path) -> TextTokenizer:
-    """Read tokenizer.json from a directory.
+    """Read tokenizer.json and its companions from a directory.
 
     Raises:
-        ConfigError: If it is missing.
+        ConfigError: If it is missing or no tokenizer.
     """
     path = directory / TOKENIZER_FILE
     if not path.is_file():
-        raise ConfigError(f"no text tokenizer at {directory}: {TOKENIZER_FILE} is missing")
-    return TextTokenizer(Tokenizer.from_file(str(path)))
+        raise ConfigError(
+            f"no text tokenizer at {directory}: {TOKENIZER_FILE} is missing; "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes it"
+        )
+    files = {
+        name: (directory / name).read_bytes()
+        for name in (TOKENIZER_FILE, *COMPANION_FILES)
+        if (directory / name).is_file()
+    }
+    try:
+        tokenizer = Tokenizer.from_buffer(files[TOKENIZER_FILE])
+    except ValueError as error:  # what the library raises for bytes that are no tokenizer
+        raise ConfigError(f"{path} is not a tokenizer file: {error}") from error
+    # a file may carry padding and truncation of its own; here they are arguments
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return TextTokenizer(tokenizer, files=files)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -55,6 +57,35 @@ def test_save_and_load(tokenizer, tmp_path):
     assert torch.equal(again.encode(prompts, max_length=9), tokenizer.encode(prompts, max_length=9))
     assert (again.pad_id, again.bov_id) == (tokenizer.pad_id, tokenizer.bov_id)
     assert again.vocab_size == tokenizer.vocab_size <= 300
+
+
+def test_transformers_reads_what_is_saved(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = ["motion=9.0, a red ball rolls", "", "a tree, 2 cats"]
+    ids = theirs(prompts, padding="max_length", truncation=True, max_length=20).input_ids
+    assert ids == tokenizer.encode(prompts, max_length=20).tolist()
+    assert theirs.pad_token_id == tokenizer.pad_id
+
+
+def test_files_of_others_are_written_again_as_they_were(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "a")
+    config = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "custom": 1}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "merges.txt").write_text("#version: 0.2\n")
+    loaded = load_text_tokenizer(tmp_path / "a")
+    assert loaded.class_name == "Qwen2TokenizerFast"
+    loaded.save(tmp_path / "b")
+    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json is not a tokenizer file"):
+        load_text_tokenizer(tmp_path)
 
 
 def test_what_is_missing_is_named(tmp_path):
