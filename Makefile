@@ -38,7 +38,7 @@ up: setup ## start the services (Prefect, MLflow, worker) without running
 	@$(SERVICES) up
 
 down: ## stop the services that this checkout has started
-	@test -x $(BIN)/python && $(SERVICES) down || true
+	@if test -x $(BIN)/python; then $(SERVICES) down; fi
 
 status: setup ## say which services are up
 	@$(SERVICES) status

@@ -37,9 +37,9 @@ def full_training(
             return Completed(name="NoNewData", message=f"no new data at {run.source_uri}")
         version = find_version(run)
         if version is None:
-            data_preparation(source_uri, preset, context=run)
-            staged_training(source_uri, preset, context=run)
-            version = model_release(source_uri, preset, context=run)
+            prepared = data_preparation(source_uri, preset, context=run)
+            trained = staged_training(source_uri, preset, context=run, prepared=prepared)
+            version = model_release(source_uri, preset, context=run, trained=trained)
         return finish_run(run, version)
 
 

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from flows.staged_training import staged_training
-from tasks.context import RunContext, find_trained, run_session
+from tasks.context import RunContext, TrainedModel, find_trained, run_session
 from tasks.evaluation import evaluate_model, export_model
 from tasks.options import ConfigOverrides
 from tasks.registration import find_version, register_model
@@ -17,6 +17,7 @@ def model_release(
     preset: Preset = "tiny",
     overrides: ConfigOverrides | None = None,
     context: RunContext | None = None,
+    trained: TrainedModel | None = None,
 ) -> ModelVersion:
     """Export, evaluate and register; the version becomes champion when the gate holds.
 
@@ -25,12 +26,14 @@ def model_release(
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.
+        trained: Likewise: the model to release.
     """
     with run_session(source_uri, preset, overrides, context) as run:
         version = find_version(run)
         if version is not None:
             return version
-        trained = find_trained(run) or staged_training(source_uri, preset, context=run)
+        if trained is None:
+            trained = find_trained(run) or staged_training(source_uri, preset, context=run)
         model = export_model(run, trained)
         report = evaluate_model(run, trained, model)
         return register_model(run, trained, report)

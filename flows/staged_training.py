@@ -4,6 +4,7 @@ from prefect import flow
 
 from flows.data_preparation import data_preparation
 from tasks.context import (
+    PreparedData,
     RunContext,
     TrainedModel,
     commit_trained,
@@ -23,6 +24,7 @@ def staged_training(
     preset: Preset = "tiny",
     overrides: ConfigOverrides | None = None,
     context: RunContext | None = None,
+    prepared: PreparedData | None = None,
 ) -> TrainedModel:
     """Train on images, then on videos, then with one time a frame.
 
@@ -31,12 +33,14 @@ def staged_training(
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.
+        prepared: Likewise: the data to train on.
     """
     with run_session(source_uri, preset, overrides, context) as run:
         trained = find_trained(run)
         if trained is not None:
             return trained
-        prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
+        if prepared is None:
+            prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
         checkpoint: CheckpointRef | None = None
         for stage in STAGES:
             request = stage_request(run, prepared, stage, checkpoint)

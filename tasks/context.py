@@ -103,7 +103,11 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     uri = absolute_uri(source_uri)
     sources = ingestion.discover_videos(uri)
     storage.check_store(settings.data_uri)
-    source_fingerprint = fingerprint(uri, [item.model_dump(mode="json") for item in sources])
+    source_fingerprint = fingerprint(
+        uri,
+        [item.model_dump(mode="json") for item in sources],
+        ingestion.captions_digest(uri, sources),
+    )
     sources_uri = settings.uri("sources", source_fingerprint[:32], "manifest.json")
     storage.commit_record(
         sources_uri,
@@ -189,7 +193,9 @@ def find_prepared(context: RunContext) -> PreparedData | None:
 
 @step(run_name="commit data")
 def commit_prepared(context: RunContext, prepared: PreparedData) -> PreparedData:
-    """Commit the prepared data of the run."""
+    """Commit the prepared data of the run, unless files are missing in it only for now."""
+    if ingestion.has_unstable_failures(prepared.selection.clips):
+        return prepared
     return storage.commit_record(context.prepared_uri, prepared)
 
 
@@ -211,5 +217,7 @@ def _checkpoint_exists(checkpoint: CheckpointRef) -> bool:
 
 @step(run_name="commit model")
 def commit_trained(context: RunContext, trained: TrainedModel) -> TrainedModel:
-    """Commit the trained model of the run."""
+    """Commit the trained model of the run, unless files are missing in its data only for now."""
+    if ingestion.has_unstable_failures(trained.selection.clips):
+        return trained
     return storage.commit_record(context.trained_uri, trained)

@@ -23,7 +23,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
 
     config, datasets = context.config, trained.request.datasets
     champion = tracking.champion_metrics(
-        context.run.tracking_uri, config.release.model_name, datasets.fingerprint
+        context.run.tracking_uri, config.release.model_name, datasets.fingerprint, model
     )
     tags = {"ursa.fingerprint": context.fingerprint, **reports.flow_run_tags()}
     with tracking.child_run(context.run, "evaluate", tags) as run:

@@ -8,7 +8,7 @@ from prefect.states import Completed
 from tasks import reports, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.options import announce, step
-from ursa import storage
+from ursa import ingestion, storage
 from ursa.artifacts import EvalReport, ModelVersion
 
 
@@ -41,7 +41,12 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
         report,
         context.config,
         {
-            "ursa.run_fingerprint": context.release_fingerprint,
+            # a run that lacks files only for now is not found again: the next one looks at them
+            "ursa.run_fingerprint": (
+                "unfinished"
+                if ingestion.has_unstable_failures(trained.selection.clips)
+                else context.release_fingerprint
+            ),
             "ursa.source_uri": context.source_uri,
             "ursa.source_fingerprint": context.source_fingerprint,
             "ursa.preset": context.preset,

@@ -415,14 +415,20 @@ def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
 
 
 def champion_metrics(
-    tracking_uri: str, name: str, data_fingerprint: str
+    tracking_uri: str, name: str, data_fingerprint: str, model: ExportedModel
 ) -> dict[str, float] | None:
-    """Return the champion's metrics if they were measured on the same tokens; else None."""
+    """Return the champion's metrics if they were measured on the same tokens; else None.
+
+    A model is not compared with itself: it may be champion already when a kill came before its
+    registration was complete.
+    """
     with _service(tracking_uri) as client:
         found = client.search_model_versions(f"name = '{name}'")
         for item in found:
             if "champion" in _aliases(client, name, item.version):
                 if item.tags.get("ursa.tokens_fingerprint") != data_fingerprint:
+                    return None
+                if item.tags.get("ursa.registration_key") == registration_key(model):
                     return None
                 return dict(json.loads(item.tags.get("ursa.metrics", "{}")))
     return None
@@ -472,9 +478,13 @@ def register_version(
                     name, model.model_uri, run.run_id, all_tags, model_id=model.model_id
                 )
             ]
-        is_new = "ursa.aliased" not in versions[-1].tags
+        known = versions[-1].tags
+        is_new = "ursa.aliased" not in known
         if is_new:
             _set_aliases(client, name, versions[-1].version, champion=report.gate_passed)
+        elif report.gate_passed and known.get("ursa.gate_passed") == "false":
+            # other gates hold now; a version that passed before keeps what a person made of it
+            client.set_registered_model_alias(name, "champion", versions[-1].version)
         for tag, value in all_tags.items():  # a version found again has the newest lineage
             client.set_model_version_tag(name, versions[-1].version, tag, value)
         return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
@@ -549,7 +559,7 @@ def _verify(tracking_uri: str, model_uri: str, model: ExportedModel) -> None:
     """Download a logged model and compare the sha256 of every exported file."""
     import mlflow  # noqa: PLC0415
 
-    with tempfile.TemporaryDirectory(prefix="ursa-verify-") as folder:
+    with storage.scratch_directory("verify") as folder:
         root = Path(
             mlflow.artifacts.download_artifacts(
                 artifact_uri=model_uri, dst_path=folder, tracking_uri=tracking_uri

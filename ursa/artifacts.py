@@ -25,6 +25,7 @@ class FailureReason(StrEnum):
     NOT_REGULAR_FILE = "not_regular_file"
     FILE_TOO_LARGE = "file_too_large"
     NOT_A_VIDEO = "not_a_video"
+    UNAVAILABLE = "unavailable"
     UNREADABLE = "unreadable"
     NO_VIDEO_STREAM = "no_video_stream"
     TOO_SHORT = "too_short"

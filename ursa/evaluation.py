@@ -7,10 +7,8 @@ only read beside their dynamic degree (a frozen video does not flicker).
 
 import io
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -333,8 +331,7 @@ def _read(item: SelectedClip, indices: Sequence[int], config: RunConfig) -> np.n
 
 def _write_samples(samples: Sequence[Sample], samples_uri: str, *, fps: float) -> tuple[str, ...]:
     """Write mp4 and gif of every sample, the prompts and the strip; return the file names."""
-    with tempfile.TemporaryDirectory(prefix="ursa-samples-") as scratch:
-        folder = Path(scratch)
+    with storage.scratch_directory("samples") as folder:
         for sample in samples:
             write_video(folder / f"{sample.name}.mp4", sample.generated, fps)
             write_gif(folder / f"{sample.name}.gif", sample.generated, fps)

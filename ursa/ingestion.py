@@ -9,7 +9,6 @@ the output URI is in docs/data-format.md.
 import hashlib
 import logging
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -62,7 +61,12 @@ _OTHER_SUFFIXES = frozenset(
 )
 # these may come out differently on another day or machine, so they are not kept as done
 _UNSTABLE_FAILURES = frozenset(
-    {FailureReason.TIMEOUT, FailureReason.OUT_OF_MEMORY, FailureReason.CRASHED}
+    {
+        FailureReason.TIMEOUT,
+        FailureReason.OUT_OF_MEMORY,
+        FailureReason.CRASHED,
+        FailureReason.UNAVAILABLE,
+    }
 )
 _MAX_NAMED = 5
 
@@ -113,6 +117,24 @@ def discover_videos(source_uri: str) -> tuple[SourceVideo, ...]:
             "directory or s3:// prefix with mp4, mkv, webm, mov, avi, mpg or gif files"
         )
     return tuple(sorted(sources, key=lambda source: source.uri))
+
+
+def captions_digest(source_uri: str, sources: Sequence[SourceVideo]) -> str:
+    """Return a hash of all captions that people have written about a source.
+
+    Args:
+        source_uri: Where the sources are.
+        sources: Result of `discover_videos`.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    return _Captions.read(source_uri, sources).digest()
+
+
+def has_unstable_failures(clips: ClipSet) -> bool:
+    """Whether files are missing in a set only for now, so that the next run looks at them again."""
+    return any(clips.failures.get(reason) for reason in _UNSTABLE_FAILURES)
 
 
 def plan_ingestion(
@@ -168,9 +190,9 @@ def plan_ingestion(
 def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) -> IngestedVideo:
     """Turn one foreign file into normalised, measured clips and commit the unit record.
 
-    A unit that is committed already is returned at once. Timeouts, exhausted memory and crashes
-    are returned but not committed: another attempt may fare better. Captions are added by
-    `commit_clips`.
+    A unit that is committed already is returned at once. Timeouts, exhausted memory, crashes and
+    files that cannot be opened are returned but not committed: another attempt may fare better.
+    Captions are added by `commit_clips`.
 
     Args:
         source: The file.
@@ -187,8 +209,7 @@ def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) 
     unit = storage.load_record(unit_uri, IngestedVideo)
     if unit is not None:
         return _rebind(unit, source)
-    with tempfile.TemporaryDirectory(prefix="ursa-") as name:
-        folder = Path(name)
+    with storage.scratch_directory("ingest") as folder:
         sha256: str | None = None
         is_final = True
         try:
@@ -196,9 +217,7 @@ def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) 
             clips = tuple(_upload_clips(source, sha256, video, folder, output_uri))
         except QuarantinedError as error:
             # another attempt may fare better, or would find other content
-            is_final = error.reason not in _UNSTABLE_FAILURES and not isinstance(
-                error, _ChangedError
-            )
+            is_final = error.reason not in _UNSTABLE_FAILURES
             unit = IngestedVideo(
                 source=source,
                 source_sha256=sha256,
@@ -356,10 +375,6 @@ def select_clips(
     )
 
 
-class _ChangedError(QuarantinedError):
-    """The content is not that which was listed, so it must not be kept under its hash."""
-
-
 class _Captions:
     """What is written about the videos of a source."""
 
@@ -454,10 +469,11 @@ def _normalise(
             sha256, demuxer = copy_foreign_file(path, folder, config)
     except FileNotFoundError as error:
         raise QuarantinedError(
-            FailureReason.UNREADABLE, "it is gone since it was listed"
+            FailureReason.UNAVAILABLE, "it is gone since it was listed"
         ) from error
     if not storage.is_remote(source.uri) and sha256 != source.etag:
-        raise _ChangedError(FailureReason.UNREADABLE, "it has changed since it was listed")
+        # what it holds now must not be kept under the hash of what it held
+        raise QuarantinedError(FailureReason.UNAVAILABLE, "it has changed since it was listed")
     return sha256, normalise_video(folder, demuxer, config)
 
 

@@ -1,8 +1,5 @@
 """The export step: a checkpoint and its tokenizers become one directory that anyone can load."""
 
-import tempfile
-from pathlib import Path
-
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
 from ursa.config import fingerprint
@@ -39,7 +36,7 @@ def export_model(
     with (
         storage.local_directory(request.visual_tokenizer.directory_uri) as visual,
         storage.local_directory(request.text_tokenizer.directory_uri) as text,
-        tempfile.TemporaryDirectory(prefix="ursa-export-") as scratch,
+        storage.scratch_directory("export") as scratch,
     ):
         pipeline = UrsaPipeline(
             transformer=load_average(checkpoint, request),
@@ -59,9 +56,9 @@ def export_model(
                 motion_score=sorted(motion)[len(motion) // 2] if motion else None,
             ),
         )
-        pipeline.save_pretrained(Path(scratch))
+        pipeline.save_pretrained(scratch)
         directory_uri = storage.unique_place(folder_uri, "model")
-        hashes = storage.upload_directory(Path(scratch), directory_uri)
+        hashes = storage.upload_directory(scratch, directory_uri)
     return storage.commit_record(
         manifest_uri,
         ExportedModel(

@@ -22,6 +22,7 @@ from urllib.parse import unquote_to_bytes
 
 import tenacity
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from ursa.artifacts import SCHEMA_VERSION
 from ursa.config import FrozenModel
@@ -31,6 +32,7 @@ PUT_DEADLINE_S = 120.0
 """An upload that takes longer is abandoned and repeated; s3fs alone would wait for ever."""
 GET_DEADLINE_S = 300.0
 MANIFEST_LIMIT_BYTES = 64 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Record = TypeVar("Record", bound=FrozenModel)
 
@@ -146,7 +148,11 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
         if root.is_file():
             paths = [root]
         elif root.is_dir():
-            paths = [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
+            paths = [
+                Path(folder) / name
+                for folder, _, names in os.walk(root, onerror=_raise)
+                for name in names
+            ]
         else:
             raise FileNotFoundError(errno.ENOENT, "no such file or directory", uri)
         return sorted(
@@ -161,21 +167,32 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
 
 
 def list_irregular_files(uri: str) -> list[str]:
-    """List the URIs of pipes, sockets and devices below a local directory, sorted.
+    """List the URIs of links, pipes, sockets and devices below a local directory, sorted.
 
-    They are never opened; links are left out. An object store holds none.
+    They are never opened or followed. An object store holds none.
+
+    Raises:
+        StorageError: If a directory cannot be read.
     """
     if is_remote(uri):
         return []
+    root = local_path(uri)
     with _local_errors(uri):
+        if not root.is_dir():
+            return [root.absolute().as_uri()] if root.is_symlink() else []
         paths = (
-            Path(folder) / name for folder, _, names in os.walk(local_path(uri)) for name in names
+            Path(folder) / name
+            for folder, folders, names in os.walk(root, onerror=_raise)
+            for name in (*names, *(n for n in folders if (Path(folder) / n).is_symlink()))
         )
         return sorted(
-            path.absolute().as_uri()
-            for path in paths
-            if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISLNK(mode)
+            path.absolute().as_uri() for path in paths if not stat.S_ISREG(path.lstat().st_mode)
         )
+
+
+def _raise(error: OSError) -> None:
+    """Let `os.walk` fail: a directory that cannot be read must not look empty."""
+    raise error
 
 
 @contextlib.contextmanager
@@ -188,6 +205,32 @@ def local_copy(uri: str) -> Iterator[Path]:
         target = Path(folder) / "content"
         _s3_call("_get_file", uri, str(target), deadline_s=GET_DEADLINE_S)
         yield target
+
+
+@contextlib.contextmanager
+def scratch_directory(purpose: str) -> Iterator[Path]:
+    """Yield a private local directory that is removed at the end.
+
+    Args:
+        purpose: Part of its name.
+
+    Raises:
+        StorageConfigurationError: If the disk under it runs full.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"ursa-{purpose}-", ignore_cleanup_errors=True) as name:
+        try:
+            yield Path(name)
+        except (OSError, SafetensorError) as error:
+            # safetensors writes the number of the error into its message
+            number = error.errno if isinstance(error, OSError) else None
+            if number not in _DISK_FULL and not any(
+                f"os error {full})" in str(error) for full in _DISK_FULL
+            ):
+                raise
+            raise StorageConfigurationError(
+                f"disk full while writing to {name} ({purpose}); free some space there or set "
+                "TMPDIR to another directory, then run again: finished work is kept"
+            ) from error
 
 
 def upload_file(path: Path, uri: str) -> None:
@@ -380,7 +423,7 @@ def _local_errors(uri: str) -> Iterator[None]:
             raise StorageConfigurationError(
                 f"{uri}: a file stands where a directory is needed; choose another directory"
             ) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _DISK_FULL:
             raise StorageConfigurationError(
                 f"disk full while writing {uri}; free some space, then run again: finished work "
                 "is kept"

@@ -117,7 +117,7 @@ def read_pid_file(service: Service) -> dict[str, Any] | None:
     """Return the content of a pid file whose process still lives."""
     try:
         content = json.loads(service.pid_file.read_text())
-        if start_time(content["pid"]) == content["start"]:
+        if content["start"] is not None and start_time(content["pid"]) == content["start"]:
             return dict(content)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
@@ -193,9 +193,10 @@ def environment() -> dict[str, str]:
     return values
 
 
-def worker_environment_hash() -> str:
+def worker_environment_hash(*services: Service) -> str:
     """Return a hash of what the worker hands to flow runs; a changed one restarts it."""
     chosen = {k: v for k, v in environment().items() if k.startswith(WORKER_VARIABLES)}
+    chosen |= {service.name: service.url for service in services}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
@@ -513,7 +514,7 @@ def up() -> None:
             wait_healthy(service)
         if not deployed(prefect):
             deploy(prefect)
-        digest = worker_environment_hash()
+        digest = worker_environment_hash(prefect, mlflow)
         living = read_pid_file(worker)
         if living and living.get("environment") != digest:
             if settle_dead_runs(prefect, min_age_s=30):

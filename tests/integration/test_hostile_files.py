@@ -142,11 +142,11 @@ def test_a_folder_of_trouble_loses_no_file(tmp_path):
     plan = plan_ingestion(str(source), sources, output, config)
     videos = [ingest_video(item, output, config) for item in plan.todo]
     clips = commit_clips(str(source), videos, output, plan.fingerprint, config)
-    assert clips.num_videos == len(names) + 2 + 7
+    assert clips.num_videos == len(names) + 2 + 9
     assert clips.failures == {
         FailureReason.EMPTY_FILE: 1,
         FailureReason.NOT_A_VIDEO: 1,
-        FailureReason.NOT_REGULAR_FILE: 1,
+        FailureReason.NOT_REGULAR_FILE: 3,
         FailureReason.NO_VIDEO_STREAM: 1,
         FailureReason.RESOLUTION_TOO_LOW: 1,
         FailureReason.TOO_SHORT: 1,

@@ -161,13 +161,23 @@ def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> Non
     again = register(run, report)
     assert again == version.model_copy(update={"is_new": False})
     assert tracking.find_version(uri, NAME, "ursa.run_fingerprint", "f") == again
-    assert tracking.champion_metrics(uri, NAME, "tokens") == {"eval/loss": 1.5}
-    assert tracking.champion_metrics(uri, NAME, "other tokens") is None
+    worse_report = report_of(tmp_path / "b", b"weights b", gate_passed=False)
+    other = worse_report.model
+    assert tracking.champion_metrics(uri, NAME, "tokens", other) == {"eval/loss": 1.5}
+    assert tracking.champion_metrics(uri, NAME, "other tokens", other) is None
+    assert tracking.champion_metrics(uri, NAME, "tokens", report.model) is None
 
-    worse = register(run, report_of(tmp_path / "b", b"weights b", gate_passed=False))
+    worse = register(run, worse_report)
     assert (worse.version, worse.alias) == ("2", "challenger")
-    champion = MlflowClient(uri).get_model_version_by_alias(NAME, "champion")
-    assert str(champion.version) == "1"
+    client = MlflowClient(uri)
+    assert str(client.get_model_version_by_alias(NAME, "champion").version) == "1"
+    # the gates of a later run are wider
+    passed = worse_report.model_copy(update={"gate_passed": True, "failed_gates": ()})
+    assert register(run, passed).alias == "champion"
+    # a person rolls back: nothing promotes it again behind their back
+    client.set_registered_model_alias(NAME, "champion", "1")
+    register(run, passed)
+    assert str(client.get_model_version_by_alias(NAME, "champion").version) == "1"
 
 
 def test_damaged_upload_is_not_registered_and_cleaned_up_next_time(

@@ -8,9 +8,7 @@ Randomness is addressed by (seed, stage, step, sample), so there is no generator
 import logging
 import re
 import secrets
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -105,8 +103,8 @@ def save_checkpoint(
             "good checkpoint is kept; lower the learning rate"
         )
     folder_uri = storage.join(stage_uri, f"step-{step:08d}.{secrets.token_hex(4)}")
-    with tempfile.TemporaryDirectory(prefix="ursa-checkpoint-") as folder:
-        path = Path(folder) / STATE_FILE
+    with storage.scratch_directory("checkpoint") as folder:
+        path = folder / STATE_FILE
         save_file(state, path)
         storage.upload_file(path, storage.join(folder_uri, STATE_FILE))
         marker = CheckpointMarker(

@@ -1,8 +1,5 @@
 """Train the text tokenizer on the captions of the selected clips, as a step."""
 
-import tempfile
-from pathlib import Path
-
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, fingerprint
@@ -41,10 +38,10 @@ def fit_text_tokenizer(
         tokenizer = train_text_tokenizer(texts, vocab_size=settings.vocab_size)
     lengths = tokenizer.encode(texts, max_length=settings.max_prompt_length)
     used = float((lengths != tokenizer.pad_id).sum() / max(1, len(texts)))
-    with tempfile.TemporaryDirectory(prefix="ursa-tokenizer-") as scratch:
-        tokenizer.save(Path(scratch))
+    with storage.scratch_directory("tokenizer") as scratch:
+        tokenizer.save(scratch)
         directory_uri = storage.unique_place(folder_uri, "model")
-        storage.upload_directory(Path(scratch), directory_uri)
+        storage.upload_directory(scratch, directory_uri)
     return storage.commit_record(
         manifest_uri,
         TokenizerRef(

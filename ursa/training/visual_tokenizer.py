@@ -11,10 +11,8 @@ Dimensions: B = batch, T = frames, H, W = rows and columns, C = code channels.
 import copy
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,10 +99,10 @@ def fit_visual_tokenizer(
         metrics: dict[str, float] = {}
     else:
         network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
-    with tempfile.TemporaryDirectory(prefix="ursa-tokenizer-") as scratch:
-        save_visual_tokenizer(network, Path(scratch))
+    with storage.scratch_directory("tokenizer") as scratch:
+        save_visual_tokenizer(network, scratch)
         directory_uri = storage.unique_place(folder_uri, "model")
-        storage.upload_directory(Path(scratch), directory_uri)
+        storage.upload_directory(scratch, directory_uri)
     result = storage.commit_record(
         manifest_uri,
         TokenizerRef(

@@ -54,6 +54,8 @@ PROGRESS_INTERVAL_S = 1.0
 MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 << 30
 MAX_BAD_PACKET_FRACTION = 0.5
+RATE_CHECK_S = 30.0
+"""A video that is too slow over this long is given up: a slow one costs as much as a fast one."""
 HEADROOM_BYTES = 16 << 20
 HEADROOM_FRAMES = 3
 """Room for this much more must be left when a decoder fails, else memory is the cause."""
@@ -192,7 +194,17 @@ class ForeignVideo:
             self.num_frames += 1
             shown_s = float(frame.duration * (frame.time_base or 0))
             self.duration_s = time_s + (shown_s if 0 < shown_s <= 1 else nominal_s)
+            if time_s > RATE_CHECK_S:
+                self.check_rate()
             yield TimedFrame(frame, time_s, is_break)
+
+    def check_rate(self) -> None:
+        """Raise QuarantinedError if there are too few frames a second so far."""
+        if self.num_frames > 1 and self.fps < self._config.min_fps:
+            raise QuarantinedError(
+                FailureReason.FPS_TOO_LOW,
+                f"{self.fps:.2f} frames per second, expected at least {self._config.min_fps:g}",
+            )
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """Decode packet by packet; damaged ones are counted and passed over."""
@@ -285,7 +297,10 @@ class ClipSink:
         """Take in the next frame of the running shot, shape (H, W, 3), uint8."""
         if self.num_frames >= self._next_report:
             finished_s = self.num_frames / self._fps
-            self._progress.write_text(f"{finished_s:.3f}", encoding="ascii")
+            # whole or not at all: the parent may read at any moment
+            fresh = self._progress.with_suffix(".new")
+            fresh.write_text(f"{finished_s:.3f}", encoding="ascii")
+            fresh.replace(self._progress)
             self._next_report += self._report_interval
         self._shape = picture.shape
         self._spool.write(picture.data)
@@ -489,11 +504,7 @@ def _check_outcome(video: ForeignVideo, sink: ClipSink, config: IngestionConfig)
             FailureReason.UNREADABLE,
             f"{video.num_bad_packets} of {video.num_packets} packets are damaged",
         )
-    if video.num_frames > 1 and video.fps < config.min_fps:
-        raise QuarantinedError(
-            FailureReason.FPS_TOO_LOW,
-            f"{video.fps:.2f} frames per second, expected at least {config.min_fps:g}",
-        )
+    video.check_rate()
     if not sink.clips:
         raise QuarantinedError(
             FailureReason.TOO_SHORT,

@@ -148,9 +148,14 @@ def _open_regular(path: Path) -> io.BufferedReader:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        reason = FailureReason.UNREADABLE
-        if not stat.S_ISREG(_mode(path)):
-            reason = FailureReason.NOT_REGULAR_FILE
+        mode = _mode(path)
+        if stat.S_ISLNK(mode):
+            raise QuarantinedError(
+                FailureReason.NOT_REGULAR_FILE, "a link; links are not followed"
+            ) from error
+        # a regular file, or none at the moment: another day it may open
+        other = mode != 0 and not stat.S_ISREG(mode)
+        reason = FailureReason.NOT_REGULAR_FILE if other else FailureReason.UNAVAILABLE
         raise QuarantinedError(reason, f"cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -163,7 +168,7 @@ def _read(source: io.BufferedReader, num_bytes: int) -> bytes:
         return source.read(num_bytes)
     except OSError as error:
         raise QuarantinedError(
-            FailureReason.UNREADABLE, f"cannot be read: {error.strerror}"
+            FailureReason.UNAVAILABLE, f"cannot be read: {error.strerror}"
         ) from error
 
 
@@ -249,12 +254,14 @@ def _wait(process: subprocess.Popen[bytes], request: bytes, folder: Path, timeou
     # a child that died at once is seen below; the request fits into the pipe
     with contextlib.suppress(BrokenPipeError), process.stdin:
         process.stdin.write(request)
+    finished_s = 0.0
     while True:
         try:
             process.wait(timeout=min(_POLL_S, timeout_s))
         except subprocess.TimeoutExpired:
             used_s = time.monotonic() - start_s
-            if used_s > timeout_s + EARNED_S * _finished_s(folder):
+            finished_s = max(finished_s, _finished_s(folder))
+            if used_s > timeout_s + EARNED_S * finished_s:
                 raise QuarantinedError(
                     FailureReason.TIMEOUT, f"not done after {used_s:.1f} s"
                 ) from None

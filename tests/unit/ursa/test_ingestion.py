@@ -11,8 +11,10 @@ from ursa.config import SelectionConfig
 from ursa.data.clips import read_clips, read_failures, read_selection
 from ursa.errors import DataError, FailureBudgetExceeded, ShardFormatError, StorageError
 from ursa.ingestion import (
+    captions_digest,
     commit_clips,
     discover_videos,
+    has_unstable_failures,
     ingest_video,
     plan_ingestion,
     select_clips,
@@ -80,13 +82,13 @@ def ingested(tmp_path_factory):
 def test_every_file_is_clips_or_a_failure(ingested):
     source, _, clips = ingested
     sources = discover_videos(str(source))
-    assert clips.num_videos == len(sources) == 8
+    assert clips.num_videos == len(sources) == 10
     assert clips.failures == {
         FailureReason.EMPTY_FILE: 1,
         FailureReason.NOT_A_VIDEO: 1,
-        FailureReason.NOT_REGULAR_FILE: 1,
+        FailureReason.NOT_REGULAR_FILE: 3,  # a pipe, a link to a file, a link to a directory
     }
-    assert len(read_failures(clips)) == 3
+    assert len(read_failures(clips)) == 5
     rows = read_clips(clips)
     assert len(rows) == clips.num_clips == 5
     assert len({clip.source_uri for clip in rows}) + clips.num_failed == clips.num_videos
@@ -178,7 +180,7 @@ def test_damaged_table_is_refused(ingested, tmp_path):
 def test_too_many_failures_stop_the_run(ingested, tmp_path):
     source, output, _ = ingested
     config = CONFIG.model_copy(update={"max_failed_fraction": 0.3})
-    with pytest.raises(FailureBudgetExceeded, match=r"3 of 8 files.*1 not_regular_file"):
+    with pytest.raises(FailureBudgetExceeded, match=r"5 of 10 files.*3 not_regular_file"):
         ingest(source, output, config)
 
 
@@ -214,10 +216,38 @@ def test_file_that_changes_or_goes_is_a_failure_that_is_not_kept(tmp_path):
     path.write_bytes(original + b"\x00\x00\x00\x08free")
     data = str(tmp_path / "data")
     changed = ingest_video(source, data, CONFIG)
-    assert changed.failure is FailureReason.UNREADABLE
+    assert changed.failure is FailureReason.UNAVAILABLE
     assert "changed" in changed.detail
+    path.rename(tmp_path / "elsewhere")
+    gone = ingest_video(source, data, CONFIG)
+    assert gone.failure is FailureReason.UNAVAILABLE
+    (tmp_path / "elsewhere").rename(path)
     path.write_bytes(original)
+    assert plan_ingestion(str(tmp_path), [source], data, CONFIG).todo == (source,)
     assert ingest_video(source, data, CONFIG).failure is None
+
+
+def test_captions_belong_to_the_source(tmp_path):
+    media.save_video(tmp_path / "a.mp4", media.panning(30, step=2, height=72), 24.0)
+    sources = discover_videos(str(tmp_path))
+    without = captions_digest(str(tmp_path), sources)
+    (tmp_path / "a.txt").write_text("a moving texture")
+    assert discover_videos(str(tmp_path)) == sources
+    assert captions_digest(str(tmp_path), sources) != without
+
+
+def test_a_set_without_files_that_failed_for_now_is_not_final(tmp_path):
+    media.save_video(tmp_path / "a.mp4", media.panning(30, step=2, height=72), 24.0)
+    root, data = str(tmp_path), str(tmp_path / "data")
+    (source,) = discover_videos(root)
+    plan = plan_ingestion(root, [source], data, CONFIG)
+    video = ingest_video(source, data, CONFIG)
+    other = video.model_copy(update={"clips": (), "failure": FailureReason.OUT_OF_MEMORY})
+    config = CONFIG.model_copy(update={"max_failed_fraction": 0.9})
+    torn = commit_clips(root, [video, other], data, plan.fingerprint, config)
+    assert has_unstable_failures(torn)
+    bad = video.model_copy(update={"clips": (), "failure": FailureReason.NOT_A_VIDEO})
+    assert not has_unstable_failures(commit_clips(root, [video, bad], data, "f" * 64, config))
 
 
 def test_timeout_is_not_kept_as_done(tmp_path):

@@ -100,6 +100,37 @@ def test_any_file_name_has_a_uri(tmp_path, name):
     assert path.read_bytes() == b"new"
 
 
+def test_a_full_scratch_disk_is_named():
+    code = """
+import resource, torch
+from safetensors.torch import save_file
+from ursa import storage
+from ursa.errors import StorageConfigurationError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+for write in (
+    lambda folder: save_file({"a": torch.zeros(1 << 16)}, folder / "a"),
+    lambda folder: (folder / "b").write_bytes(bytes(1 << 20)),
+):
+    try:
+        with storage.scratch_directory("checkpoint") as folder:
+            write(folder)
+    except StorageConfigurationError as error:
+        print(error)
+try:
+    with storage.scratch_directory("checkpoint"):
+        raise OSError(5, "other")
+except OSError as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    full, also_full, other = done.stdout.splitlines()
+    assert full == also_full.replace(also_full.split()[5], full.split()[5])
+    assert "disk full while writing to" in full
+    assert "TMPDIR" in full
+    assert other == "OSError"
+
+
 def test_listing_is_sorted_and_holds_regular_files_alone(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one").write_bytes(b"1")
@@ -109,7 +140,13 @@ def test_listing_is_sorted_and_holds_regular_files_alone(tmp_path):
     found = storage.list_files(str(tmp_path), with_etag=False)
     assert [Path(item.uri).name for item in found] == ["a", "one"]
     assert [item.num_bytes for item in found] == [2, 1]
-    assert [Path(uri).name for uri in storage.list_irregular_files(str(tmp_path))] == ["pipe"]
+    assert [Path(uri).name for uri in storage.list_irregular_files(str(tmp_path))] == [
+        "link",
+        "pipe",
+    ]
+    assert storage.list_irregular_files(str(tmp_path / "link")) == [
+        (tmp_path / "link").absolute().as_uri()
+    ]
     assert [item.uri for item in storage.list_files(str(tmp_path / "a"))] == [found[0].uri]
     with pytest.raises(FileNotFoundError):
         storage.list_files(str(tmp_path / "gone"))

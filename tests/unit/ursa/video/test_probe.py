@@ -55,7 +55,7 @@ def test_what_is_no_regular_file_does_not_block(tmp_path, work):
     (tmp_path / "link.mp4").symlink_to("/etc/passwd")
     for name in ("fifo.mp4", "dir.mp4", "link.mp4"):
         assert copied(tmp_path / name, work) is FailureReason.NOT_REGULAR_FILE
-    assert copied(tmp_path / "missing.mp4", work) is FailureReason.UNREADABLE
+    assert copied(tmp_path / "missing.mp4", work) is FailureReason.UNAVAILABLE
     with socket.socket(socket.AF_UNIX) as server:
         server.bind((tmp_path / "s.mp4").as_posix())
         assert copied(tmp_path / "s.mp4", work) is FailureReason.NOT_REGULAR_FILE
