@@ -28,7 +28,7 @@ from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_frames, clip_windows, read_selection
 from ursa.data.shards import write_shard
 from ursa.errors import FailureBudgetExceeded, StorageError, UrsaError
-from ursa.tokenizers.visual import CosmosTokenizer, load_visual_tokenizer
+from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
 from ursa.video.decode import read_frames
 from ursa.video.variants import ZOOM, vary
 
@@ -179,7 +179,7 @@ class ClipTokenizer:
 
 
 def tokenize_clip(
-    clip: Clip, split: Split, tokenizer: CosmosTokenizer, settings: TokenizationConfig
+    clip: Clip, split: Split, tokenizer: AutoencoderTokenizer, settings: TokenizationConfig
 ) -> dict[Modality, list[dict[str, Any]]]:
     """Return the rows of all image and video samples of a clip, training ones with variants.
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ursa.errors import ConfigError
-from ursa.tokenizers.cosmos import haar, patch_video, unpatch_video
+from ursa.tokenizers.fitted import haar, patch_video, unpatch_video
 from ursa.tokenizers.quantizers import FSQuantizer
 
 levels_of = st.lists(st.integers(2, 9), min_size=1, max_size=4).map(tuple)

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ursa.errors import ConfigError, DataError
-from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_CLASS_NAME = "CosmosAutoencoder"
+_CLASS_NAME = "FittedAutoencoder"
 
 
 class VisualTokenizer(Protocol):
@@ -35,13 +35,13 @@ class VisualTokenizer(Protocol):
         """Decode ids (B, 1 + k, h, w) to uint8 frames (B, 1 + 4k, 8h, 8w, 3)."""
 
 
-class CosmosTokenizer:
-    """A `CosmosAutoencoder` behind the `VisualTokenizer` protocol."""
+class AutoencoderTokenizer:
+    """A `FittedAutoencoder` behind the `VisualTokenizer` protocol."""
 
     temporal_stride = 4
     spatial_stride = 8
 
-    def __init__(self, network: CosmosAutoencoder) -> None:
+    def __init__(self, network: FittedAutoencoder) -> None:
         """Take a network over for inference."""
         self.network = network.eval()
 
@@ -103,7 +103,7 @@ def psnr_db(reference: np.ndarray, reconstruction: np.ndarray) -> float:
     return float(10 * np.log10(255.0**2 / max(float(error), 1e-12)))
 
 
-def save_visual_tokenizer(network: CosmosAutoencoder, directory: Path) -> None:
+def save_visual_tokenizer(network: FittedAutoencoder, directory: Path) -> None:
     """Write config.json and model.safetensors into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": _CLASS_NAME, **network.config.model_dump(mode="json")}
@@ -111,7 +111,7 @@ def save_visual_tokenizer(network: CosmosAutoencoder, directory: Path) -> None:
     save_file(network.state_dict(), directory / WEIGHTS_FILE)
 
 
-def load_visual_tokenizer(directory: Path) -> CosmosTokenizer:
+def load_visual_tokenizer(directory: Path) -> AutoencoderTokenizer:
     """Read a directory written by `save_visual_tokenizer`.
 
     Raises:
@@ -122,12 +122,12 @@ def load_visual_tokenizer(directory: Path) -> CosmosTokenizer:
         raise ConfigError(f"no visual tokenizer at {directory}: {CONFIG_FILE} is missing")
     values = json.loads(path.read_text("utf-8"))
     name = values.pop("_class_name", None)
-    if name != _CLASS_NAME:
+    if name not in {_CLASS_NAME, "CosmosAutoencoder"}:  # the second is its former name
         raise ConfigError(f"{path}: _class_name must be {_CLASS_NAME!r}, got {name!r}")
-    network = CosmosAutoencoder(CosmosConfig.model_validate(values))
+    network = FittedAutoencoder(FittedConfig.model_validate(values))
     path = directory / WEIGHTS_FILE
     try:
         network.load_state_dict(load_file(path))
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{path} does not hold the weights of this network: {error}") from error
-    return CosmosTokenizer(network)
+    return AutoencoderTokenizer(network)

@@ -6,9 +6,9 @@ import torch
 
 from tests import media
 from ursa.errors import ConfigError, DataError
-from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import (
-    CosmosTokenizer,
+    AutoencoderTokenizer,
     load_visual_tokenizer,
     psnr_db,
     save_visual_tokenizer,
@@ -21,8 +21,8 @@ from ursa.tokenizers.visual import (
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = CosmosAutoencoder(
-            CosmosConfig(levels=(5, 4, 3), hidden_channels=8, num_residual_blocks=2)
+        network = FittedAutoencoder(
+            FittedConfig(levels=(5, 4, 3), hidden_channels=8, num_residual_blocks=2)
         )
         for parameter in network.parameters():
             # every branch takes part, also those that start at zero
@@ -33,7 +33,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def tokenizer(network):
-    return CosmosTokenizer(network)
+    return AutoencoderTokenizer(network)
 
 
 VIDEO = media.panning(13, step=3, height=24, width=32)[None]
@@ -117,7 +117,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"config.json is missing"):
         load_visual_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Other"}))
-    with pytest.raises(ConfigError, match="must be 'CosmosAutoencoder', got 'Other'"):
+    with pytest.raises(ConfigError, match="must be 'FittedAutoencoder', got 'Other'"):
         load_visual_tokenizer(tmp_path)
 
 

@@ -29,7 +29,7 @@ BLOCK_CHANNELS = 3 * PATCH**3 * _FOLD**2
 """Wavelet coefficients of one 4x8x8 block of RGB."""
 
 
-class CosmosConfig(FrozenModel):
+class FittedConfig(FrozenModel):
     """Shape of the autoencoder."""
 
     levels: tuple[int, ...]
@@ -154,12 +154,12 @@ def _network(in_channels: int, channels: int, out_channels: int, num_blocks: int
     )
 
 
-class CosmosAutoencoder(nn.Module):
+class FittedAutoencoder(nn.Module):
     """Encoder, FSQ and decoder between pixels and codes."""
 
     wavelets: Tensor
 
-    def __init__(self, config: CosmosConfig) -> None:
+    def __init__(self, config: FittedConfig) -> None:
         """Build the networks; `set_linear` then gives the linear branch its PCA start."""
         super().__init__()
         self.config = config
