@@ -219,7 +219,7 @@ def tokenize_clip(
                     places = [place[index] for index in indices]
                     seed = address_seed(clip.clip_id, modality, f"{start:.4f}", variant)
                     windows.append(vary(large[places], seed=seed) if variant else small[places])
-                ids = tokenizer.encode(np.stack(windows)).numpy()
+                ids = tokenizer.encode(np.stack(windows)).cpu().numpy()
                 rows[modality] += [
                     _row(clip, modality, start, variant, settings.fps, grid)
                     for (start, _), grid in zip(part, ids, strict=True)

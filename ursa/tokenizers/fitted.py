@@ -30,7 +30,7 @@ BLOCK_CHANNELS = 3 * PATCH**3 * _FOLD**2
 
 
 class FittedConfig(FrozenModel):
-    """Shape of the autoencoder."""
+    """Shape of the autoencoder fitted to the clips."""
 
     levels: tuple[int, ...]
     hidden_channels: int
@@ -157,6 +157,8 @@ def _network(in_channels: int, channels: int, out_channels: int, num_blocks: int
 class FittedAutoencoder(nn.Module):
     """Encoder, FSQ and decoder between pixels and codes."""
 
+    temporal_stride = PATCH
+    spatial_stride = PATCH * _FOLD
     wavelets: Tensor
 
     def __init__(self, config: FittedConfig) -> None:
