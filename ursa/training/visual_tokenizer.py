@@ -26,7 +26,7 @@ from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.errors import DataExhaustedError, NonFiniteLossError
+from ursa.errors import ConfigError, DataExhaustedError, NonFiniteLossError
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import (
     AutoencoderTokenizer,
@@ -78,6 +78,7 @@ def fit_visual_tokenizer(
         (`codes_used`, `code_perplexity`).
 
     Raises:
+        ConfigError: If `directory_uri` holds no tokenizer of the configured strides.
         DataExhaustedError: If no training clip is long enough for one sample.
         NonFiniteLossError: If the fit diverges.
     """
@@ -98,6 +99,12 @@ def fit_visual_tokenizer(
     if source is not None:
         with storage.local_directory(source) as folder:
             network = load_visual_tokenizer(folder).network
+        found = (network.temporal_stride, network.spatial_stride)
+        if found != (wanted := (settings.temporal_stride, settings.spatial_stride)):
+            raise ConfigError(
+                f"the visual tokenizer at {source} has temporal and spatial strides {found}, but "
+                f"visual_tokenizer says {wanted}; change the strides or directory_uri"
+            )
         metrics: dict[str, float] = {}
     else:
         network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
