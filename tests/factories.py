@@ -33,7 +33,7 @@ from ursa.data.clips import (
     selection_row,
 )
 from ursa.data.shards import write_shard
-from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.text import train_text_tokenizer
 from ursa.tokenizers.visual import save_visual_tokenizer
 
@@ -118,8 +118,8 @@ def write_visual_tokenizer(output_uri: str, *, seed: int = 0) -> TokenizerRef:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = tiny_config().visual_tokenizer
-        network = CosmosAutoencoder(
-            CosmosConfig(
+        network = FittedAutoencoder(
+            FittedConfig(
                 levels=settings.levels,
                 hidden_channels=settings.hidden_channels,
                 num_residual_blocks=settings.num_residual_blocks,

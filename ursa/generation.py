@@ -29,7 +29,7 @@ from ursa.errors import ConfigError
 from ursa.model.transformer import TransformerConfig, UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer, motion_prompt
 from ursa.tokenizers.visual import (
-    CosmosTokenizer,
+    AutoencoderTokenizer,
     load_visual_tokenizer,
     save_visual_tokenizer,
 )
@@ -85,7 +85,7 @@ class UrsaPipeline:
         *,
         transformer: UrsaTransformer,
         scheduler: SchedulerConfig,
-        visual_tokenizer: CosmosTokenizer,
+        visual_tokenizer: AutoencoderTokenizer,
         text_tokenizer: TextTokenizer,
         defaults: SampleDefaults,
     ) -> None:
@@ -134,7 +134,7 @@ class UrsaPipeline:
             "_class_name": "UrsaPipeline",
             "transformer": ["ursa.model.transformer", "UrsaTransformer"],
             "scheduler": ["ursa.diffusion.path", "MetricPath"],
-            "vae": ["ursa.tokenizers.visual", "CosmosTokenizer"],
+            "vae": ["ursa.tokenizers.visual", "AutoencoderTokenizer"],
             "tokenizer": ["ursa.tokenizers.text", "TextTokenizer"],
             "defaults": self.defaults.model_dump(mode="json"),
         }

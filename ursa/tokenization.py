@@ -28,7 +28,7 @@ from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_frames, clip_windows, read_selection
 from ursa.data.shards import write_shard
 from ursa.errors import FailureBudgetExceeded, StorageError, UrsaError
-from ursa.tokenizers.visual import CosmosTokenizer, load_visual_tokenizer
+from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
 from ursa.video.decode import read_frames
 from ursa.video.variants import ZOOM, vary
 
@@ -179,7 +179,7 @@ class ClipTokenizer:
 
 
 def tokenize_clip(
-    clip: Clip, split: Split, tokenizer: CosmosTokenizer, settings: TokenizationConfig
+    clip: Clip, split: Split, tokenizer: AutoencoderTokenizer, settings: TokenizationConfig
 ) -> dict[Modality, list[dict[str, Any]]]:
     """Return the rows of all image and video samples of a clip, training ones with variants.
 
@@ -219,7 +219,7 @@ def tokenize_clip(
                     places = [place[index] for index in indices]
                     seed = address_seed(clip.clip_id, modality, f"{start:.4f}", variant)
                     windows.append(vary(large[places], seed=seed) if variant else small[places])
-                ids = tokenizer.encode(np.stack(windows)).numpy()
+                ids = tokenizer.encode(np.stack(windows)).cpu().numpy()
                 rows[modality] += [
                     _row(clip, modality, start, variant, settings.fps, grid)
                     for (start, _), grid in zip(part, ids, strict=True)

@@ -1,13 +1,12 @@
-"""A causal video autoencoder with finite scalar quantization, in the style of Cosmos DV 4x8x8.
+"""The Cosmos video autoencoder DV 4x8x8 with FSQ, as URSA uses it for video.
 
-1 + 4k frames of H x W pixels become 1 + k latent frames of H/8 x W/8 codes. Pixels pass a Haar
-wavelet patcher (4x4x4) and a 2x2 space-to-depth; then come two branches whose outputs add up: a
-linear one that starts as the principal components of the blocks, and a residual network of
-factorised causal convolutions (space, then time) that starts at zero. Fitting therefore begins at
-the PCA solution and can only be measured against it.
+1 + 4k frames of H x W pixels become 1 + k latent frames of H/8 x W/8 codes (default strides).
+Parameter names, shapes and the fields of config.json are those of the official class
+`AutoencoderVQCosmos3D`, so that weights pass both ways.
 
-Causal in time: latent frame i depends on frames 0..4i alone, so a picture is encoded as the first
-latent frame of any video that begins with it.
+The convolutions see the past alone, the temporal attention of the published weights does not:
+there a picture alone has other codes than the first latent frame of its video.
+`causal_attention` gives the causal mask of NVIDIA's tokenizer.
 
 Dimensions: B = batch, T = frames or latent frames, H, W = rows and columns, C = channels.
 
@@ -15,196 +14,234 @@ References:
     Cosmos tokenizer: arXiv 2501.03575, section 4; URSA: arXiv 2510.24717, section 4.1.
 """
 
+from itertools import pairwise
+from typing import Literal, Self
+
 import torch
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ursa.config import FrozenModel
+from ursa.tokenizers.cosmos_layers import (
+    Block,
+    CausalConv,
+    Downsample,
+    FrameNorm,
+    MidBlock,
+    Upsample,
+    factorised_conv,
+    patch_video,
+    unpatch_video,
+)
 from ursa.tokenizers.quantizers import FSQuantizer
 
-PATCH = 4
-"""Edge of a wavelet patch in frames, rows and columns."""
-_FOLD = 2
-"""Space-to-depth after the patcher: 4 x 2 = 8 pixels a code."""
-BLOCK_CHANNELS = 3 * PATCH**3 * _FOLD**2
-"""Wavelet coefficients of one 4x8x8 block of RGB."""
+LEVELS = (8, 8, 8, 5, 5, 5)
+"""FSQ levels of the official class, which has no field for them: 64,000 codes of 6 channels."""
 
 
 class CosmosConfig(FrozenModel):
-    """Shape of the autoencoder."""
+    """The fields of the official config.json, with the defaults of the official class.
 
-    levels: tuple[int, ...]
-    hidden_channels: int
-    num_residual_blocks: int
-
-
-def haar(size: int = PATCH) -> Tensor:
-    """Return the orthonormal Haar matrix, shape (size, size), rows = wavelets, low pass first."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        low = torch.kron(matrix, torch.tensor([[1.0, 1.0]]))
-        high = torch.kron(torch.eye(matrix.shape[0]), torch.tensor([[1.0, -1.0]]))
-        matrix = torch.cat([low, high]) / 2**0.5
-    return matrix
-
-
-def patch_video(video: Tensor, wavelets: Tensor) -> Tensor:
-    """Transform pixels to wavelet coefficients of 4x4x4 patches.
-
-    Args:
-        video: Pixels in [-1, 1], shape (B, 3, 1 + 4k, H, W); the first frame is repeated to fill
-            its patch.
-        wavelets: Haar matrix, shape (4, 4).
-
-    Returns:
-        Coefficients, shape (B, 192, 1 + k, H / 4, W / 4).
+    `down_block_types`, `up_block_types`, `act_fn`, `norm_num_groups`, `sample_size` and
+    `force_upcast` are kept for the file alone: neither the official code nor this reads them.
     """
-    first = video[:, :, :1].expand(-1, -1, PATCH - 1, -1, -1)
-    video = torch.cat([first, video], dim=2)
-    blocks = video.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH)).unflatten(6, (-1, PATCH))
-    # (B, 3, T, p, H, p, W, p): one small matrix product for each of the three patch axes
-    coefficients = torch.einsum("bctihjwk,ai,dj,ek->bcadethw", blocks, *([wavelets] * 3))
-    return coefficients.flatten(1, 4)
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-def unpatch_video(coefficients: Tensor, wavelets: Tensor) -> Tensor:
-    """Invert `patch_video`: (B, 192, 1 + k, H / 4, W / 4) to pixels (B, 3, 1 + 4k, H, W)."""
-    blocks = coefficients.unflatten(1, (3, PATCH, PATCH, PATCH))
-    pixels = torch.einsum("bcadethw,ai,dj,ek->bctihjwk", blocks, *([wavelets] * 3))
-    video = pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-    return video[:, :, PATCH - 1 :]
-
-
-def _fold(x: Tensor) -> Tensor:
-    """Space to depth: (B, C, T, H, W) to (B, 4C, T, H / 2, W / 2)."""
-    x = x.unflatten(3, (-1, _FOLD)).unflatten(5, (-1, _FOLD))
-    return x.permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3)
-
-
-def _unfold(x: Tensor) -> Tensor:
-    """Invert `_fold`: depth to space."""
-    x = x.unflatten(1, (-1, _FOLD, _FOLD))
-    return x.permute(0, 1, 4, 5, 2, 6, 3).flatten(5, 6).flatten(3, 4)
-
-
-class CausalConv(nn.Module):
-    """A 1x3x3 convolution in space, then a 3x1x1 one in time that sees only the past."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.space = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
-        self.time = nn.Conv2d(3 * out_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (B, C, T, H, W); the first frame is repeated into the past."""
-        batch, frames = x.shape[0], x.shape[2]
-        x = self.space(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames))
-        first = x[:, :1]
-        before = torch.cat([first, x[:, :-1]], dim=1)
-        long_before = torch.cat([first, before[:, :-1]], dim=1)
-        # a 3x1x1 convolution in time is a 1x1 one over three neighbouring frames
-        neighbours = torch.cat([long_before, before, x], dim=2).flatten(0, 1)
-        mixed: Tensor = self.time(neighbours)
-        return mixed.view(batch, frames, *mixed.shape[1:]).transpose(1, 2)
-
-
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each position, so that no position sees another."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, T, H, W) over C."""
-        normed: Tensor = self.norm(x.movedim(1, -1)).movedim(-1, 1)
-        return normed
-
-
-class ResidualBlock(nn.Module):
-    """norm, SiLU, causal convolution, twice, added to the input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            ChannelNorm(channels),
-            nn.SiLU(),
-            CausalConv(channels, channels),
-            ChannelNorm(channels),
-            nn.SiLU(),
-            CausalConv(channels, channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x plus its refinement, (B, C, T, H, W)."""
-        refined: Tensor = self.body(x)
-        return x + refined
-
-
-def _network(in_channels: int, channels: int, out_channels: int, num_blocks: int) -> nn.Sequential:
-    last = nn.Conv3d(channels, out_channels, 1)
-    nn.init.zeros_(last.weight)
-    if last.bias is not None:
-        nn.init.zeros_(last.bias)
-    return nn.Sequential(
-        nn.Conv3d(in_channels, channels, 1),
-        *(ResidualBlock(channels) for _ in range(num_blocks)),
-        ChannelNorm(channels),
-        nn.SiLU(),
-        last,
+    class_name: Literal["AutoencoderVQCosmos3D"] = Field(
+        default="AutoencoderVQCosmos3D", alias="_class_name"
     )
+    diffusers_version: str = Field(default="0.35.2", alias="_diffusers_version")
+    quantizer_name: Literal["FSQuantizer"] = Field(default="FSQuantizer", alias="_quantizer_name")
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock3D",) * 3
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock3D",) * 3
+    block_out_channels: tuple[int, ...] = Field(default=(128, 256, 512, 512), min_length=2)
+    layers_per_block: int = Field(default=2, ge=1)
+    act_fn: str = "silu"
+    latent_channels: int = Field(default=16, ge=1)
+    norm_num_groups: int = 1
+    sample_size: int = 1024
+    sample_frames: int = Field(default=17, description="frames of a tile in time")
+    num_vq_embeddings: Literal[64000] = 64000
+    vq_embed_dim: Literal[6] = 6
+    force_upcast: bool = False
+    patch_size: int = Field(default=4, ge=2, description="edge of a wavelet patch, a power of 2")
+    temporal_stride: int = Field(default=4, description="frames a latent frame")
+    spatial_stride: int = Field(default=8, description="pixels a latent row and column")
+    causal_attention: bool = Field(default=False, description="not official; False as trained")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("patch_size", "temporal_stride", "spatial_stride"):
+            value = getattr(self, name)
+            if value.bit_count() != 1 or value < self.patch_size:
+                raise ValueError(
+                    f"{name} must be a power of 2 from patch_size {self.patch_size} on, got {value}"
+                )
+        wanted = (self.spatial_stride, self.temporal_stride)
+        for steps in (self.downsamples, self.upsamples):
+            space, time = (self.patch_size * 2 ** sum(step[i] for step in steps) for i in (0, 1))
+            if (space, time) != wanted:
+                raise ValueError(
+                    f"{len(self.block_out_channels)} block_out_channels and patch_size "
+                    f"{self.patch_size} cannot give (spatial_stride, temporal_stride) = {wanted}, "
+                    f"only {(space, time)}; add blocks or change the strides"
+                )
+        if self.sample_frames <= self.temporal_stride:
+            raise ValueError(
+                f"sample_frames must be at least 1 + temporal_stride = {1 + self.temporal_stride}"
+                f", got {self.sample_frames}"
+            )
+        return self
+
+    @property
+    def downsamples(self) -> list[tuple[bool, bool]]:
+        """Whether each encoder block but the last halves (space, time)."""
+        space, time = self._halvings
+        return [(i < space, i < time) for i in range(len(self.block_out_channels) - 2)]
+
+    @property
+    def upsamples(self) -> list[tuple[bool, bool]]:
+        """Whether each decoder block but the last doubles (space, time)."""
+        space, time = self._halvings
+        steps = []
+        for i in range(len(self.block_out_channels) - 2):
+            in_time = 0 < i <= time
+            steps.append((in_time or (i < space and space > time), in_time))
+        return steps
+
+    @property
+    def _halvings(self) -> tuple[int, int]:
+        ratios = (s // self.patch_size for s in (self.spatial_stride, self.temporal_stride))
+        space, time = (ratio.bit_length() - 1 for ratio in ratios)
+        return space, time
+
+
+def tile_slices(length: int, size: int) -> list[slice]:
+    """Cover `length` frames by tiles of at most `size` >= 2, each beginning at the former's end.
+
+    Neighbours share one frame; the last tile may be shorter.
+    """
+    starts = range(0, max(length - 1, 1), size - 1)
+    return [slice(start, min(start + size, length)) for start in starts]
+
+
+class _Encoder(nn.Module):
+    """Pixels to latents."""
+
+    def __init__(self, config: CosmosConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        self._patch_size = config.patch_size
+        self.conv_in = factorised_conv(config.in_channels * config.patch_size**3, widths[0])
+        self.down_blocks = nn.ModuleList()
+        for index, pair in enumerate(pairwise(widths)):
+            block = Block(*pair, config.layers_per_block)
+            if index < len(config.downsamples) and config.downsamples[index][0]:
+                block.downsamplers.append(Downsample(pair[1], time=config.downsamples[index][1]))
+            self.down_blocks.append(block)
+        self.mid_block = MidBlock(widths[-1], causal=config.causal_attention)
+        self.conv_norm_out = FrameNorm(widths[-1])
+        self.conv_out = factorised_conv(widths[-1], config.latent_channels)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Encode (B, 3, T, H, W) to (B, latent_channels, T', h, w)."""
+        x = self.conv_in(patch_video(video, self._patch_size))
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        out: Tensor = self.conv_out(functional.silu(self.conv_norm_out(x)))
+        return out
+
+
+class _Decoder(nn.Module):
+    """Latents to pixels."""
+
+    def __init__(self, config: CosmosConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        self._patch_size = config.patch_size
+        self.conv_in = factorised_conv(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], causal=config.causal_attention)
+        self.up_blocks = nn.ModuleList()
+        # the first two blocks have the first width, the last width is not used
+        for index, pair in enumerate(zip((widths[0], *widths[:-2]), widths[:-1], strict=True)):
+            block = Block(*pair, config.layers_per_block + 1)
+            if index < len(config.upsamples) and config.upsamples[index][0]:
+                block.upsamplers.append(Upsample(pair[1], time=config.upsamples[index][1]))
+            self.up_blocks.append(block)
+        self.conv_norm_out = FrameNorm(widths[-2])
+        self.conv_out = factorised_conv(widths[-2], config.out_channels * config.patch_size**3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Decode (B, latent_channels, T', h, w) to (B, 3, T, H, W)."""
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        x = self.conv_out(functional.silu(self.conv_norm_out(x)))
+        return unpatch_video(x, self._patch_size)
 
 
 class CosmosAutoencoder(nn.Module):
-    """Encoder, FSQ and decoder between pixels and codes."""
+    """Encoder, FSQ and decoder between pixels and codes.
 
-    wavelets: Tensor
+    Long videos are coded in tiles of `sample_frames` frames. A later tile begins with the last
+    frame (decoder: last latent frame) of the one before, and what it makes of that frame is
+    dropped, so 1 + 4k frames are always 1 + k latent frames. A video of one tile has the official
+    result. This is the one way of tiling here: the official one keeps those frames and drops
+    what does not fill a tile, so that with `sample_frames` = 17 it makes 15 latent frames of 49
+    frames and 33 frames of 13 latent frames.
+    """
 
     def __init__(self, config: CosmosConfig) -> None:
-        """Build the networks; `set_linear` then gives the linear branch its PCA start."""
+        """Build the networks with random weights."""
         super().__init__()
         self.config = config
-        channels, blocks = config.hidden_channels, config.num_residual_blocks
-        code_channels = len(config.levels)
-        self.register_buffer("wavelets", haar(), persistent=False)
-        self.quantizer = FSQuantizer(config.levels)
-        self.linear_in = nn.Conv3d(BLOCK_CHANNELS, code_channels, 1)
-        self.linear_out = nn.Conv3d(code_channels, BLOCK_CHANNELS, 1)
-        self.encoder = _network(BLOCK_CHANNELS, channels, code_channels, blocks)
-        self.decoder = _network(code_channels, channels, 4 * channels, blocks)
-        self.refiner = _network(channels, channels, 3 * PATCH**3, max(1, blocks // 2))
-        # the decoder feeds the refiner, whose own last layer starts at zero
-        last = self.decoder[-1]
-        assert isinstance(last, nn.Conv3d)
-        nn.init.normal_(last.weight, std=0.05)
+        self.temporal_stride = config.temporal_stride
+        self.spatial_stride = config.spatial_stride
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.quant_conv = CausalConv(config.latent_channels, len(LEVELS))
+        self.post_quant_conv = CausalConv(len(LEVELS), config.latent_channels)
+        self.quantizer = FSQuantizer(LEVELS)
 
-    def set_linear(self, analysis: Tensor, offset: Tensor, synthesis: Tensor, mean: Tensor) -> None:
-        """Set the linear branch: z = analysis @ x + offset and x = synthesis @ code + mean."""
-        with torch.no_grad():
-            for layer, weight, bias in (
-                (self.linear_in, analysis, offset),
-                (self.linear_out, synthesis, mean),
-            ):
-                layer.weight.copy_(weight[..., None, None, None])
-                assert layer.bias is not None
-                layer.bias.copy_(bias)
-
-    def blocks(self, video: Tensor) -> Tensor:
-        """Return the coefficients of 4x8x8 blocks, shape (B, 768, T', H / 8, W / 8)."""
-        return _fold(patch_video(video, self.wavelets))
+    @property
+    def _tile_latents(self) -> int:
+        return 1 + (self.config.sample_frames - 1) // self.temporal_stride
 
     def latents(self, video: Tensor) -> Tensor:
-        """Encode pixels in [-1, 1], (B, 3, 1 + 4k, H, W), to (B, 1 + k, H / 8, W / 8, C)."""
-        blocks = self.blocks(video)
-        z: Tensor = self.linear_in(blocks) + self.encoder(blocks)
+        """Encode pixels to latents before quantization.
+
+        Args:
+            video: Pixels in [-1, 1], shape (B, 3, 1 + 4k, H, W), H and W divisible by 8, in the
+                dtype of the weights.
+
+        Returns:
+            Latents, shape (B, 1 + k, H / 8, W / 8, 6).
+        """
+        size = 1 + (self._tile_latents - 1) * self.temporal_stride
+        tiles = [
+            self.encoder(video[:, :, part])[:, :, 1 if part.start else 0 :]
+            for part in tile_slices(video.shape[2], size)
+        ]
+        z: Tensor = self.quant_conv(torch.cat(tiles, 2))
         return z.movedim(1, -1)
 
     def pixels(self, codes: Tensor) -> Tensor:
-        """Decode codes (B, T', H / 8, W / 8, C) to pixels in about [-1, 1], (B, 3, T, H, W)."""
-        codes = codes.movedim(-1, 1)
-        hidden = _unfold(self.decoder(codes))
-        coefficients = _unfold(self.linear_out(codes)) + self.refiner(hidden)
-        return unpatch_video(coefficients, self.wavelets)
+        """Decode codes to pixels.
 
-    def forward(self, video: Tensor) -> Tensor:
-        """Reconstruct pixels through the quantizer; gradients pass straight through it."""
-        return self.pixels(self.quantizer.quantize(self.latents(video)))
+        Args:
+            codes: Shape (B, 1 + k, h, w, 6), in the dtype of the weights.
+
+        Returns:
+            Pixels in about [-1, 1], shape (B, 3, 1 + 4k, 8h, 8w).
+        """
+        z = self.post_quant_conv(codes.movedim(-1, 1))
+        tiles = [
+            self.decoder(z[:, :, part])[:, :, 1 if part.start else 0 :]
+            for part in tile_slices(z.shape[2], self._tile_latents)
+        ]
+        return torch.cat(tiles, 2)

@@ -24,10 +24,10 @@ from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.errors import DataExhaustedError, NonFiniteLossError
-from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.errors import ConfigError, DataExhaustedError, NonFiniteLossError
+from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import (
-    CosmosTokenizer,
+    AutoencoderTokenizer,
     load_visual_tokenizer,
     psnr_db,
     save_visual_tokenizer,
@@ -76,6 +76,7 @@ def fit_visual_tokenizer(
         (`codes_used`, `code_perplexity`).
 
     Raises:
+        ConfigError: If `directory_uri` holds no tokenizer of the configured strides.
         DataExhaustedError: If no training clip is long enough for one sample.
         NonFiniteLossError: If the fit diverges.
     """
@@ -96,6 +97,12 @@ def fit_visual_tokenizer(
     if source is not None:
         with storage.local_directory(source) as folder:
             network = load_visual_tokenizer(folder).network
+        found = (network.temporal_stride, network.spatial_stride)
+        if found != (wanted := (settings.temporal_stride, settings.spatial_stride)):
+            raise ConfigError(
+                f"the visual tokenizer at {source} has temporal and spatial strides {found}, but "
+                f"visual_tokenizer says {wanted}; change the strides or directory_uri"
+            )
         metrics: dict[str, float] = {}
     else:
         network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
@@ -124,7 +131,7 @@ def _fit(
     folder_uri: str,
     print_: str,
     on_metrics: OnMetrics | None,
-) -> tuple[CosmosAutoencoder, dict[str, float]]:
+) -> tuple[FittedAutoencoder, dict[str, float]]:
     settings = config.visual_tokenizer
     selected = read_selection(selection)
     train = _read_windows([item.clip for item in selected if item.split == "train"], config)
@@ -137,8 +144,8 @@ def _fit(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network = CosmosAutoencoder(
-            CosmosConfig(
+        network = FittedAutoencoder(
+            FittedConfig(
                 levels=settings.levels,
                 hidden_channels=settings.hidden_channels,
                 num_residual_blocks=settings.num_residual_blocks,
@@ -166,14 +173,14 @@ def _fit(
         network = start.eval()
         fitted = {f"psnr_{split}": metrics[f"psnr_pca_{split}"] for split in measured}
     metrics |= {**fitted, "kept_pca": float(kept_pca)}
-    metrics |= code_usage(CosmosTokenizer(network), measured["train"])
+    metrics |= code_usage(AutoencoderTokenizer(network), measured["train"])
     logger.info("fitted: %s", {key: round(value, 2) for key, value in metrics.items()})
     if on_metrics is not None:
         on_metrics(settings.max_steps, {f"tokenizer/{key}": v for key, v in metrics.items()})
     return network, metrics
 
 
-def start_from_pca(network: CosmosAutoencoder, pixels: Tensor) -> None:
+def start_from_pca(network: FittedAutoencoder, pixels: Tensor) -> None:
     """Set the linear branch to the principal components of the blocks of some videos.
 
     Each component is scaled so that its FSQ rounding loses least; the decoder is the least-squares
@@ -210,7 +217,7 @@ def start_from_pca(network: CosmosAutoencoder, pixels: Tensor) -> None:
     network.set_linear(analysis, offset, solution[:-1].T, solution[-1])
 
 
-def code_usage(tokenizer: CosmosTokenizer, windows: np.ndarray) -> dict[str, float]:
+def code_usage(tokenizer: AutoencoderTokenizer, windows: np.ndarray) -> dict[str, float]:
     """Return how many codes some videos use, and the perplexity of that use."""
     ids = torch.cat([tokenizer.encode(part).flatten() for part in _batches(windows)])
     counts = torch.bincount(ids, minlength=len(tokenizer.codebook)).double()
@@ -222,13 +229,13 @@ def code_usage(tokenizer: CosmosTokenizer, windows: np.ndarray) -> dict[str, flo
 
 
 def _descend(
-    network: CosmosAutoencoder,
+    network: FittedAutoencoder,
     windows: np.ndarray,
     settings: VisualTokenizerConfig,
     folder_uri: str,
     print_: str,
     on_metrics: OnMetrics | None,
-) -> CosmosAutoencoder:
+) -> FittedAutoencoder:
     """Minimise the squared error; return the network with its averaged weights."""
     if not settings.max_steps:
         return network
@@ -272,7 +279,7 @@ def _descend(
                 keep=1,
             )
     fitted = average.module
-    assert isinstance(fitted, CosmosAutoencoder)
+    assert isinstance(fitted, FittedAutoencoder)
     return fitted.eval()
 
 
@@ -370,8 +377,8 @@ def _batches(windows: np.ndarray, size: int = 8) -> Iterator[np.ndarray]:
         yield windows[start : start + size]
 
 
-def _psnr(network: CosmosAutoencoder, windows: np.ndarray) -> float:
-    tokenizer = CosmosTokenizer(network)
+def _psnr(network: FittedAutoencoder, windows: np.ndarray) -> float:
+    tokenizer = AutoencoderTokenizer(network)
     decoded = np.concatenate(
         [tokenizer.decode(tokenizer.encode(part)) for part in _batches(windows)]
     )

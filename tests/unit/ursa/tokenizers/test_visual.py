@@ -1,17 +1,15 @@
-import json
+import copy
 
 import numpy as np
 import pytest
 import torch
 
 from tests import media
-from ursa.errors import ConfigError, DataError
-from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.errors import DataError
+from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import (
-    CosmosTokenizer,
-    load_visual_tokenizer,
+    AutoencoderTokenizer,
     psnr_db,
-    save_visual_tokenizer,
     to_frames,
     to_pixels,
 )
@@ -21,8 +19,8 @@ from ursa.tokenizers.visual import (
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = CosmosAutoencoder(
-            CosmosConfig(levels=(5, 4, 3), hidden_channels=8, num_residual_blocks=2)
+        network = FittedAutoencoder(
+            FittedConfig(levels=(5, 4, 3), hidden_channels=8, num_residual_blocks=2)
         )
         for parameter in network.parameters():
             # every branch takes part, also those that start at zero
@@ -33,7 +31,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def tokenizer(network):
-    return CosmosTokenizer(network)
+    return AutoencoderTokenizer(network)
 
 
 VIDEO = media.panning(13, step=3, height=24, width=32)[None]
@@ -102,30 +100,15 @@ def test_pixels_are_a_round_trip():
     assert to_frames(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 
-def test_save_and_load_is_exact(network, tokenizer, tmp_path):
-    save_visual_tokenizer(network, tmp_path / "t")
-    again = load_visual_tokenizer(tmp_path / "t")
-    assert torch.equal(again.encode(VIDEO), tokenizer.encode(VIDEO))
-    assert again.network.config == network.config
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
-
-
-def test_what_is_no_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"config.json is missing"):
-        load_visual_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Other"}))
-    with pytest.raises(ConfigError, match="must be 'CosmosAutoencoder', got 'Other'"):
-        load_visual_tokenizer(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (np.zeros((1, 4, 16, 16, 3), np.uint8), "got 4 frames"),
-        (np.zeros((1, 5, 20, 16, 3), np.uint8), "of 20x16"),
+        (np.zeros((1, 4, 16, 16, 3), np.uint8), "got 4 frames .* of frames are 1 and 5$"),
+        (np.zeros((1, 0, 16, 16, 3), np.uint8), "got 0 frames .* of frames are 1$"),
+        (np.zeros((1, 5, 20, 16, 3), np.uint8), "of 20x16; the nearest heights are 16 and 24$"),
+        (np.zeros((1, 5, 16, 3, 3), np.uint8), "of 16x3; the nearest widths are 8$"),
+        (np.zeros((1, 6, 9, 0, 3), np.uint8), "are 5 and 9; .* heights are 8 and 16; .* are 8$"),
+        (np.zeros((0, 5, 16, 16, 3), np.uint8), "batch not empty, got 0"),
         (np.zeros((5, 16, 16, 3), np.uint8), "must be uint8 of shape"),
         (np.zeros((1, 5, 16, 16, 3), np.float32), "got float32"),
     ],
@@ -133,6 +116,88 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 def test_frames_that_do_not_fit_are_refused(tokenizer, frames, message):
     with pytest.raises(DataError, match=message):
         tokenizer.encode(frames)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((1, 1, 2, 2), 60), r"id 60 is outside the codebook of 60 codes.*in 0\.\.59"),
+        (torch.tensor([[[[3, -1]]]]), "id -1 is outside"),
+        (torch.zeros(1, 2, 2, dtype=torch.int64), r"got torch.int64 \(1, 2, 2\)"),
+        (torch.zeros(1, 1, 2, 2), "must be integers"),
+        (torch.zeros(1, 0, 2, 2, dtype=torch.int64), r"\(1, 0, 2, 2\)"),
+    ],
+)
+def test_ids_that_do_not_fit_are_refused(tokenizer, ids, message):
+    for decode in (tokenizer.decode, tokenizer.decode_pixels):
+        with pytest.raises(DataError, match=message):
+            decode(ids)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_a_batch_may_be_coded_in_parts(tokenizer, batch_size):
+    videos = np.concatenate([VIDEO[:, :5], VIDEO[:, 4:9], VIDEO[:, 8:]])
+    ids = tokenizer.encode(videos)
+    assert torch.equal(tokenizer.encode(videos, batch_size=batch_size), ids)
+    whole = tokenizer.decode_pixels(ids)
+    parts = tokenizer.decode_pixels(ids, batch_size=batch_size)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    frames = tokenizer.decode(ids, batch_size=batch_size).astype(int)
+    assert np.abs(frames - tokenizer.decode(ids)).max() <= 1
+
+
+def test_a_batch_size_of_zero_is_refused(tokenizer):
+    with pytest.raises(DataError, match="batch_size must be at least 1"):
+        tokenizer.decode(torch.zeros(1, 1, 2, 2, dtype=torch.int64), batch_size=0)
+
+
+def test_decoded_pixels_are_the_frames_unrounded(tokenizer):
+    ids = tokenizer.encode(VIDEO).int()
+    pixels = tokenizer.decode_pixels(ids)
+    assert pixels.shape == (1, 3, 13, 24, 32)
+    assert pixels.dtype == torch.float32
+    assert np.array_equal(to_frames(pixels), tokenizer.decode(ids))
+
+
+def test_read_only_and_reversed_frames_are_taken(tokenizer):
+    frames = VIDEO[:, ::-1].copy()
+    frames.flags.writeable = False
+    assert torch.equal(tokenizer.encode(frames), tokenizer.encode(VIDEO[:, ::-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_give_about_the_same(network, tokenizer, dtype):
+    cast = AutoencoderTokenizer(copy.deepcopy(network)).to(dtype=dtype)
+    assert cast.dtype == dtype
+    assert torch.equal(cast.codebook, tokenizer.codebook)
+    ids = cast.encode(VIDEO)
+    assert ids.dtype == torch.int64
+    assert (ids == tokenizer.encode(VIDEO)).float().mean() > (
+        0.7 if dtype == torch.bfloat16 else 0.99
+    )
+    pixels = cast.decode_pixels(ids)
+    assert pixels.dtype == torch.float32
+    whole = tokenizer.decode_pixels(ids)
+    assert (pixels - whole).abs().mean() < 0.02 * whole.abs().mean()
+    assert cast.decode(ids).dtype == np.uint8
+
+
+def test_latents_that_are_not_numbers_are_refused(network):
+    broken = AutoencoderTokenizer(copy.deepcopy(network))
+    with torch.no_grad():
+        broken.network.linear_in.bias[0] = float("nan")
+    with pytest.raises(DataError, match=r"NaN latents in torch\.float32"):
+        broken.encode(VIDEO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_on_a_gpu_takes_and_gives_what_one_on_the_cpu_does(network, dtype):
+    moved = AutoencoderTokenizer(copy.deepcopy(network)).to(device="cuda", dtype=dtype)
+    ids = moved.encode(VIDEO)
+    assert ids.device.type == "cuda"
+    assert moved.decode_pixels(ids.cpu()).device.type == "cuda"
+    assert moved.decode(ids.cpu()).shape == VIDEO.shape
 
 
 def test_psnr():

@@ -6,8 +6,9 @@ import torch
 
 from tests import factories
 from ursa import storage
-from ursa.errors import DataExhaustedError
-from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.errors import ConfigError, DataExhaustedError
+from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
+from ursa.tokenizers.visual import load_visual_tokenizer, save_visual_tokenizer
 from ursa.training import visual_tokenizer as module
 from ursa.training.text_tokenizer import fit_text_tokenizer
 from ursa.training.visual_tokenizer import fit_visual_tokenizer
@@ -122,6 +123,14 @@ def test_an_existing_tokenizer_is_taken_as_it_is(fitted, selection, tmp_path):
     one, other = (load_visual_tokenizer(storage.local_path(r.directory_uri)) for r in (ref, taken))
     for name, value in one.network.state_dict().items():
         assert torch.equal(value, other.network.state_dict()[name])
+
+
+def test_an_existing_tokenizer_of_other_strides_is_refused(selection, tmp_path):
+    network = ImageAutoencoder(ImageConfig(block_out_channels=(32,) * 5, latent_channels=4))
+    save_visual_tokenizer(network, tmp_path / "image")
+    settings = config(directory_uri=str(tmp_path / "image"))
+    with pytest.raises(ConfigError, match=r"strides \(1, 16\), but .* says \(4, 8\)"):
+        fit_visual_tokenizer(selection, settings, output_uri=str(tmp_path))
 
 
 def test_clips_that_are_too_short_say_what_to_do(selection, tmp_path):
