@@ -33,6 +33,7 @@ from ursa.data.clips import (
     selection_row,
 )
 from ursa.data.shards import write_shard
+from ursa.model.transformer import TransformerConfig
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.text import train_text_tokenizer
 from ursa.tokenizers.visual import save_visual_tokenizer
@@ -111,6 +112,19 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def tiny_config(changes: Mapping[str, Any] | None = None) -> RunConfig:
     stages = dict.fromkeys(("image_pretrain", "video_pretrain", "async_finetune"), _STAGE)
     return load_config("tiny", merged(merged(OVERRIDES, {"stages": stages}), changes or {}))
+
+
+def transformer_config(**changes: Any) -> TransformerConfig:
+    """The network of `tiny_config` over 50 text ids and 60 codes."""
+    values = tiny_config().model.model_dump()
+    values["num_hidden_layers"] = values["max_window_layers"] = values.pop("num_layers")
+    values |= {
+        "vocab_size": 50 + CODEBOOK_SIZE,
+        "lm_vocab_size": 50,
+        "lm_head_size": CODEBOOK_SIZE,
+        "bov_token_id": 49,
+    }
+    return TransformerConfig(**(values | changes))
 
 
 def write_visual_tokenizer(output_uri: str, *, seed: int = 0) -> TokenizerRef:

@@ -153,6 +153,7 @@ def held_out_metrics(
             timesteps=config.evaluation.timesteps,
             batch_size=config.evaluation.batch_size,
             max_samples=config.evaluation.max_samples,
+            max_prompt_length=pipeline.defaults.max_prompt_length,
             seed=address_seed(config.seed, "validation"),
         )
         for t, (loss, accuracy) in measured.items():

@@ -17,8 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ursa.config import FrozenModel
@@ -26,7 +24,8 @@ from ursa.diffusion.path import MetricPath
 from ursa.diffusion.solver import draw_posterior, euler_step, guide
 from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError
-from ursa.model.transformer import TransformerConfig, UrsaTransformer
+from ursa.model.pretrained import load_transformer, save_transformer
+from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer, motion_prompt
 from ursa.tokenizers.visual import (
     AutoencoderTokenizer,
@@ -42,7 +41,8 @@ OnStepEnd = Callable[[int, float, Tensor], None]
 class SampleDefaults(FrozenModel):
     """What the model was trained on: sizes and steps where a call names none.
 
-    `motion_score` is the median motion of the training clips, a sensible value to ask for.
+    `motion_score` is the median motion of the training clips, a sensible value to ask for;
+    `max_prompt_length` is the number of ids that prompts were padded or cut to.
     """
 
     height: int
@@ -55,6 +55,7 @@ class SampleDefaults(FrozenModel):
     temperature: float
     flow_shift: float
     motion_score: float | None
+    max_prompt_length: int
 
 
 class SchedulerConfig(FrozenModel):
@@ -109,14 +110,8 @@ class UrsaPipeline:
         if not index.is_file():
             raise ConfigError(f"no model at {root}: model_index.json is missing")
         values = json.loads(index.read_text("utf-8"))
-        transformer = UrsaTransformer(
-            TransformerConfig.model_validate_json(
-                (root / "transformer" / "config.json").read_bytes()
-            )
-        )
-        _load_weights(transformer, root / "transformer" / "model.safetensors")
         return cls(
-            transformer=transformer,
+            transformer=load_transformer(root / "transformer"),
             scheduler=SchedulerConfig.model_validate_json(
                 (root / "scheduler" / "scheduler_config.json").read_bytes()
             ),
@@ -128,8 +123,7 @@ class UrsaPipeline:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model_index.json, transformer/, scheduler/, vae/ and tokenizer/; no pickle."""
         root = Path(directory)
-        for name in ("transformer", "scheduler"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+        (root / "scheduler").mkdir(parents=True, exist_ok=True)
         index = {
             "_class_name": "UrsaPipeline",
             "transformer": ["ursa.model.transformer", "UrsaTransformer"],
@@ -139,10 +133,7 @@ class UrsaPipeline:
             "defaults": self.defaults.model_dump(mode="json"),
         }
         (root / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
-        (root / "transformer" / "config.json").write_text(
-            self.transformer.config.model_dump_json(indent=2), "utf-8"
-        )
-        save_file(self.transformer.state_dict(), root / "transformer" / "model.safetensors")
+        save_transformer(self.transformer, root / "transformer")
         (root / "scheduler" / "scheduler_config.json").write_text(
             self.scheduler.model_dump_json(indent=2), "utf-8"
         )
@@ -209,7 +200,7 @@ class UrsaPipeline:
             raise ConfigError(f"temperature must be positive, got {heat:g}; 1 changes nothing")
         shift = self.defaults.flow_shift if flow_shift is None else flow_shift
         draw_uniform = _uniforms(generator, len(prompts), shape)
-        length = self.transformer.config.max_prompt_length
+        length = self.defaults.max_prompt_length
         texts = [motion_prompt(text, motion_score) for text in prompts]
         text_ids = self.text_tokenizer.encode(texts, max_length=length)
         negative_ids = self.text_tokenizer.encode(
@@ -318,13 +309,6 @@ def _uniforms(
             f"generator must be one or one a prompt ({num_videos}), got {len(generators)}"
         )
     return lambda: torch.stack([torch.rand(*shape, generator=item) for item in generators])
-
-
-def _load_weights(transformer: UrsaTransformer, path: Path) -> None:
-    try:
-        transformer.load_state_dict(load_file(path))
-    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"{path} does not hold the weights of this model: {error}") from error
 
 
 def _rgb(image: Image.Image | np.ndarray | None) -> np.ndarray:

@@ -9,6 +9,9 @@ from ursa.tokenizers.text import load_text_tokenizer
 from ursa.tokenizers.visual import load_visual_tokenizer
 from ursa.training.stage import build_path, load_average
 
+_LAYOUT_VERSION = 2
+"""Of the model directory; a directory of another layout is written again, not taken for done."""
+
 
 def export_model(
     request: StageRequest, checkpoint: CheckpointRef, *, output_uri: str
@@ -24,7 +27,7 @@ def export_model(
         The committed directory with the sha256 of every file.
     """
     sampling = request.config.evaluation.sampling
-    print_ = fingerprint("model", SCHEMA_VERSION, checkpoint.fingerprint, sampling)
+    print_ = fingerprint("model", SCHEMA_VERSION, _LAYOUT_VERSION, checkpoint.fingerprint, sampling)
     folder_uri = storage.join(output_uri, "models", print_[:32])
     manifest_uri = storage.join(folder_uri, "manifest.json")
     done = storage.load_record(manifest_uri, ExportedModel)
@@ -54,6 +57,7 @@ def export_model(
                 temperature=sampling.temperature,
                 flow_shift=sampling.timestep_shift,
                 motion_score=sorted(motion)[len(motion) // 2] if motion else None,
+                max_prompt_length=request.config.text_tokenizer.max_prompt_length,
             ),
         )
         pipeline.save_pretrained(scratch)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests import media
 from ursa.config import load_config
@@ -39,6 +41,52 @@ def test_help_is_quick_and_loads_no_torch():
     assert done.stdout.strip().endswith("False False")
     assert "generate" in done.stdout
     assert min(seconds) < 1.0
+
+
+def test_a_plan_needs_no_torch():
+    code = (
+        "import sys; from ursa.cli import app;"
+        " app(['plan'], exit_on_error=False, result_action='return_value');"
+        " print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1,982,172,160" in done.stdout
+    assert "33,280 visual (13 x 40 x 64)" in done.stdout
+    assert done.stdout.strip().endswith("False")
+
+
+def test_plan_of_a_size_a_preset_and_a_model(model):
+    done = ursa("plan", "--size", "0.6b", "--num-frames", 1, "--guidance", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    image = json.loads(done.stdout)
+    assert (image["network"], image["num_visual_tokens"]) == ("0.6b", 40 * 64)
+    assert image["num_sequences"] == 25
+    assert image["logits_bytes"] == 40 * 64 * 64_000 * 2
+    preset = json.loads(ursa("plan", "--preset", "tiny", "--json").stdout)
+    settings = load_config("tiny")
+    assert preset["num_tokens"] == 3 * 7 * 12 + 1 + settings.text_tokenizer.max_prompt_length
+    of_model = json.loads(ursa("plan", "--model", model, "--json", "--dtype", "float32").stdout)
+    assert of_model["latent_shape"] == [2, 2, 3]
+    assert of_model["num_tokens"] == 2 * 2 * 3 + 1 + 6
+    weights = Path(model) / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert of_model["weight_bytes"] == sum(v.nbytes for v in load_file(weights).values())
+    assert "ursa plan --size 1.7b --num-frames 49" in ursa("plan", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "4b", "--preset", "tiny"), "give one of --model, --size and --preset"),
+        (("--num-frames", 50), "num_frames must be 1 + 4k, got 50; take 49 or 53"),
+        (("--steps", 0), "--steps must be at least 1, got 0"),
+        (("--model", "nowhere"), "no transformer at nowhere: config.json is missing"),
+    ],
+)
+def test_a_plan_that_cannot_be_made(arguments, message):
+    done = ursa("plan", *arguments)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {message}\n"
 
 
 def test_version_is_printed():

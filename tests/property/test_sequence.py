@@ -1,9 +1,17 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ursa.errors import ConfigError
 from ursa.model.rope import frequency_axes, rotary_embedding
-from ursa.model.sequence import TokenLayout, positions, posterior_slice
+from ursa.model.sequence import (
+    TokenLayout,
+    block_causal_mask,
+    block_positions,
+    positions,
+    posterior_slice,
+)
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -38,6 +46,55 @@ def test_positions_follow_the_raster(length, shape):
         [length + 1 + t, h, w] for t in range(frames) for h in range(rows) for w in range(columns)
     ]
     assert grid[length + 1 :].tolist() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 9), shapes, st.integers(1, 4))
+def test_blocks_follow_one_another_in_time(start, shape, num_blocks):
+    with_bov = block_positions(start, shape, num_blocks=num_blocks)
+    without = block_positions(start, shape, num_blocks=num_blocks, with_bov=False)
+    for block in range(num_blocks):
+        begin = start + block * (shape[0] + 1)
+        assert torch.equal(with_bov[block], positions(begin, shape)[begin:])
+        one_earlier = with_bov[block, 1:] - torch.tensor([1, 0, 0])
+        assert torch.equal(without[block], one_earlier)
+
+
+blocks = st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks)
+def test_block_mask_is_what_it_says(drawn):
+    lengths, is_full = zip(*drawn, strict=True)
+    mask = block_causal_mask(lengths, is_full=is_full)
+    block = [index for index, length in enumerate(lengths) for _ in range(length)]
+    for row, own in enumerate(block):
+        for column, other in enumerate(block):
+            expected = column <= row or (own == other and is_full[own])
+            assert bool(mask[row, column]) == expected
+    everything_full = block_causal_mask(lengths, is_full=[True] * len(lengths))
+    assert torch.equal(block_causal_mask(lengths), everything_full)
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    for lengths in ([], [3, 0]):
+        with pytest.raises(ConfigError, match="lengths must be"):
+            block_causal_mask(lengths)
+    with pytest.raises(ConfigError, match="each of the 2 blocks, got 1"):
+        block_causal_mask([3, 2], is_full=[True])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 4).map(lambda n: 16 * n))
+def test_one_number_a_token_is_the_usual_rotation(length, head_dim):
+    line = torch.arange(length)
+    for actual, expected in zip(
+        rotary_embedding(line, head_dim=head_dim, theta=1e4),
+        rotary_embedding(line[:, None].expand(-1, 3), head_dim=head_dim, theta=1e4),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
 
 
 @settings(max_examples=20, deadline=None)

@@ -23,16 +23,21 @@ def rotary_embedding(positions: Tensor, *, head_dim: int, theta: float) -> tuple
     """Return cosines and sines of the rotation angles.
 
     Args:
-        positions: (t, h, w) of each token, shape (L, 3).
+        positions: (t, h, w) of each token, shape (L, 3) or (B, L, 3), or one number for all three,
+            shape (L,): the usual 1-D rotation.
         head_dim: Width of an attention head, divisible by 16.
         theta: Base of the frequencies.
 
     Returns:
-        cos and sin, each of shape (1, L, head_dim), float32; both halves are equal.
+        cos and sin, each of shape (1 or B, L, head_dim), float32; both halves are equal.
     """
+    if positions.dim() == 1:
+        positions = positions.unsqueeze(-1).expand(-1, 3)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = theta ** (-exponent / head_dim)
     axes = frequency_axes(head_dim).to(positions.device)
-    angle = positions.float()[:, axes] * frequency
-    angle = torch.cat([angle, angle], dim=-1).unsqueeze(0)
+    angle = positions.float()[..., axes] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    if angle.dim() == 2:
+        angle = angle.unsqueeze(0)
     return angle.cos(), angle.sin()

@@ -3,7 +3,8 @@
 The network gets no time: it reads the noise level off the tokens. Pads are attended to.
 
 References:
-    URSA, arXiv 2510.24717, section 3.4; Qwen3: arXiv 2505.09388.
+    URSA, arXiv 2510.24717, section 3.4; Qwen3: arXiv 2505.09388. Names of parameters and of the
+    configuration are those of the published class URSATransformer3DModel.
 """
 
 import torch
@@ -15,7 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
 )
 
-from ursa.config import FrozenModel, ModelConfig
+# the configuration stands apart so that it can be read without torch; it is imported from here too
+from ursa.model.config import TransformerConfig as TransformerConfig
 from ursa.model.rope import rotary_embedding
 from ursa.model.sequence import TokenLayout, positions, posterior_slice
 
@@ -23,16 +25,6 @@ HEAD_RANGE = 0.02
 """Standard deviation of the head: small, so that an untrained network knows nothing (ln V)."""
 CODE_BANDWIDTH = 2.0
 """Codes half a unit apart (of [-1, 1] a channel) start with a similarity of 0.6."""
-
-
-class TransformerConfig(FrozenModel):
-    """Everything needed to build the network: the backbone and the two vocabularies."""
-
-    backbone: ModelConfig
-    text_vocab_size: int
-    codebook_size: int
-    bov_id: int
-    max_prompt_length: int
 
 
 class Backbone(nn.Module):
@@ -54,28 +46,28 @@ class UrsaTransformer(nn.Module):
         """Build the network with freshly drawn weights (torch's global generator).
 
         Their standard deviation is hidden_size ** -0.5: Qwen3's 0.02 at its widths, and enough for
-        small networks to learn at once.
+        small networks to learn at once. Below `torch.device("meta")` nothing is drawn.
         """
         super().__init__()
-        backbone = config.backbone
         self.config = config
-        self.layout = TokenLayout(config.text_vocab_size, config.bov_id)
+        self.layout = TokenLayout(config.lm_vocab_size, config.bov_token_id)
+        # no rope_theta: transformers 4 and 5 spell it differently, and the rotation is our own
         qwen = Qwen3Config(
-            vocab_size=config.text_vocab_size + config.codebook_size,
-            hidden_size=backbone.hidden_size,
-            intermediate_size=backbone.intermediate_size,
-            num_hidden_layers=backbone.num_layers,
-            num_attention_heads=backbone.num_attention_heads,
-            num_key_value_heads=backbone.num_key_value_heads,
-            head_dim=backbone.head_dim,
-            rms_norm_eps=backbone.rms_norm_eps,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
         )
         qwen._attn_implementation = "sdpa"
         self.model = Backbone(qwen)
-        self.lm_head = nn.Linear(backbone.hidden_size, config.codebook_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.lm_head_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=backbone.hidden_size**-0.5)
+                nn.init.normal_(module.weight, std=config.hidden_size**-0.5)
             if module is self.lm_head:
                 nn.init.normal_(self.lm_head.weight, std=HEAD_RANGE)
             if isinstance(module, Qwen3Attention):
@@ -93,17 +85,49 @@ class UrsaTransformer(nn.Module):
         """
         text_length = text_ids.shape[1]
         frames, rows, columns = visual_ids.shape[1:]
-        hidden = self.model.embed_tokens(self.layout.input_ids(text_ids, visual_ids))
-        grid = positions(text_length, (frames, rows, columns)).to(hidden.device)
-        rotary = rotary_embedding(
-            grid, head_dim=self.config.backbone.head_dim, theta=self.config.backbone.rope_theta
+        hidden = self.forward_ids(
+            self.layout.input_ids(text_ids, visual_ids),
+            positions(text_length, (frames, rows, columns)),
+            keep=posterior_slice(text_length, frames * rows * columns),
         )
-        rotary = (rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype))
-        for layer in self.model.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
-        hidden = hidden[:, posterior_slice(text_length, frames * rows * columns)]
-        logits: Tensor = self.lm_head(self.model.norm(hidden))
+        logits: Tensor = self.lm_head(hidden)
         return logits
+
+    def forward_ids(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        keep: slice = slice(None),
+    ) -> Tensor:
+        """Return the last hidden states, after the final norm; `lm_head` makes logits of them.
+
+        Args:
+            input_ids: Model ids, shape (B, L), int64, in [0, vocab_size).
+            positions: Rotary positions: (t, h, w) of every token, shape (L, 3) or (B, L, 3), or
+                one number for all three axes, shape (L,).
+            attention_mask: Who sees whom, bool, shape (L, L) or (B, L, L), True where the row
+                attends to the column; None lets every token see every token, pads included.
+            keep: Places of the sequence whose states are returned.
+
+        Returns:
+            Hidden states, shape (B, L', hidden_size), L' places kept.
+        """
+        hidden: Tensor = self.model.embed_tokens(input_ids)
+        cos, sin = rotary_embedding(
+            positions.to(hidden.device),
+            head_dim=self.config.head_dim,
+            theta=self.config.rope_theta,
+        )
+        rotary = (cos.to(hidden.dtype), sin.to(hidden.dtype))
+        mask = attention_mask
+        if mask is not None:
+            mask = mask.to(hidden.device).reshape(-1, 1, *mask.shape[-2:])
+        for layer in self.model.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        kept: Tensor = self.model.norm(hidden[:, keep])
+        return kept
 
 
 def build_transformer(
@@ -122,16 +146,16 @@ def build_transformer(
         torch.manual_seed(seed)
         model = UrsaTransformer(config)
         if codebook is not None:
-            features = _fourier_features(codebook, config.backbone.hidden_size)
+            features = fourier_features(codebook, config.hidden_size)
             with torch.no_grad():
-                model.model.embed_tokens.weight[config.text_vocab_size :] = (
-                    config.backbone.hidden_size**-0.5 * features
+                model.model.embed_tokens.weight[config.lm_vocab_size :] = (
+                    config.hidden_size**-0.5 * features
                 )
                 model.lm_head.weight.copy_(HEAD_RANGE * features)
         return model
 
 
-def _fourier_features(codebook: Tensor, num_features: int) -> Tensor:
+def fourier_features(codebook: Tensor, num_features: int) -> Tensor:
     """Return features whose inner product falls with the distance of two codes.
 
     sqrt(2) cos(w e + b) with w ~ N(0, CODE_BANDWIDTH^2) approximates a Gaussian kernel (Rahimi and

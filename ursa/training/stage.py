@@ -179,12 +179,25 @@ def transformer_config(request: StageRequest) -> TransformerConfig:
     """Return the network's configuration for the tokenizers of a run."""
     with storage.local_directory(request.text_tokenizer.directory_uri) as folder:
         bov_id = load_text_tokenizer(folder).bov_id
+    model = request.config.model
+    text_size, codebook_size = (
+        request.text_tokenizer.vocab_size,
+        request.visual_tokenizer.vocab_size,
+    )
     return TransformerConfig(
-        backbone=request.config.model,
-        text_vocab_size=request.text_tokenizer.vocab_size,
-        codebook_size=request.visual_tokenizer.vocab_size,
-        bov_id=bov_id,
-        max_prompt_length=request.config.text_tokenizer.max_prompt_length,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        num_hidden_layers=model.num_layers,
+        max_window_layers=model.num_layers,
+        rope_theta=model.rope_theta,
+        vocab_size=text_size + codebook_size,
+        lm_vocab_size=text_size,
+        lm_head_size=codebook_size,
+        bov_token_id=bov_id,
+        head_dim=model.head_dim,
+        rms_norm_eps=model.rms_norm_eps,
     )
 
 
@@ -242,6 +255,7 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         path=path,
         text_tokenizer=load_text(request.text_tokenizer),
         samples=TokenSamples(request.datasets.get(stage.modality, "train")),
+        max_prompt_length=request.config.text_tokenizer.max_prompt_length,
         group=group,
     )
 
@@ -287,6 +301,7 @@ class _Validation:
             timesteps=evaluation.timesteps,
             batch_size=evaluation.batch_size,
             max_samples=min(_VALIDATION_SAMPLES, evaluation.max_samples),
+            max_prompt_length=self.trainer.max_prompt_length,
             seed=address_seed(self.request.config.seed, "validation"),
         )
         losses = [loss for loss, _ in measured.values()]

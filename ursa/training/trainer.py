@@ -50,7 +50,7 @@ class NoisyBatch:
 class Trainer:
     """Model, average, optimizer and data of one stage."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the parts of a stage)
         self,
         *,
         stage: str,
@@ -60,6 +60,7 @@ class Trainer:
         path: MetricPath,
         text_tokenizer: TextTokenizer,
         samples: TokenSamples,
+        max_prompt_length: int,
         group: Group,
     ) -> None:
         """Build optimizer and average around the model; nothing is read or written here."""
@@ -70,6 +71,7 @@ class Trainer:
         self.path = path
         self.text_tokenizer = text_tokenizer
         self.samples = samples
+        self.max_prompt_length = max_prompt_length
         self.group = group
         self.optimizer = build_optimizer(model, config)
         self.average: AveragedModel = build_average(model, config)
@@ -87,7 +89,7 @@ class Trainer:
             self.path,
             self.config,
             self.text_tokenizer,
-            max_prompt_length=self.model.config.max_prompt_length,
+            max_prompt_length=self.max_prompt_length,
             seeds=[address_seed(self.seed, self.stage, step, place) for place in places],
         )
 
@@ -174,7 +176,7 @@ def make_noisy_batch(
 
 
 @torch.inference_mode()
-def loss_by_time(
+def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of it)
     model: UrsaTransformer,
     path: MetricPath,
     text_tokenizer: TextTokenizer,
@@ -183,6 +185,7 @@ def loss_by_time(
     timesteps: Sequence[float],
     batch_size: int,
     max_samples: int,
+    max_prompt_length: int,
     seed: int,
 ) -> dict[float, tuple[float, float]]:
     """Measure mean cross-entropy and accuracy at fixed times, the same noise for every model.
@@ -211,7 +214,7 @@ def loss_by_time(
                 ]
             )
             x_t = path.sample(batch.visual_ids, torch.tensor(t), uniform=uniform)
-            text = text_tokenizer.encode(batch.captions, max_length=model.config.max_prompt_length)
+            text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
             measured = posterior_loss(model(text, x_t), batch.visual_ids.flatten(1))
             totals += torch.stack([measured.loss, measured.accuracy]).double() * len(places)
         loss, accuracy = (totals / count).tolist()

@@ -8,6 +8,7 @@ from PIL import Image
 from tests import media
 from ursa.errors import ConfigError
 from ursa.generation import UrsaPipeline
+from ursa.model.pretrained import WEIGHTS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_a_directory_without_model_is_refused(tmp_path):
 
 def test_weights_that_do_not_fit_are_named(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "copy")
-    weights = tmp_path / "copy" / "transformer" / "model.safetensors"
+    weights = tmp_path / "copy" / "transformer" / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is missing or damaged"):
         UrsaPipeline.from_pretrained(tmp_path / "copy")

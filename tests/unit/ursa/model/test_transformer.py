@@ -1,19 +1,20 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from pydantic import ValidationError
+from transformers import Qwen3Config
 
 from tests import factories
-from ursa.model.transformer import TransformerConfig, build_transformer
+from ursa.model.sequence import block_causal_mask, positions
+from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 
 
 @pytest.fixture(scope="module")
 def config():
-    return TransformerConfig(
-        backbone=factories.tiny_config().model,
-        text_vocab_size=50,
-        codebook_size=60,
-        bov_id=49,
-        max_prompt_length=4,
-    )
+    return factories.transformer_config()
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,85 @@ def test_outputs_stand_one_to_the_left(model):
 def test_other_shapes_than_trained_on(model):
     text, visual = inputs(shape=(3, 4, 5))
     assert model(text, visual).shape == (2, 60, 60)
+
+
+@torch.inference_mode()
+def test_ids_and_positions_give_what_prompt_and_codes_give(model):
+    text, visual = inputs()
+    ids, places = model.layout.input_ids(text, visual), positions(4, (2, 2, 3))
+    hidden = model.forward_ids(ids, places)
+    assert hidden.shape == (2, 17, 32)
+    assert torch.equal(model.lm_head(hidden)[:, 4:-1], model(text, visual))
+    assert torch.equal(model.forward_ids(ids, places, keep=slice(4, -1)), hidden[:, 4:-1])
+    assert torch.equal(model.forward_ids(ids, places.expand(2, -1, -1)), hidden)
+    full = torch.ones(17, 17, dtype=torch.bool)
+    for mask in (full, full.expand(2, -1, -1)):
+        masked = model.forward_ids(ids, places, attention_mask=mask)
+        torch.testing.assert_close(masked, hidden, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_mask_hides_what_it_says(model):
+    """Each sample has its own mask: under a causal one a later token changes nothing before it."""
+    ids = model.layout.input_ids(*inputs())
+    other = ids.clone()
+    other[:, 9] = (other[:, 9] + 1) % 50
+    masks = torch.stack([block_causal_mask([1] * 17), torch.ones(17, 17, dtype=torch.bool)])
+    first, second = (
+        model.forward_ids(x, positions(4, (2, 2, 3)), attention_mask=masks) for x in (ids, other)
+    )
+    changed = (first != second).any(-1)
+    assert changed.tolist() == [[False] * 9 + [True] * 8, [True] * 17]
+
+
+@torch.inference_mode()
+def test_the_base_of_the_rotation_is_ours(config, model, monkeypatch):
+    """transformers 5 has no rope_theta on its configuration: nothing here may read it there."""
+    monkeypatch.delattr(Qwen3Config, "rope_theta", raising=False)
+    other = UrsaTransformer(config.model_copy(update={"rope_theta": 1e6})).eval()
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(*inputs()), other(*inputs()), atol=1e-4)
+
+
+def test_no_cuda_is_needed_or_started():
+    code = (
+        "import ursa.generation, torch;"
+        "print(torch.cuda.is_available(), torch.cuda.is_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size": 111}, r"vocab_size 111 must be lm_vocab_size 50 \+ lm_head_size 60 = 110"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 2},
+            "attention_heads 3 must be a multiple of .* 2",
+        ),
+        ({"bov_token_id": 50}, "bov_token_id 50 must be a text id below lm_vocab_size 50"),
+        ({"head_dim": 24}, "head_dim"),
+        ({"max_prompt_length": 4}, "max_prompt_length"),
+        ({"_class_name": "NOVATransformer3DModel"}, "must be URSATransformer3DModel, got 'NOVA"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, values, message):
+    with pytest.raises(ValidationError, match=message):
+        TransformerConfig.model_validate(config.model_dump() | values)
+
+
+def test_defaults_are_the_published_ones():
+    config = TransformerConfig()
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
+        *(2048, 6144),
+        28,
+    )
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 8, 128)
+    assert (config.vocab_size, config.lm_vocab_size, config.lm_head_size) == (215669, 151669, 64000)
+    assert (config.bov_token_id, config.rope_theta, config.rms_norm_eps) == (151652, 1e6, 1e-6)

@@ -1,0 +1,236 @@
+"""What a network and a clip cost: parameters, tokens, operations, bytes. Arithmetic, no tensors.
+
+Dimensions: h = hidden_size, f = intermediate_size, a = heads x head_dim, b = key-value heads x
+head_dim, M = layers, P = parameters, L = tokens of a sequence, N = visual tokens, V = codes.
+
+References:
+    Operations of a transformer: PaLM, arXiv 2204.02311, appendix B, of which the forward pass is a
+    third. Memory of training: ZeRO, arXiv 1910.02054, section 3.1. Formulae in docs/math.md.
+"""
+
+from typing import Literal, NamedTuple
+
+from ursa.config import FrozenModel
+from ursa.errors import ConfigError
+from ursa.model.config import TransformerConfig
+
+Qwen3Size = Literal["0.6b", "1.7b", "4b"]
+_FLOAT32_BYTES = 4
+_TRAINING_COPIES = 5
+"""Weights, gradients, two moments of AdamW and the average, each float32."""
+
+
+class Clip(NamedTuple):
+    """Latent frames, rows and columns of a clip, and the tokens of its prompt."""
+
+    latent_shape: tuple[int, int, int]
+    prompt_length: int
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """N."""
+        frames, rows, columns = self.latent_shape
+        return frames * rows * columns
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole sequence: prompt, BOV, visual."""
+        return self.prompt_length + 1 + self.num_visual_tokens
+
+
+class Plan(FrozenModel):
+    """Costs of a network and of one clip on it; bytes are of one clip at a time.
+
+    Attributes:
+        num_parameters: P.
+        latent_shape: Latent frames, rows and columns.
+        num_visual_tokens: N.
+        num_tokens: L.
+        forward_flops: Floating point operations of one sequence through the network.
+        num_sequences: Sequences through the network over a whole sampling; guidance takes two a
+            step.
+        sampling_flops: Operations of a whole sampling.
+        weight_bytes: Weights for inference.
+        activation_bytes: Tensors alive at once inside a layer, at most.
+        logits_bytes: Logits of the sequences that are in the network at once.
+        inference_bytes: Sum of the three.
+        code_tensor_bytes: One float32 tensor over (visual tokens, codes), as probabilities and
+            velocities are.
+        training_state_bytes: Weights, gradients, AdamW and average, float32, without activations.
+    """
+
+    num_parameters: int
+    latent_shape: tuple[int, int, int]
+    num_visual_tokens: int
+    num_tokens: int
+    forward_flops: int
+    num_sequences: int
+    sampling_flops: int
+    weight_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+    inference_bytes: int
+    code_tensor_bytes: int
+    training_state_bytes: int
+
+
+def qwen3_config(size: Qwen3Size) -> TransformerConfig:
+    """Return the network of the paper made from a Qwen3 language model, with 64,000 codes."""
+    match size:
+        case "0.6b":
+            return TransformerConfig(hidden_size=1024, intermediate_size=3072)
+        case "1.7b":
+            return TransformerConfig()
+        case "4b":
+            return TransformerConfig(
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_attention_heads=32,
+                num_hidden_layers=36,
+                max_window_layers=36,
+            )
+
+
+def latent_shape(
+    num_frames: int,
+    height_px: int,
+    width_px: int,
+    *,
+    temporal_stride: int = 4,
+    spatial_stride: int = 8,
+) -> tuple[int, int, int]:
+    """Return latent frames, rows and columns of a clip.
+
+    Args:
+        num_frames: Frames, 1 + k temporal_stride.
+        height_px: Pixels, divisible by spatial_stride.
+        width_px: Pixels, divisible by spatial_stride.
+        temporal_stride: Frames per latent frame after the first.
+        spatial_stride: Pixels per latent row and column.
+
+    Raises:
+        ConfigError: If a size does not fit; the message names the nearest that do.
+    """
+    below = (num_frames - 1) // temporal_stride * temporal_stride + 1
+    if num_frames < 1 or below != num_frames:
+        nearest = sorted({max(below, 1), max(below + temporal_stride, 1)})
+        raise ConfigError(
+            f"num_frames must be 1 + {temporal_stride}k, got {num_frames}; take "
+            + " or ".join(map(str, nearest))
+        )
+    for name, size in (("height", height_px), ("width", width_px)):
+        low = size // spatial_stride * spatial_stride
+        if size < 1 or low != size:
+            nearest = sorted({max(low, spatial_stride), max(low, 0) + spatial_stride})
+            raise ConfigError(
+                f"{name} must be divisible by {spatial_stride}, got {size}; take "
+                + " or ".join(map(str, nearest))
+            )
+    return (
+        1 + (num_frames - 1) // temporal_stride,
+        height_px // spatial_stride,
+        width_px // spatial_stride,
+    )
+
+
+def num_parameters(config: TransformerConfig) -> int:
+    """Return P = (rows + V) h + M (h (2a + 2b) + 3 h f + 2 h + 2 head_dim) + h, exactly."""
+    h = config.hidden_size
+    layer = _matrix_parameters(config) + 2 * h + 2 * config.head_dim
+    rows = config.vocab_size + config.lm_head_size
+    return rows * h + config.num_hidden_layers * layer + h
+
+
+def forward_flops(config: TransformerConfig, clip: Clip) -> int:
+    """Return the operations of one sequence: 2 M L (h (2a + 2b) + 3 h f) + 4 M L^2 a + 2 N h V.
+
+    A multiplication and an addition are two operations; norms, rotations and softmax, below a
+    percent, are left out. The head sees the visual tokens alone.
+    """
+    length = clip.num_tokens
+    layer = 2 * length * _matrix_parameters(config)
+    attention = 4 * length**2 * config.num_attention_heads * config.head_dim
+    head = 2 * clip.num_visual_tokens * config.hidden_size * config.lm_head_size
+    return config.num_hidden_layers * (layer + attention) + head
+
+
+def num_sequences(num_inference_steps: int, *, shift: float, guidance_trunc: float) -> int:
+    """Return how many sequences a guided sampling puts through the network.
+
+    Two a step while t < guidance_trunc, one after; t of a step as in
+    `ursa.diffusion.timesteps.inference_times`.
+    """
+    count = 0
+    for step in range(num_inference_steps):
+        sigma = 1 - step / num_inference_steps
+        t = 1 - shift * sigma / (1 + (shift - 1) * sigma)
+        count += 2 if t < guidance_trunc else 1
+    return count
+
+
+def activation_bytes(
+    config: TransformerConfig, clip: Clip, *, num_sequences: int, bytes_per_value: int
+) -> int:
+    """Return the bytes alive at once inside a layer during inference, at most.
+
+    Residual stream, its norm and an output (3 h), cosines and sines in float32 and as used
+    (2 head_dim each), ids and positions (32 bytes), and the larger of attention (queries, keys and
+    values before and after rotation, keys and values repeated for all heads, output: 5 a + 3 b)
+    and the MLP (gate, up and their product: 3 f). Attention scores are not stored: torch's
+    attention is fused.
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    a = config.num_attention_heads * config.head_dim
+    b = config.num_key_value_heads * config.head_dim
+    values = 3 * h + max(5 * a + 3 * b, 3 * f) + 2 * config.head_dim
+    per_token = values * bytes_per_value + 2 * config.head_dim * _FLOAT32_BYTES + 32
+    return num_sequences * clip.num_tokens * per_token
+
+
+def plan(
+    config: TransformerConfig,
+    clip: Clip,
+    *,
+    num_sequences: int,
+    is_guided: bool,
+    bytes_per_value: int = 2,
+) -> Plan:
+    """Add the costs up.
+
+    Args:
+        config: The network.
+        clip: Sizes of the clip.
+        num_sequences: Sequences through the network over a whole sampling.
+        is_guided: Whether two sequences are in the network at once.
+        bytes_per_value: Of weights and activations at inference, 2 for bfloat16.
+    """
+    parameters = num_parameters(config)
+    flops = forward_flops(config, clip)
+    at_once = 2 if is_guided else 1
+    codes = clip.num_visual_tokens * config.lm_head_size
+    weights = parameters * bytes_per_value
+    logits = at_once * codes * bytes_per_value
+    activations = activation_bytes(
+        config, clip, num_sequences=at_once, bytes_per_value=bytes_per_value
+    )
+    return Plan(
+        num_parameters=parameters,
+        latent_shape=clip.latent_shape,
+        num_visual_tokens=clip.num_visual_tokens,
+        num_tokens=clip.num_tokens,
+        forward_flops=flops,
+        num_sequences=num_sequences,
+        sampling_flops=num_sequences * flops,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        logits_bytes=logits,
+        inference_bytes=weights + activations + logits,
+        code_tensor_bytes=codes * _FLOAT32_BYTES,
+        training_state_bytes=_TRAINING_COPIES * _FLOAT32_BYTES * parameters,
+    )
+
+
+def _matrix_parameters(config: TransformerConfig) -> int:
+    """Return the parameters of the matrices of one layer, h (2a + 2b) + 3 h f."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
