@@ -2,7 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ursa.diffusion.path import MetricPath, draw
+from ursa.diffusion.draws import draw
+from ursa.diffusion.path import MaskedPath, MetricPath, MixturePath
 from ursa.diffusion.solver import draw_posterior, euler_step, guide
 from ursa.diffusion.timesteps import inference_times, shift_time, training_times
 
@@ -26,13 +27,59 @@ def cases(draw_):
     return MetricPath(codebook, alpha=alpha, c=c), x_1, x_t, generator
 
 
+def every_path(path):
+    return path, MixturePath(path.codebook_size), MaskedPath(path.codebook_size)
+
+
 @few
 @given(cases(), times)
 def test_probabilities_sum_to_one(case, t):
     path, x_1, _, _ = case
-    probs = path.probs(x_1, torch.tensor(t))
-    assert probs.min() >= 0
-    torch.testing.assert_close(probs.sum(-1), torch.ones(3, 5), rtol=0, atol=1e-5)
+    for each in every_path(path):
+        probs = each.probs(x_1, t)
+        assert probs.shape == (3, 5, each.num_states)
+        assert probs.min() >= 0
+        torch.testing.assert_close(probs.sum(-1), torch.ones(3, 5), rtol=0, atol=1e-6)
+
+
+@few
+@given(cases())
+def test_baselines_go_from_their_source_to_the_clean_token(case):
+    path, x_1, _, _ = case
+    size, end = path.codebook_size, 1 - 2.0**-20
+    uniform = torch.full((size,), 1 / size)
+    torch.testing.assert_close(MixturePath(size).probs(x_1, 0.0), uniform.expand(3, 5, size))
+    assert (MaskedPath(size).probs(x_1, 0.0)[..., size] == 1).all()
+    for each in every_path(path)[1:]:
+        own = each.probs(x_1, end).gather(-1, x_1.unsqueeze(-1))
+        assert (own > 1 - 2.0**-19).all()
+
+
+@few
+@given(cases(), times)
+def test_velocity_is_not_negative_and_never_stays(case, t):
+    path, x_1, _, generator = case
+    for each in every_path(path):
+        now = each.sample(x_1, t, generator=generator)
+        velocity = each.velocity(now, x_1, t)
+        assert torch.isfinite(velocity).all()
+        assert velocity.min() >= 0
+        assert (velocity.gather(-1, now.unsqueeze(-1)) == 0).all()
+
+
+@few
+@given(cases(), times)
+def test_samples_have_the_law_of_the_path(case, t):
+    path, x_1, _, _ = case
+    # evenly spread numbers: a count is wrong by one for each end of its intervals, two at most
+    count = 500
+    uniform = (torch.arange(count) + 0.5) / count
+    clean = x_1[0, 0].expand(count)
+    for each in every_path(path):
+        drawn = each.sample(clean, t, uniform=uniform)
+        share = torch.bincount(drawn, minlength=each.num_states) / count
+        expected = each.probs(clean[0], t)
+        torch.testing.assert_close(share, expected, rtol=0, atol=2.1 / count)
 
 
 @few
@@ -99,14 +146,16 @@ def test_step_keeps_ids_in_range_and_moves_closer(case, t, fraction):
 @few
 @given(cases(), times)
 def test_a_token_without_time_does_not_move(case, t):
-    path, x_1, x_t, generator = case
-    held = torch.tensor([True, False, False]).unsqueeze(-1)
-    start = torch.tensor(t)
-    end = torch.where(held, start, start + 0.5 * (1 - start))
-    moved = euler_step(
-        path, x_t, x_1, t=start, t_next=end, uniforms=torch.rand(2, 3, 5, generator=generator)
-    )
-    assert torch.equal(moved[0], x_t[0])
+    path, x_1, _, generator = case
+    held = torch.tensor([True, False, False])
+    t_next = torch.where(held, t, 1.0)
+    uniforms = torch.rand(2, 3, 5, generator=generator)
+    for each in every_path(path):
+        x_t = each.sample(x_1, t, generator=generator)
+        start = torch.full((3,), t)
+        moved = euler_step(each, x_t, x_1, t=start, t_next=t_next, uniforms=uniforms)
+        assert torch.equal(moved[0], x_t[0])
+        assert moved.max() < each.num_states
 
 
 @few

@@ -1,15 +1,33 @@
-"""The metric path: how a clean token becomes noise, and how it comes back.
+"""Probability paths: how a clean token becomes noise, and how fast it comes back.
 
-Dimensions: B = batch, N = tokens, V = codebook size, D = code dimension.
+Dimensions: B = batch, T = latent frames, H, W = rows and columns, V = codebook size, S = states of
+a token (V, or V + 1 with a mask), D = code dimension.
+
+Every path has the same interface and moves every token on its own:
+
+- `source(shape)`: tokens at t = 0;
+- `probs(x_1, t)`: the law p_t(x | x_1) over the S states;
+- `sample(x_1, t)`: x_t drawn from it;
+- `velocity(x_t, x_1, t)`: rates u_t(x; x_t, x_1) of the jump process that carries p_t, so that
+  d/dt p_t(x) = sum_y p_t(y) u_t(x; y) - p_t(x) sum_z u_t(z; x) (Kolmogorov's forward equation).
+
+t is a number, one a sample (B,), one a latent frame (B, T) or whatever `expand_time` takes.
+Randomness is numbers in [0, 1), one a token, or a generator; a path keeps neither.
 
 References:
     URSA, arXiv 2510.24717, section 3; metric-induced paths and kinetic-optimal velocities:
-    arXiv 2412.03487, section 4.
+    arXiv 2412.03487, section 4; mixture paths: arXiv 2407.15595; masked diffusion: MDLM,
+    arXiv 2406.07524.
 """
+
+import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ursa.diffusion.draws import check_ids, check_like, draw, uniform_codes, uniform_numbers
+from ursa.diffusion.timesteps import expand_time
 from ursa.errors import ConfigError
 
 NORM_FLOOR = 1e-5
@@ -21,29 +39,37 @@ class MetricPath:
 
     d is the squared Euclidean distance between L2-normalised codebook rows and
     beta_t = c * (t / (1 - t)) ** alpha. t = 0 is uniform noise, t -> 1 a point mass on the codes at
-    distance 0 of x_1. Every token moves on its own.
+    distance 0 of x_1.
 
-    This is the readable reference: it holds one (N, V) tensor of the tokens it is asked about.
+    This is the readable reference: it holds (..., V) tensors of the tokens it is asked about.
     """
 
-    def __init__(self, codebook: Tensor, *, alpha: float, c: float) -> None:
+    def __init__(
+        self, codebook: Tensor, *, alpha: float, c: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Keep the normalised codebook.
 
         Args:
-            codebook: Code embeddings, shape (V, D), any float type.
+            codebook: Code embeddings, shape (V, D), any float type, finite.
             alpha: Exponent of the schedule, > 0.
             c: Scale of the schedule, > 0.
+            dtype: In what to compute: float32, or float64 for checks. Never half, whatever the
+                type of the codebook: beta' is 50,000 at t = 0.99 and overflows there.
 
         Raises:
-            ConfigError: If the shape, alpha or c are not as stated.
+            ConfigError: If the codebook, alpha, c or dtype are not as stated.
         """
         if codebook.ndim != 2:
             raise ConfigError(f"codebook must have shape (V, D), got {tuple(codebook.shape)}")
-        if alpha <= 0 or c <= 0:
+        if not (alpha > 0 and c > 0):
             raise ConfigError(f"alpha and c must be positive, got alpha={alpha}, c={c}")
+        _check(len(codebook), dtype)
+        if not bool(torch.isfinite(codebook).all()):
+            raise ConfigError("codebook must be finite, got NaN or infinite entries")
         self.alpha = alpha
         self.c = c
-        self.codebook = normalize_codebook(codebook)
+        self.dtype = dtype
+        self.codebook = normalize_codebook(codebook, dtype)
         self._square = self.codebook.square().sum(-1)
 
     @property
@@ -51,9 +77,17 @@ class MetricPath:
         """Number of codes V."""
         return self.codebook.shape[0]
 
-    def to(self, device: torch.device) -> "MetricPath":
-        """Return the same path with its codebook on a device."""
-        return MetricPath(self.codebook.to(device), alpha=self.alpha, c=self.c)
+    @property
+    def num_states(self) -> int:
+        """Number of states of a token: the V codes."""
+        return self.codebook_size
+
+    def to(self, device: torch.device | str) -> "MetricPath":
+        """Return the same path with its codebook, bit for bit, on a device."""
+        moved = copy.copy(self)
+        moved.codebook = self.codebook.to(device)
+        moved._square = self._square.to(device)
+        return moved
 
     def beta(self, t: Tensor) -> Tensor:
         """Return beta_t = c * (t / (1 - t)) ** alpha, same shape as t, t in [0, 1)."""
@@ -64,6 +98,16 @@ class MetricPath:
         rate = self.c * self.alpha * t ** (self.alpha - 1) / (1 - t) ** (self.alpha + 1)
         return torch.where(t > 0, rate, torch.zeros_like(rate))
 
+    def source(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """Draw tokens at t = 0: uniform over the codes. See `uniform_codes`."""
+        return uniform_codes(shape, self.codebook_size, generator=generator, uniform=uniform)
+
     def distance(self, x_1: Tensor) -> Tensor:
         """Return the squared distance of every code to each token.
 
@@ -71,38 +115,60 @@ class MetricPath:
             x_1: Token ids in [0, V), shape (...), int64.
 
         Returns:
-            Distances in [0, 4], shape (..., V), float32.
+            Distances in [0, 4], shape (..., V).
+
+        Raises:
+            DataError: If an id is not in [0, V).
         """
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
         cross = self.codebook[x_1] @ self.codebook.T
         return (self._square[x_1].unsqueeze(-1) + self._square - 2 * cross).clamp_min_(0)
 
-    def probs(self, x_1: Tensor, t: Tensor) -> Tensor:
+    def probs(self, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return p_t(x | x_1).
 
         Args:
             x_1: Clean token ids, shape (...), int64.
-            t: Times in [0, 1), broadcastable to the shape of x_1, float32.
+            t: Times in [0, 1), a number or a shape that `expand_time` takes.
 
         Returns:
-            Probabilities, shape (..., V), float32, summing to 1 over the last axis.
-        """
-        return torch.softmax(-self.beta(t).unsqueeze(-1) * self.distance(x_1), dim=-1)
+            Probabilities, shape (..., V), summing to 1 over the last axis.
 
-    def sample(self, x_1: Tensor, t: Tensor, *, uniform: Tensor) -> Tensor:
+        Raises:
+            ConfigError: If t is out of range or does not fit x_1.
+            DataError: If an id is not in [0, V).
+        """
+        return _to_one(self._softmax(_time(t, x_1, self.dtype), self.distance(x_1)))
+
+    def sample(
+        self,
+        x_1: Tensor,
+        t: float | Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
         """Draw x_t from p_t(x | x_1) by inverting the distribution function.
 
         Args:
             x_1: Clean token ids, shape (...), int64.
-            t: Times in [0, 1), broadcastable to the shape of x_1, float32.
-            uniform: Random numbers in [0, 1), shape of x_1, float32: the only randomness, so the
-                draw of a token depends on nothing but its own number.
+            t: Times in [0, 1), a number or a shape that `expand_time` takes.
+            generator: Gives the uniform numbers, drawn on its own device.
+            uniform: Random numbers in [0, 1), shape of x_1, float32: the draw of a token depends
+                on nothing but its own number. Give exactly one of the two.
 
         Returns:
             Noisy token ids, shape of x_1, int64.
-        """
-        return draw(self.probs(x_1, t), uniform)
 
-    def velocity(self, x_t: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+        Raises:
+            ConfigError: If t or uniform do not fit x_1, or not one source is given.
+            DataError: If an id is not in [0, V).
+        """
+        weights = self._softmax(_time(t, x_1, self.dtype), self.distance(x_1))
+        uniform = uniform_numbers(x_1.shape, generator=generator, uniform=uniform)
+        return draw(weights, uniform.to(x_1.device))
+
+    def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return the kinetic-optimal rate of jumping from x_t to every code.
 
         u_t(x; x_t, x_1) = p_t(x | x_1) * beta'(t) * relu(d(x_t, x_1) - d(x, x_1)), 0 on x_t.
@@ -110,37 +176,222 @@ class MetricPath:
         Args:
             x_t: Current token ids, shape (...), int64.
             x_1: Predicted clean token ids, shape (...), int64.
-            t: Times in [0, 1), broadcastable to the shape of x_1, float32.
+            t: Times in [0, 1), a number or a shape that `expand_time` takes.
 
         Returns:
-            Rates per unit of time, shape (..., V), float32, not negative.
+            Rates per unit of time, shape (..., V), not negative.
+
+        Raises:
+            ConfigError: If t is out of range, or shapes do not fit.
+            DataError: If an id is not in [0, V).
         """
+        t = _time(t, x_1, self.dtype)
+        x_t = check_like("x_t", x_t, x_1, self.num_states)
         distance = self.distance(x_1)
         current = distance.gather(-1, x_t.unsqueeze(-1))
-        posterior = torch.softmax(-self.beta(t).unsqueeze(-1) * distance, dim=-1)
-        rate = self.beta_rate(t).unsqueeze(-1) * posterior * torch.relu(current - distance)
-        return rate.scatter(-1, x_t.unsqueeze(-1), 0.0)
+        probs = _to_one(self._softmax(t, distance))
+        rate = self.beta_rate(t).to(self.dtype).unsqueeze(-1) * probs
+        return (rate * torch.relu(current - distance)).scatter(-1, x_t.unsqueeze(-1), 0.0)
+
+    def _softmax(self, t: Tensor, distance: Tensor) -> Tensor:
+        """Return p_t up to a common factor within 1e-5 of 1; t is aligned with the tokens."""
+        return torch.softmax(-self.beta(t).to(self.dtype).unsqueeze(-1) * distance, dim=-1)
 
 
-def normalize_codebook(codebook: Tensor) -> Tensor:
-    """Divide every row by its length; the zero row stays zero. Shape (V, D), float32."""
-    codebook = codebook.float()
+class MixturePath:
+    """Probability path p_t(x | x_1) = t delta(x, x_1) + (1 - t) / V: the baseline without a metric.
+
+    Same interface as `MetricPath`, whose docstrings hold shapes and errors.
+    """
+
+    def __init__(self, codebook_size: int, *, dtype: torch.dtype = torch.float32) -> None:
+        """Take V >= 1 and the type to compute in: float32, or float64 for checks."""
+        _check(codebook_size, dtype)
+        self.codebook_size = codebook_size
+        self.dtype = dtype
+
+    @property
+    def num_states(self) -> int:
+        """Number of states of a token: the V codes."""
+        return self.codebook_size
+
+    def to(self, device: torch.device | str) -> "MixturePath":  # noqa: ARG002
+        """Return the path: it holds no tensor, results are on the device of the tokens."""
+        return self
+
+    def source(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """Draw tokens at t = 0: uniform over the codes. See `uniform_codes`."""
+        return uniform_codes(shape, self.codebook_size, generator=generator, uniform=uniform)
+
+    def probs(self, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return p_t(x | x_1), shape (..., V)."""
+        t = _time(t, x_1, self.dtype)
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
+        shape = (*x_1.shape, self.codebook_size)
+        noise = ((1 - t) / self.codebook_size).to(self.dtype).unsqueeze(-1).expand(shape)
+        clean = t.to(self.dtype).expand(x_1.shape).unsqueeze(-1)
+        return noise.scatter_add(-1, x_1.unsqueeze(-1), clean)
+
+    def sample(
+        self,
+        x_1: Tensor,
+        t: float | Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+        x_0: Tensor | None = None,
+    ) -> Tensor:
+        """Draw x_t: x_0 where the uniform number is below 1 - t, x_1 elsewhere.
+
+        Args:
+            x_1: Clean token ids, shape (...), int64.
+            t: Times in [0, 1), a number or a shape that `expand_time` takes.
+            generator: Draws x_0, unless given, and then the uniform numbers: the order of the
+                official code.
+            uniform: Random numbers in [0, 1), shape of x_1; give exactly one of the two.
+            x_0: Noise, shape of x_1. None takes it from the generator, or from the same uniform
+                numbers: given u < 1 - t, u / (1 - t) is uniform again.
+
+        Returns:
+            Noisy token ids, shape of x_1, int64.
+
+        Raises:
+            ConfigError, DataError: As `MetricPath.sample`.
+        """
+        t = _time(t, x_1, self.dtype)
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
+        if x_0 is None and generator is not None and uniform is None:
+            x_0 = self.source(x_1.shape, generator=generator).to(x_1.device)
+        uniform = uniform_numbers(x_1.shape, generator=generator, uniform=uniform)
+        uniform = uniform.to(x_1.device)
+        if x_0 is None:
+            x_0 = self.source(x_1.shape, uniform=(uniform / (1 - t)).clamp_max(1))
+        x_0 = check_like("x_0", x_0, x_1, self.codebook_size)
+        return torch.where(uniform < 1 - t, x_0, x_1)
+
+    def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return the rates, shape (..., V): 1 / (1 - t) to x_1, else 0; 0 on x_t."""
+        t = _time(t, x_1, self.dtype)
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
+        x_t = check_like("x_t", x_t, x_1, self.num_states)
+        rate = torch.where(x_t == x_1, 0.0, (1 / (1 - t)).to(self.dtype))
+        return _on_code(x_1, rate, self.num_states)
+
+
+class MaskedPath:
+    """Masked (absorbing) diffusion, the baseline of MDLM: x_1 with probability t, else a mask.
+
+    p_t(x | x_1) = t delta(x, x_1) + (1 - t) delta(x, V). The mask is the id V, so tokens have
+    V + 1 states: the last column of `probs` and `velocity`. Same interface as `MetricPath`, whose
+    docstrings hold shapes and errors; x_1 has ids in [0, V), x_t in [0, V].
+
+    A code never moves again: whoever draws the last step from the posterior draws it for the
+    tokens that are still the mask.
+    """
+
+    def __init__(self, codebook_size: int, *, dtype: torch.dtype = torch.float32) -> None:
+        """Take V >= 1 and the type to compute in: float32, or float64 for checks."""
+        _check(codebook_size, dtype)
+        self.codebook_size = codebook_size
+        self.dtype = dtype
+
+    @property
+    def mask_id(self) -> int:
+        """The id of the mask, V."""
+        return self.codebook_size
+
+    @property
+    def num_states(self) -> int:
+        """Number of states of a token: the V codes and the mask."""
+        return self.codebook_size + 1
+
+    def to(self, device: torch.device | str) -> "MaskedPath":  # noqa: ARG002
+        """Return the path: it holds no tensor, results are on the device of the tokens."""
+        return self
+
+    def source(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """Return tokens at t = 0: all masks, of a shape.
+
+        Nothing is drawn: of a source only the device counts, and it may be left out.
+        """
+        source = uniform if uniform is not None else generator
+        device = torch.device("cpu") if source is None else source.device
+        return torch.full(torch.Size(shape), self.mask_id, device=device)
+
+    def probs(self, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return p_t(x | x_1), shape (..., V + 1)."""
+        t = _time(t, x_1, self.dtype)
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
+        probs = _on_code(x_1, t.to(self.dtype), self.num_states)
+        probs[..., self.mask_id] = (1 - t).to(self.dtype)
+        return probs
+
+    def sample(
+        self,
+        x_1: Tensor,
+        t: float | Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """Draw x_t: the mask where the uniform number is below 1 - t, x_1 elsewhere."""
+        t = _time(t, x_1, self.dtype)
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
+        uniform = uniform_numbers(x_1.shape, generator=generator, uniform=uniform)
+        uniform = uniform.to(x_1.device)
+        return torch.where(uniform < 1 - t, self.mask_id, x_1)
+
+    def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return the rates, shape (..., V + 1): 1 / (1 - t) from the mask to x_1, else 0."""
+        t = _time(t, x_1, self.dtype)
+        x_1 = check_ids("x_1", x_1, self.codebook_size)
+        x_t = check_like("x_t", x_t, x_1, self.num_states)
+        rate = torch.where(x_t == self.mask_id, (1 / (1 - t)).to(self.dtype), 0.0)
+        return _on_code(x_1, rate, self.num_states)
+
+
+ProbabilityPath = MetricPath | MixturePath | MaskedPath
+"""What the solver moves tokens along."""
+
+
+def normalize_codebook(codebook: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Divide every row by its length, in dtype; the zero row stays zero. Shape (V, D)."""
+    codebook = codebook.to(dtype)
     length: Tensor = torch.linalg.vector_norm(codebook, dim=-1, keepdim=True)
     return codebook / length.clamp_min(NORM_FLOOR)
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one index a row in proportion to weights.
+def _time(t: float | Tensor, x_1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Align t with the tokens and compute with it in no less than dtype."""
+    aligned = expand_time(t, x_1)
+    return aligned.to(torch.promote_types(aligned.dtype, dtype))
 
-    Args:
-        weights: Not negative, not all zero, shape (..., V), float32.
-        uniform: Random numbers in [0, 1), shape (...), float32.
 
-    Returns:
-        Indices in [0, V), shape (...), int64.
-    """
-    cumulative = weights.cumsum(-1)
-    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    index: Tensor = torch.searchsorted(cumulative, target, right=True)
-    clamped: Tensor = index.squeeze(-1).clamp_max(weights.shape[-1] - 1)
-    return clamped
+def _to_one(weights: Tensor) -> Tensor:
+    """Make rows sum to 1: softmax adds float32 in a row and is 1e-5 off for 64,000 codes."""
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _on_code(ids: Tensor, values: Tensor, num_states: int) -> Tensor:
+    """Put a value of each token on the column of its id; zero elsewhere. Shape (..., S)."""
+    columns = torch.zeros(*ids.shape, num_states, dtype=values.dtype, device=ids.device)
+    return columns.scatter_(-1, ids.unsqueeze(-1), values.expand(ids.shape).unsqueeze(-1))
+
+
+def _check(codebook_size: int, dtype: torch.dtype) -> None:
+    if codebook_size < 1:
+        raise ConfigError(f"codebook_size must be at least 1, got {codebook_size}")
+    if dtype not in {torch.float32, torch.float64}:
+        raise ConfigError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

@@ -1,13 +1,19 @@
-"""One Euler step of the jump process, and classifier-free guidance.
+"""One Euler step of the jump process, classifier-free guidance, and draws from the posterior.
+
+Dimensions: B = batch, N = tokens, V = codebook size, S = states of a token (V, or V + 1 with a
+mask). Nothing here changes the caller's tensors or keeps a generator for a later call.
 
 References:
-    URSA, arXiv 2510.24717, section 3.1, algorithm 2.
+    URSA, arXiv 2510.24717, section 3.1, algorithm 2; nucleus sampling: arXiv 1904.09751.
 """
 
 import torch
 from torch import Tensor
 
-from ursa.diffusion.path import MetricPath, draw
+from ursa.diffusion.draws import check_like, draw, draw_multinomial
+from ursa.diffusion.path import ProbabilityPath
+from ursa.diffusion.timesteps import align_time, expand_time
+from ursa.errors import ConfigError
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -16,7 +22,13 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def euler_step(
-    path: MetricPath, x_t: Tensor, x_1: Tensor, *, t: Tensor, t_next: Tensor, uniforms: Tensor
+    path: ProbabilityPath,
+    x_t: Tensor,
+    x_1: Tensor,
+    *,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    uniforms: Tensor,
 ) -> Tensor:
     """Move every token once: jump with probability 1 - exp(-rate dt), else stay.
 
@@ -24,30 +36,164 @@ def euler_step(
         path: The probability path.
         x_t: Current token ids, shape (...), int64.
         x_1: Clean token ids drawn from the posterior, shape (...), int64.
-        t: Start of the step, broadcastable to the shape of x_t, in [0, 1).
-        t_next: End of the step, likewise; equal to t for a token that must not move.
+        t: Start of the step in [0, 1), a number or a shape that `expand_time` takes. At t = 0 the
+            metric path moves nothing, because its beta' is taken as 0 there.
+        t_next: End of the step in [t, 1], likewise; equal to t for a token that must not move.
         uniforms: Random numbers in [0, 1), shape (2, ...): whether to jump, and where to.
 
     Returns:
         Token ids at t_next, shape (...), int64.
+
+    Raises:
+        ConfigError: If t or t_next are out of range, or shapes do not fit.
+        DataError: If an id is out of range.
     """
+    if uniforms.shape != (2, *x_t.shape):
+        raise ConfigError(
+            f"uniforms must hold two numbers a token, shape {(2, *x_t.shape)}, "
+            f"got {tuple(uniforms.shape)}"
+        )
+    uniforms = uniforms.to(x_t.device)
     velocity = path.velocity(x_t, x_1, t)
     rate = velocity.sum(-1)
-    jumps = uniforms[0] < -torch.expm1(-rate * (t_next - t))
+    jumps = uniforms[0] < _jump_probability(rate, x_1, t, t_next)
     # a row without rate never jumps; give it any weight so that the draw is defined
     target = draw(velocity + (rate == 0).unsqueeze(-1), uniforms[1])
     return torch.where(jumps, target, x_t)
 
 
-def draw_posterior(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Draw x_1 from softmax(logits / temperature).
+def jump_threshold(
+    path: ProbabilityPath, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor
+) -> Tensor:
+    """Return the probability of a jump in a step: 1 - exp(-dt * sum_x u_t(x; x_t, x_1)).
 
-    Args:
-        logits: Posterior logits, shape (..., V).
-        uniform: One random number in [0, 1) a token, shape (...), float32.
-        temperature: > 0; 1 is the model's own law, towards 0 the likeliest code always wins.
+    `euler_step` jumps where its first uniform number is below it, to x in proportion to
+    `path.velocity`. Arguments and errors are those of `euler_step`.
 
     Returns:
-        Clean token ids, shape (...), int64.
+        Probabilities in [0, 1], shape (...), in the type of the path.
     """
-    return draw(torch.softmax(logits.float() / temperature, dim=-1), uniform)
+    return _jump_probability(path.velocity(x_t, x_1, t).sum(-1), x_1, t, t_next)
+
+
+def draw_posterior(
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """Draw x_1 from softmax(logits / temperature), cut to its likely codes if asked.
+
+    Without options this is the model's own law, the one that the jump process needs; the options
+    trade variety for likelihood.
+
+    Args:
+        logits: Posterior logits, shape (..., V), any float type; computed in float32.
+        uniform: Random numbers in [0, 1), shape (...), one a token.
+        temperature: 1 is the model's law, 0 the most likely code (uniform is then not used).
+        top_k: Keep the k most likely codes, >= 1; None or >= V keeps all.
+        top_p: Then keep the fewest codes whose mass reaches p, in (0, 1]; None or 1 keeps all.
+
+    Returns:
+        Token ids in [0, V), shape (...), int64.
+
+    Raises:
+        ConfigError: If an option or the shape of uniform is not as stated.
+    """
+    if uniform.shape != logits.shape[:-1]:
+        raise ConfigError(
+            f"uniform must hold one number a token, shape {tuple(logits.shape[:-1])}, "
+            f"got {tuple(uniform.shape)}"
+        )
+    _check_options(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float()
+    if temperature != 1:
+        # from the maximum down, so that a small temperature cannot make inf - inf
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        best = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
+    probs = torch.softmax(logits, dim=-1)
+    if top_p is not None and top_p < 1:
+        ranked = probs.sort(dim=-1, descending=True, stable=True)
+        # a code stays if those before it do not reach p yet: the first always does
+        before = ranked.values.cumsum(-1) - ranked.values
+        kept = ranked.values.masked_fill(before >= top_p, 0)
+        probs = torch.zeros_like(probs).scatter(-1, ranked.indices, kept)
+    return draw(probs, uniform.to(probs.device))
+
+
+def official_step(
+    path: ProbabilityPath,
+    x_t: Tensor,
+    logits: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    *,
+    is_last: bool,
+    generator: torch.Generator,
+    x_1: Tensor | None = None,
+) -> Tensor:
+    """Draw x_1 and step, in the official order of draws: for reproducing its seeds.
+
+    The official code draws a multinomial of softmax(logits) for x_1, then one uniform number a
+    token, then a multinomial of the velocity of those tokens that jump; in the last step only the
+    first. The same seed gives the same tokens on a CPU for float32 logits, up to draws that tie
+    within rounding. `euler_step` has the same law, with numbers that belong to one token each.
+
+    Args:
+        path: `MetricPath` or `MixturePath`; the official code has no masked one.
+        x_t: Current token ids, shape (...), int64.
+        logits: Posterior logits, shape (..., V), guided already.
+        t: Start of the step, a number or a shape that `expand_time` takes; not used in the last.
+        t_next: End of the step, likewise.
+        is_last: Whether this is the last step of the grid: its result is x_1.
+        generator: On the device of logits; it moves on.
+        x_1: Clean token ids if they are drawn already, shape (...); then logits are not read.
+
+    Returns:
+        Token ids at t_next, shape (...), int64.
+
+    Raises:
+        ConfigError: If t or t_next are out of range, or shapes do not fit.
+        DataError: If an id is out of range.
+    """
+    if x_1 is None:
+        x_1 = draw_multinomial(torch.softmax(logits, dim=-1), generator)
+    if is_last:
+        return check_like("x_1", x_1, x_t, path.codebook_size)
+    velocity = path.velocity(x_t, x_1, t)
+    probability = _jump_probability(velocity.sum(-1), x_1, t, t_next)
+    uniform = torch.rand(
+        x_t.shape, generator=generator, dtype=velocity.dtype, device=velocity.device
+    )
+    jumps = uniform < probability
+    moved = x_t.long().clone()
+    moved[jumps] = draw_multinomial(velocity[jumps], generator)
+    return moved
+
+
+def _jump_probability(
+    rate: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor
+) -> Tensor:
+    """Return 1 - exp(-rate * (t_next - t)), shape of rate."""
+    start, end = expand_time(t, x_1), align_time("t_next", t_next, x_1)
+    if not bool(((end >= start) & (end <= 1)).all()):
+        raise ConfigError(
+            "t_next must be in [t, 1] (t_next = t holds a token), got "
+            f"{float(end.min())} to {float(end.max())} for t from {float(start.min())}"
+        )
+    return -torch.expm1(-rate * (end - start).to(rate.dtype))
+
+
+def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be >= 0 (1 is the model's law), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k must be at least 1 (None keeps all), got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be in (0, 1] (None keeps all), got {top_p}")

@@ -3,9 +3,7 @@ import pytest
 import torch
 
 from ursa.diffusion.linearization import fit_schedule, mean_distance
-from ursa.diffusion.loss import posterior_loss
 from ursa.diffusion.path import MetricPath
-from ursa.errors import ConfigError
 from ursa.tokenizers.quantizers import FSQuantizer
 
 
@@ -40,30 +38,3 @@ def test_fitted_schedule_is_closer_to_a_line_than_others(codebook):
     assert own < 0.1
     for alpha, c in [(1.0, 5.0), (0.5, 6.0), (fit.alpha * 1.2, fit.c), (fit.alpha, fit.c * 1.3)]:
         assert own < deviation(alpha, c)
-
-
-@pytest.mark.parametrize(
-    ("codebook", "alpha", "c", "message"),
-    [
-        (torch.zeros(5), 1.0, 1.0, r"shape \(V, D\), got \(5,\)"),
-        (torch.zeros(5, 2), 0.0, 1.0, "alpha=0.0"),
-        (torch.zeros(5, 2), 1.0, -1.0, "c=-1.0"),
-    ],
-)
-def test_path_refuses_what_makes_no_sense(codebook, alpha, c, message):
-    with pytest.raises(ConfigError, match=message):
-        MetricPath(codebook, alpha=alpha, c=c)
-
-
-def test_loss_is_cross_entropy_in_nats():
-    x_1 = torch.tensor([[0, 1], [2, 3]])
-    flat = posterior_loss(torch.zeros(2, 2, 8), x_1)
-    assert float(flat.loss) == pytest.approx(np.log(8))
-    sure = torch.nn.functional.one_hot(x_1, 8) * 50.0
-    result = posterior_loss(sure, x_1)
-    assert float(result.loss) == pytest.approx(0.0, abs=1e-5)
-    assert float(result.accuracy) == 1.0
-    sure[0, 0] = sure[0, 1]
-    result = posterior_loss(sure, x_1)
-    assert float(result.accuracy) == 0.75
-    assert result.token_loss.tolist() == [[50.0, 0.0], [0.0, 0.0]]

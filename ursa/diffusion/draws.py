@@ -1,0 +1,137 @@
+"""Token ids: random draws, and the checks of what comes in.
+
+Dimensions: V = number of weights or codes. A draw has exactly one source of randomness: uniform
+numbers, one a token, or a generator. Nothing here keeps a generator for a later call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ursa.errors import ConfigError, DataError
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one index a row in proportion to weights, by inverting the distribution function.
+
+    Args:
+        weights: Not negative, not all zero, shape (..., V), float32 or float64.
+        uniform: Random numbers in [0, 1), shape (...), float32 or float64.
+
+    Returns:
+        Indices in [0, V), shape (...), int64.
+    """
+    weights = weights.to(torch.promote_types(weights.dtype, uniform.dtype))
+    cumulative = weights.cumsum(-1)
+    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
+    index: Tensor = torch.searchsorted(cumulative, target, right=True)
+    clamped: Tensor = index.squeeze(-1).clamp_max(weights.shape[-1] - 1)
+    return clamped
+
+
+def draw_multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index a row as the official code does: `torch.multinomial` over flattened rows.
+
+    For reproducing its seeds; `draw` has the same law and needs one number a row instead of V.
+
+    Args:
+        weights: Not negative, no row all zero, shape (..., V), any float type.
+        generator: On the device of weights; it moves on.
+
+    Returns:
+        Indices in [0, V), shape (...), int64.
+    """
+    rows = weights.reshape(-1, weights.shape[-1])
+    return torch.multinomial(rows, 1, generator=generator).view(weights.shape[:-1])
+
+
+def uniform_codes(
+    shape: Sequence[int],
+    codebook_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """Draw ids uniformly over the codes.
+
+    Args:
+        shape: Shape of the result.
+        codebook_size: Number of codes V.
+        generator: Draws integers, on its own device: the start of the official sampler.
+        uniform: Random numbers in [0, 1), of the shape; give exactly one of the two.
+
+    Returns:
+        Ids in [0, V), int64, on the device of the source.
+
+    Raises:
+        ConfigError: If not exactly one source is given, or its shape differs.
+    """
+    if uniform is None and generator is not None:
+        return torch.randint(
+            codebook_size, torch.Size(shape), generator=generator, device=generator.device
+        )
+    numbers = uniform_numbers(shape, generator=generator, uniform=uniform)
+    return (numbers * codebook_size).long().clamp_max(codebook_size - 1)
+
+
+def uniform_numbers(
+    shape: Sequence[int], *, generator: torch.Generator | None, uniform: Tensor | None
+) -> Tensor:
+    """Return uniform numbers in [0, 1) from the one source that is given.
+
+    Args:
+        shape: Shape of the tokens: one number each.
+        generator: Drawn from on its own device, so that a CPU seed means the same everywhere.
+        uniform: The numbers themselves, of that shape.
+
+    Returns:
+        Numbers, of the shape, float32 or the type of uniform, on the device of the source.
+
+    Raises:
+        ConfigError: If not exactly one source is given, or the shape differs.
+    """
+    if generator is not None and uniform is None:
+        return torch.rand(torch.Size(shape), generator=generator, device=generator.device)
+    if uniform is None or generator is not None:
+        given = "neither" if uniform is None else "both"
+        raise ConfigError(f"give exactly one of generator= and uniform=, got {given}")
+    if uniform.shape != torch.Size(shape):
+        raise ConfigError(
+            f"uniform must hold one number a token, shape {tuple(shape)}, "
+            f"got {tuple(uniform.shape)}"
+        )
+    return uniform
+
+
+def check_ids(name: str, ids: Tensor, num_states: int) -> Tensor:
+    """Return ids as int64.
+
+    Raises:
+        ConfigError: If ids are not integers.
+        DataError: If an id is not in [0, num_states).
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"{name} must hold integer token ids, got {ids.dtype}")
+    if ids.numel():
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= num_states:
+            raise DataError(
+                f"{name} must be ids in [0, {num_states}), got {low} to {high}; are they of "
+                "another tokenizer, or ids of the model's vocabulary (then subtract the text's)?"
+            )
+    return ids.long()
+
+
+def check_like(name: str, ids: Tensor, x_1: Tensor, num_states: int) -> Tensor:
+    """Return ids as int64, of the shape of x_1.
+
+    Raises:
+        ConfigError: If the shapes differ or ids are not integers.
+        DataError: If an id is not in [0, num_states).
+    """
+    if ids.shape != x_1.shape:
+        raise ConfigError(
+            f"{name} must have the shape of x_1, {tuple(x_1.shape)}, got {tuple(ids.shape)}"
+        )
+    return check_ids(name, ids, num_states)
