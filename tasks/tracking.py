@@ -562,7 +562,7 @@ def _verify(tracking_uri: str, model_uri: str, model: ExportedModel) -> None:
     with storage.scratch_directory("verify") as folder:
         root = Path(
             mlflow.artifacts.download_artifacts(
-                artifact_uri=model_uri, dst_path=folder, tracking_uri=tracking_uri
+                artifact_uri=model_uri, dst_path=str(folder), tracking_uri=tracking_uri
             )
         )
         for relative, expected in model.sha256.items():

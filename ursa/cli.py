@@ -16,6 +16,9 @@ from ursa import __version__
 from ursa.errors import ConfigError, UrsaError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
     from ursa.model.config import TransformerConfig
     from ursa.model.size import Plan, Qwen3Size
 
@@ -30,79 +33,157 @@ def generate(
     model: str,
     out: Path = Path("out.mp4"),
     image: Path | None = None,
+    last_image: Path | None = None,
+    video: Path | None = None,
+    given_frames: int | None = None,
+    noise: float = 0.0,
     num_frames: int | None = None,
+    window: int | None = None,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    shift: float | None = None,
     temperature: float | None = None,
     motion: float | None = None,
+    negative: str | None = None,
     seed: int | None = None,
+    device: str = "cpu",
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
-    """Generate a clip from a prompt, and from a first frame if one is given.
+    """Generate a clip from a prompt, and from frames if some are given.
 
     Example: ursa generate "a red ball rolls" --model models:/ursa@champion --seed 0 --out ball.mp4
 
+    Example: ursa generate "a ball" --model DIR --image ball.png --num-frames 33 --window 9
+
     Args:
         prompt: What the clip shows.
-        model: A model directory, or models:/NAME@ALIAS in the registry (MLFLOW_TRACKING_URI).
+        model: A model directory, a name on the hub, or models:/NAME@ALIAS in the registry
+            (MLFLOW_TRACKING_URI).
         out: Where to write; .mp4, .gif or .png (first frame).
         image: First frame of the clip; it is kept.
+        last_image: Last frame of the clip; with --image the clip goes from one to the other.
+        video: A video to go on from: its last frames are the first ones of the clip.
+        given_frames: How many frames of --video, or of the window before, are given, 1 + 4k; about
+            half a window if left out.
+        noise: Noise of the given frames, 0 to 1; 0 keeps them, 0.1 lets them change a little.
         num_frames: 1 + 4k frames; 1 is an image.
+        window: Frames at once, 1 + 4k: a longer clip is made window by window.
         height: Pixels, divisible by 8.
         width: Pixels, divisible by 8.
         steps: Steps of the sampler.
         guidance: Classifier-free guidance, 1 is off.
+        shift: Timestep shift of the sampler, 1 is none.
         temperature: Of the draw of codes; 1 is the model's own law, less is cleaner, less varied.
         motion: Asked motion, px/s at 256 px width.
+        negative: What the clip shall not show.
         seed: Makes the clip repeatable; drawn and printed if left out.
+        device: Where to run, such as cpu or cuda.
         quiet: Print the path alone.
     """
-    if out.suffix not in {".mp4", ".gif", ".png"}:
-        raise ConfigError(f"--out must end in .mp4, .gif or .png, got {out.name!r}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
-    if image is not None and not image.is_file():
-        raise ConfigError(f"--image: there is no file {image}")
+    _check_files(out, image=image, last_image=last_image, video=video)
+    if image is not None and video is not None:
+        raise ConfigError("--image and --video both give the first frames; leave one out")
     import torch
-    from PIL import Image
 
-    from ursa.generation import UrsaPipeline
-    from ursa.video.decode import write_gif, write_video
+    from ursa.config import load_config
+    from ursa.generation import UrsaPipeline, slide_window
+    from ursa.video.foreign import read_last_frames
 
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     started = time.perf_counter()
     with _model_directory(model) as directory:
-        pipeline = UrsaPipeline.from_pretrained(directory)
-    total = steps or pipeline.defaults.num_inference_steps
+        pipeline = UrsaPipeline.from_pretrained(directory, device=device)
+    pipeline.set_progress_bar_config(disable=True if quiet else None, desc="steps")
+    defaults, stride = pipeline.defaults, pipeline.visual_tokenizer.temporal_stride
+    total = num_frames or (1 if out.suffix == ".png" else defaults.num_frames)
+    height, width = height or defaults.height, width or defaults.width
+    window = min(window or total, total)
+    overlap = given_frames or max(1, 1 + (window - 1) // (2 * stride) * stride)
+    first, last = _open_image(image), _open_image(last_image)
+    given: np.ndarray | None = None
+    if video is not None:
+        given = read_last_frames(
+            video,
+            overlap,
+            fps=defaults.fps,
+            height_px=height,
+            width_px=width,
+            limits=load_config("tiny").ingestion,
+        )
+    generator = torch.Generator().manual_seed(seed)
+    num_done = overlap if video else 0
 
-    def show(step: int, _t: float, _codes: torch.Tensor) -> None:
-        if sys.stderr.isatty() and not quiet:
-            sys.stderr.write(f"\rstep {step + 1}/{total}" + ("\n" if step + 1 == total else ""))
+    def draw(known: "np.ndarray | None", count: int) -> "np.ndarray":
+        nonlocal num_done
+        num_done = count if known is None else num_done + count - len(known)
+        frames: np.ndarray = pipeline(
+            prompt,
+            negative,
+            image=first if known is None else None,
+            last_image=last if num_done >= total else None,
+            video=known,
+            height=height,
+            width=width,
+            num_frames=count,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            flow_shift=shift,
+            temperature=temperature,
+            motion_score=motion,
+            cond_noise_scale=noise,
+            generator=generator,
+            output_type="np",
+        ).frames[0]
+        return frames
 
-    frames = pipeline(
-        prompt,
-        image=None if image is None else Image.open(image),
-        num_frames=1 if out.suffix == ".png" and num_frames is None else num_frames,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        temperature=temperature,
-        motion_score=motion,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-        callback_on_step_end=show,
-    ).frames[0]
+    frames = slide_window(
+        draw,
+        num_frames=total,
+        window_frames=window,
+        overlap_frames=overlap,
+        temporal_stride=stride,
+        given=given,
+    )
+    _write_frames(out, frames, defaults.fps)
+    seconds = time.perf_counter() - started
+    print(out if quiet else f"{out}  {len(frames)} frames, seed {seed}, {seconds:.1f} s")
+
+
+def _check_files(out: Path, **inputs: Path | None) -> None:
+    if out.suffix not in {".mp4", ".gif", ".png"}:
+        raise ConfigError(f"--out must end in .mp4, .gif or .png, got {out.name!r}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
+    for name, path in inputs.items():
+        if path is not None and not path.is_file():
+            raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
+
+
+def _open_image(path: Path | None) -> "Image | None":
+    if path is None:
+        return None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path} is not an image that can be read: {error}") from error
+
+
+def _write_frames(out: Path, frames: "np.ndarray", fps: float) -> None:
+    from PIL import Image
+
+    from ursa.video.decode import write_gif, write_video
+
     if out.suffix == ".png":
         Image.fromarray(frames[0]).save(out)
     elif out.suffix == ".gif":
-        write_gif(out, frames, pipeline.defaults.fps)
+        write_gif(out, frames, fps)
     else:
-        write_video(out, frames, pipeline.defaults.fps)
-    seconds = time.perf_counter() - started
-    print(out if quiet else f"{out}  {len(frames)} frames, seed {seed}, {seconds:.1f} s")
+        write_video(out, frames, fps)
 
 
 class _Planned(NamedTuple):
@@ -130,7 +211,7 @@ _DEFAULTS = {
     "guidance_trunc": "guidance_trunc",
     "shift": "flow_shift",
 }
-"""Where model_index.json keeps what a command leaves out."""
+"""Where generation_config.json keeps what a command leaves out."""
 
 
 @app.command
@@ -216,10 +297,13 @@ def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Plan
     if model is not None:
         inner = model / "transformer"
         config = read_transformer_config(inner if inner.is_dir() else model)
-        index = model / "model_index.json"
-        values = json.loads(index.read_text("utf-8")) if index.is_file() else {}
-        defaults = values.get("defaults", {})  # a published directory has none
-        named = {ours: defaults[name] for ours, name in _DEFAULTS.items() if name in defaults}
+        file = model / "generation_config.json"  # a published directory has none
+        defaults = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        named = {
+            ours: defaults[name]
+            for ours, name in _DEFAULTS.items()
+            if defaults.get(name) is not None
+        }
         return _Planned(str(model), config)._replace(**named)
     if preset is None:
         return _Planned(size, qwen3_config(size))

@@ -60,7 +60,7 @@ def export_model(
                 max_prompt_length=request.config.text_tokenizer.max_prompt_length,
             ),
         )
-        pipeline.save_pretrained(scratch)
+        pipeline.save_pretrained(scratch, codebook_file=False)
         directory_uri = storage.unique_place(folder_uri, "model")
         hashes = storage.upload_directory(scratch, directory_uri)
     return storage.commit_record(

@@ -130,7 +130,7 @@ def test_a_given_first_frame_and_quiet(model, tmp_path):
         (["--image", "gone.png"], "there is no file gone.png"),
         (["--num-frames", "6"], "num_frames must be 1 + 4k, got 6; the nearest are 5 and 9"),
         (["--height", "20"], "height must be divisible by 8"),
-        (["--model", "gone"], "no model at gone: model_index.json is missing"),
+        (["--model", "gone"], "no model at gone: there is no such directory"),
     ],
 )
 def test_a_mistake_is_one_line(model, tmp_path, arguments, message):

@@ -19,7 +19,7 @@ from ursa.config import StageConfig
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch, TokenSamples, step_indices
 from ursa.diffusion.loss import posterior_loss
-from ursa.diffusion.path import MetricPath
+from ursa.diffusion.path import MetricPath, MixturePath
 from ursa.diffusion.timesteps import training_times
 from ursa.errors import NonFiniteLossError
 from ursa.model.transformer import UrsaTransformer
@@ -178,7 +178,7 @@ def make_noisy_batch(
 @torch.inference_mode()
 def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of it)
     model: UrsaTransformer,
-    path: MetricPath,
+    path: MetricPath | MixturePath,
     text_tokenizer: TextTokenizer,
     samples: TokenSamples,
     *,

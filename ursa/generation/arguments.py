@@ -1,0 +1,116 @@
+"""What a call may ask for: names, sizes and counts that fit, or an error that names those that do.
+
+Dimensions: B = videos, T = latent frames, h, w = rows and columns of codes.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+from ursa.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a call with a mistyped keyword fail with a TypeError that names the nearest one."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                raise TypeError(f"the pipeline has no argument {name!r}; {hint}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def latent_shape(
+    num_frames: int, height: int, width: int, *, temporal_stride: int, spatial_stride: int
+) -> tuple[int, int, int]:
+    """Return (T, h, w) of a clip.
+
+    Args:
+        num_frames: 1 + `temporal_stride` * k.
+        height: Pixels, divisible by `spatial_stride`.
+        width: Pixels, divisible by `spatial_stride`.
+        temporal_stride: Frames a latent frame after the first.
+        spatial_stride: Pixels a row and a column of codes.
+
+    Raises:
+        ConfigError: If a number does not fit; it names the nearest that do.
+    """
+    if num_frames < 1 or (num_frames - 1) % temporal_stride:
+        near = _nearest(num_frames, temporal_stride, 1)
+        raise ConfigError(
+            f"num_frames must be 1 + {temporal_stride}k, got {num_frames}; the nearest are {near}"
+        )
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % spatial_stride:
+            near = _nearest(size, spatial_stride, spatial_stride)
+            raise ConfigError(
+                f"{name} must be divisible by {spatial_stride}, got {size}; the nearest are {near}"
+            )
+    frames = 1 + (num_frames - 1) // temporal_stride
+    return frames, height // spatial_stride, width // spatial_stride
+
+
+def _nearest(value: int, stride: int, first: int) -> str:
+    low = first + max(0, value - first) // stride * stride
+    return f"{low} and {low + stride}"
+
+
+def checked_latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return (T, h, w) of a given latent shape, (h, w) meaning one frame.
+
+    Raises:
+        ConfigError: If it has another number of sizes, or one below 1.
+    """
+    sizes = tuple(int(size) for size in shape)
+    if len(sizes) == 2:
+        sizes = (1, *sizes)
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ConfigError(
+            f"latents_shape must be (frames, rows, columns) or (rows, columns), got {tuple(shape)}"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def check_sampler(
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    flow_shift: float,
+    temperature: float,
+    cond_noise_scale: float,
+) -> None:
+    """Raise ConfigError unless the sampler's numbers are in their ranges."""
+    for name, value, fits, expected in (
+        ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
+        ("guidance_scale", guidance_scale, guidance_scale >= 0, "at least 0; 1 is off"),
+        ("flow_shift", flow_shift, flow_shift > 0, "positive; 1 is none"),
+        ("temperature", temperature, temperature >= 0, "at least 0; 1 is the model's own law"),
+        ("cond_noise_scale", cond_noise_scale, 0 <= cond_noise_scale <= 1, "in [0, 1]"),
+    ):
+        if not fits:
+            raise ConfigError(f"{name} must be {expected}; got {value}")
+
+
+def per_video(values: str | Sequence[str], num_prompts: int, name: str) -> list[str]:
+    """Return one text a prompt: a single text serves all.
+
+    Raises:
+        ConfigError: If there is another number of texts than prompts.
+    """
+    texts = [values] * num_prompts if isinstance(values, str) else list(values)
+    if len(texts) != num_prompts:
+        raise ConfigError(
+            f"{name} must be one text or one a prompt ({num_prompts}), got {len(texts)}"
+        )
+    return texts

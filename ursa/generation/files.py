@@ -1,0 +1,247 @@
+"""Model directories: what the official pipeline writes, and our own generation_config.json.
+
+    model_index.json          which class reads which folder
+    transformer/              config.json, weights
+    scheduler/                scheduler_config.json; scheduler_model.pth holds the codebook
+    vae/                      config.json, weights of the visual tokenizer
+    tokenizer/                tokenizer.json and what transformers reads beside it
+    generation_config.json    ours: what a call takes where it names nothing
+
+References:
+    github.com/baaivision/URSA, package diffnext: pipelines and schedulers.
+"""
+
+import json
+import logging
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from ursa.config import FrozenModel
+from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.errors import ConfigError
+from ursa.model.pretrained import load_transformer, save_transformer
+from ursa.model.transformer import UrsaTransformer
+from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
+from ursa.tokenizers.visual import (
+    AutoencoderTokenizer,
+    load_visual_tokenizer,
+    save_visual_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model_index.json"
+DEFAULTS_FILE = "generation_config.json"
+SCHEDULER_FILE = "scheduler_config.json"
+CODEBOOK_FILE = "scheduler_model.pth"
+DIFFUSERS_VERSION = "0.35.2"
+"""What official files of this layout say of themselves."""
+
+
+class SampleDefaults(FrozenModel):
+    """What a call takes where it names nothing: what the model was trained on.
+
+    The values here are those of the official pipeline, for directories that name none.
+    """
+
+    height: int = Field(default=320, gt=0, description="pixels")
+    width: int = Field(default=512, gt=0, description="pixels")
+    num_frames: int = Field(default=1, gt=0)
+    fps: float = Field(default=12.0, gt=0, description="frames per second")
+    num_inference_steps: int = Field(default=25, gt=0)
+    guidance_scale: float = Field(default=7.0, ge=0)
+    guidance_trunc: float = Field(default=0.9, ge=0)
+    temperature: float = Field(default=1.0, ge=0, description="of the draw of codes")
+    flow_shift: float | None = Field(default=None, description="None: the scheduler's")
+    motion_score: float | None = Field(
+        default=None, description="median motion of the training clips, px/s at 256 px width"
+    )
+    max_prompt_length: int = Field(default=320, gt=0, description="ids a prompt")
+
+
+class SchedulerConfig(FrozenModel):
+    """The path and its schedule beta_t = c (t / (1 - t)) ** alpha; alpha None: mixture path."""
+
+    alpha: float | None = None
+    c: float | None = None
+    shift: float = Field(default=1.0, gt=0)
+    eps: float = 1e-5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_others(cls, values: Any) -> Any:
+        known = {key: value for key, value in dict(values).items() if key in cls.model_fields}
+        ignored = [key for key in values if key not in known and not key.startswith("_")]
+        if ignored:
+            logger.warning("%s: unknown keys ignored: %s", SCHEDULER_FILE, ", ".join(ignored))
+        return known
+
+    @model_validator(mode="after")
+    def _check(self) -> "SchedulerConfig":
+        if (self.alpha is None) != (self.c is None):
+            raise ValueError(f"alpha and c go together, got alpha={self.alpha}, c={self.c}")
+        return self
+
+    def path(self, codebook: Tensor) -> MetricPath | MixturePath:
+        """Return the path over a codebook, shape (V, D)."""
+        if self.alpha is None or self.c is None:
+            return MixturePath(len(codebook))
+        return MetricPath(codebook, alpha=self.alpha, c=self.c)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a model directory holds.
+
+    Attributes:
+        transformer: The network.
+        scheduler: The path's schedule.
+        codebook: Code embeddings the path measures distances on, shape (V, D), as stored.
+        visual_tokenizer: Frames to codes.
+        text_tokenizer: Prompts to ids.
+        defaults: What a call takes where it names nothing.
+    """
+
+    transformer: UrsaTransformer
+    scheduler: SchedulerConfig
+    codebook: Tensor
+    visual_tokenizer: AutoencoderTokenizer
+    text_tokenizer: TextTokenizer
+    defaults: SampleDefaults
+
+
+def find_directory(name: str | Path) -> Path:
+    """Return a local directory: the path itself, or the snapshot of a model of the hub.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    text = str(name)
+    if text.count("/") != 1 or text.startswith(("/", ".", "~")):
+        raise ConfigError(f"no model at {text}: there is no such directory")
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow, and rarely needed)
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        return Path(snapshot_download(text))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"no model at {text}: there is no such directory, and the hub did not give a model "
+            f"of that name ({type(error).__name__}); check the name and the network"
+        ) from error
+
+
+def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
+    """Read a model directory, official or ours, to the CPU.
+
+    Args:
+        root: The directory.
+        dtype: Type of the weights of both networks; None keeps the transformer's as stored.
+
+    Raises:
+        ConfigError: If something is missing or does not fit together.
+    """
+    if not (root / INDEX_FILE).is_file():
+        raise ConfigError(f"no model at {root}: {INDEX_FILE} is missing")
+    transformer = load_transformer(root / "transformer", dtype=dtype)
+    visual = load_visual_tokenizer(root / "vae").to(dtype=dtype)
+    scheduler = _parse(SchedulerConfig, root / "scheduler" / SCHEDULER_FILE)
+    stored = _read_codebook(root / "scheduler" / CODEBOOK_FILE)
+    codebook = visual.codebook.cpu() if stored is None else stored
+    num_codes = transformer.config.lm_head_size
+    for what, size in (
+        (f"scheduler/{CODEBOOK_FILE}", len(codebook)),
+        ("vae", visual.network.quantizer.codebook_size),
+    ):
+        if size != num_codes:
+            raise ConfigError(
+                f"{root}: the transformer predicts {num_codes} codes, {what} has {size}"
+            )
+    has_defaults = (root / DEFAULTS_FILE).is_file()
+    return Parts(
+        transformer=transformer,
+        scheduler=scheduler,
+        codebook=codebook,
+        visual_tokenizer=visual,
+        text_tokenizer=load_text_tokenizer(root / "tokenizer"),
+        defaults=_parse(SampleDefaults, root / DEFAULTS_FILE) if has_defaults else SampleDefaults(),
+    )
+
+
+def write_directory(parts: Parts, root: Path, *, codebook_file: bool) -> None:
+    """Write a model directory; model_index.json comes last, so a torn one is not taken for whole.
+
+    Args:
+        parts: What to write.
+        root: Made if missing.
+        codebook_file: Whether to write scheduler_model.pth, which the official code needs. It is
+            a torch archive of one tensor; without it the directory holds no pickle.
+    """
+    (root / "scheduler").mkdir(parents=True, exist_ok=True)
+    save_transformer(parts.transformer, root / "transformer")
+    save_visual_tokenizer(parts.visual_tokenizer.network, root / "vae")
+    parts.text_tokenizer.save(root / "tokenizer")
+    scheduler = {
+        "_class_name": "KineticOptimalScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        **parts.scheduler.model_dump(mode="json"),
+    }
+    _write_json(root / "scheduler" / SCHEDULER_FILE, scheduler)
+    if codebook_file:
+        torch.save({"path.emb": parts.codebook.cpu()}, root / "scheduler" / CODEBOOK_FILE)
+    _write_json(root / DEFAULTS_FILE, parts.defaults.model_dump(mode="json"))
+    models = "diffnext.models"
+    visual_homes = {
+        "AutoencoderVQCosmos3D": f"{models}.autoencoders.autoencoder_vq_cosmos3d",
+        "AutoencoderVQ": f"{models}.autoencoders.autoencoder_vq",
+    }
+    visual_class = json.loads((root / "vae" / "config.json").read_text("utf-8"))["_class_name"]
+    visual_home = visual_homes.get(visual_class, "ursa.tokenizers.fitted")
+    index = {
+        "_class_name": "URSAPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "transformer": [f"{models}.transformers.transformer_ursa", "URSATransformer3DModel"],
+        "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
+        "vae": [visual_home, visual_class],
+        "tokenizer": ["transformers", parts.text_tokenizer.class_name],
+    }
+    _write_json(root / INDEX_FILE, index)
+
+
+def _read_codebook(path: Path) -> Tensor | None:
+    """Return `path.emb` of scheduler_model.pth, shape (V, D); None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        codebook: Tensor = stored["path.emb"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(
+            f"{path} must hold one tensor 'path.emb' and nothing else: {error}"
+        ) from error
+    return codebook
+
+
+def _parse(model: type[FrozenModel], path: Path) -> Any:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing") from error
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()
+        )
+        raise ConfigError(f"{path} refused: {reasons}") from error
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

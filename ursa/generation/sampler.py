@@ -1,0 +1,185 @@
+"""The sampler: the steps from noise to codes, and where their randomness comes from.
+
+Dimensions: B = videos, T = latent frames, h, w = rows and columns of codes, V = codes, L = ids.
+
+References:
+    URSA, arXiv 2510.24717, algorithm 2.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ursa.diffusion.draws import draw_multinomial
+from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.diffusion.solver import draw_posterior, euler_step, guide, official_step
+from ursa.diffusion.timesteps import inference_times
+from ursa.errors import ConfigError
+from ursa.generation.conditions import frame_clock
+from ursa.model.transformer import UrsaTransformer
+
+DrawOrder = Literal["per_token", "official"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+OnStep = Callable[[int, float, Tensor], tuple[Tensor, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The numbers of one call; `UrsaPipeline.__call__` says what they mean."""
+
+    steps: int
+    scale: float
+    trunc: float
+    shift: float
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    draw_order: DrawOrder
+
+
+class Draws:
+    """Random numbers of one call.
+
+    In the order "per_token" every token has numbers of its own, so that a video depends on its own
+    generator alone; in the order "official" one generator serves all.
+    """
+
+    def __init__(
+        self,
+        generator: Generators,
+        num_videos: int,
+        shape: tuple[int, int, int],
+        order: DrawOrder,
+    ) -> None:
+        """Take generators for videos of latent shape (T, h, w).
+
+        Raises:
+            ConfigError: If there is another number of generators than videos, or several in the
+                official order.
+        """
+        single = generator is None or isinstance(generator, torch.Generator)
+        self._generators = [] if single else list(generator)  # type: ignore[arg-type]
+        if not single and len(self._generators) != num_videos:
+            raise ConfigError(
+                f"generator must be one or one a video ({num_videos}), got {len(self._generators)}"
+            )
+        if not single and order == "official":
+            raise ConfigError('draw_order "official" takes one generator for all videos')
+        self._single = generator if isinstance(generator, torch.Generator) else None
+        self._order = order
+        self._shape = (num_videos, *shape)
+
+    @property
+    def single(self) -> torch.Generator:
+        """The one generator: torch's own if none was given."""
+        return torch.default_generator if self._single is None else self._single
+
+    def uniform(self) -> Tensor:
+        """Return numbers in [0, 1), one a token, shape (B, T, h, w), on the generators' device."""
+        if self._generators:
+            return torch.stack(
+                [
+                    torch.rand(self._shape[1:], generator=item, device=item.device)
+                    for item in self._generators
+                ]
+            )
+        return torch.rand(self._shape, generator=self.single, device=self.single.device)
+
+    def source(self, path: MetricPath | MixturePath) -> Tensor:
+        """Draw codes at t = 0, shape (B, T, h, w)."""
+        if self._order == "official":
+            return path.source(self._shape, generator=self.single)
+        return path.source(self._shape, uniform=self.uniform())
+
+    def noised(
+        self, path: MetricPath | MixturePath, codes: Tensor, given: Tensor, t: float
+    ) -> Tensor:
+        """Draw x_t of codes (B, T, h, w); the official order draws for the given frames alone."""
+        if self._order == "official":
+            result = codes.clone()
+            probs = path.probs(codes[:, given.to(codes.device)], t)
+            result[:, given.to(codes.device)] = draw_multinomial(probs, self.single)
+            return result
+        return path.sample(codes, t, uniform=self.uniform().to(codes.device))
+
+
+def sample(  # noqa: PLR0913  (what the steps read)
+    transformer: UrsaTransformer,
+    path: MetricPath | MixturePath,
+    codes: Tensor,
+    *,
+    begins: Tensor,
+    text_ids: Tensor,
+    negative_ids: Tensor,
+    sampling: Sampling,
+    draws: Draws,
+    on_step: OnStep,
+    progress: Callable[[range], Iterable[int]],
+) -> Tensor:
+    """Run the steps.
+
+    Args:
+        transformer: The posterior network.
+        path: The probability path.
+        codes: Where to start, shape (B, T, h, w), int64; not changed.
+        begins: When each latent frame begins to move, shape (T,), 1 for never.
+        text_ids: Prompts, shape (B, L).
+        negative_ids: Prompts of the unconditional branch, shape (B, L).
+        sampling: Steps, guidance, temperature.
+        draws: Randomness.
+        on_step: Called with (step, t, codes) after every step; returns the codes that go on and
+            whether to stop.
+        progress: Wraps the steps.
+
+    Returns:
+        Codes, shape (B, T, h, w), int64.
+    """
+    times = [*inference_times(sampling.steps, sampling.shift).tolist(), 1.0]
+    for step in progress(range(sampling.steps)):
+        t, t_next, is_last = times[step], times[step + 1], step + 1 == sampling.steps
+        logits = _posterior(transformer, codes, text_ids, negative_ids, t, sampling)
+        begin, end = (each.expand(len(codes), -1) for each in frame_clock(begins, t, t_next))
+        if sampling.draw_order == "official":
+            moved = official_step(
+                path, codes, logits, begin, end, is_last=is_last, generator=draws.single
+            )
+        else:
+            moved = draw_posterior(
+                logits,
+                draws.uniform(),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            )
+            if not is_last:
+                numbers = torch.stack([draws.uniform(), draws.uniform()])
+                moved = euler_step(path, codes, moved, t=begin, t_next=end, uniforms=numbers)
+        waits = (begins >= t_next).to(codes.device)[:, None, None]
+        codes, stops = on_step(step, t, torch.where(waits, codes, moved))
+        if stops:
+            break
+    return codes
+
+
+def _posterior(
+    transformer: UrsaTransformer,
+    codes: Tensor,
+    text_ids: Tensor,
+    negative_ids: Tensor,
+    t: float,
+    sampling: Sampling,
+) -> Tensor:
+    """Return guided logits, shape (B, T, h, w, V)."""
+    scale = sampling.scale if t < sampling.trunc else 1.0
+    # the official code runs both branches to the end; one branch alone would round otherwise
+    both_branches = sampling.draw_order == "official" and sampling.scale > 1
+    if scale == 1.0 and not both_branches:
+        logits: Tensor = transformer(text_ids, codes)
+    else:
+        both = transformer(torch.cat([text_ids, negative_ids]), torch.cat([codes, codes]))
+        conditional, unconditional = both.chunk(2)
+        logits = guide(conditional, unconditional, scale)
+    return logits.view(*codes.shape, -1)
