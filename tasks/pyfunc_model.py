@@ -23,7 +23,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 INPUT_EXAMPLE = [{"prompt": "a rabbit in a meadow"}]
 REQUIREMENTS = (
     *("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "pydantic"),
-    *("pyyaml", "av", "tenacity", "fsspec"),
+    *("pyyaml", "av", "opencv-python-headless", "tqdm", "huggingface_hub"),
 )
 NOT_GIVEN = -1
 
