@@ -122,6 +122,31 @@ def test_a_given_first_frame_and_quiet(model, tmp_path):
     assert np.asarray(Image.open(out)).shape == (16, 24, 3)
 
 
+def test_frames_that_are_given(model, tmp_path):
+    for number in (1, 2):
+        picture = media.texture(32, 48, seed=number, grain=4.0)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    given = media.panning(30, step=2, height=72)
+    media.save_video(tmp_path / "given.mp4", given, 24.0)
+    first, last, video = (tmp_path / name for name in ("1.png", "2.png", "given.mp4"))
+    for name, options, num_frames in (
+        ("between", ("--image", first, "--last-image", last), 5),
+        ("long", ("--image", first, "--num-frames", 13, "--window", 9), 13),
+        ("on", ("--video", video, "--num-frames", 9, "--given-frames", 5), 9),
+        ("noised", ("--video", video, "--num-frames", 9, "--noise", 0.2), 9),
+    ):
+        out = tmp_path / f"{name}.mp4"
+        done = ursa("generate", "a tree", "--model", model, "--seed", 1, "--out", out, *options)
+        assert done.returncode == 0, done.stderr
+        assert video_info(out).num_frames == num_frames
+    mistake = ursa("generate", "a", "--model", model, "--video", first, cwd=tmp_path)
+    assert mistake.returncode == 1
+    assert "does not give" in mistake.stderr
+    both = ursa("generate", "a", "--model", model, "--video", video, "--image", first, cwd=tmp_path)
+    assert both.returncode == 1
+    assert "leave one out" in both.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

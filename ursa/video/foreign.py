@@ -48,7 +48,7 @@ def read_last_frames(
     config = limits.model_copy(
         update={
             "clip_fps": fps,
-            "clip_height_px": max(height_px, _MIN_SIDE_PX),
+            "clip_height_px": max(height_px, limits.clip_height_px),
             "shot_threshold": _NO_CUTS,
             "min_side_px": _MIN_SIDE_PX,
             "min_fps": _MIN_FPS,
