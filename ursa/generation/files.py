@@ -129,11 +129,15 @@ def find_directory(name: str | Path) -> Path:
     if text.count("/") != 1 or text.startswith(("/", ".", "~")):
         raise ConfigError(f"no model at {text}: there is no such directory")
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow, and rarely needed)
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(text))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"no model at {text}: there is no such directory, and the hub did not give a model "
             f"of that name ({type(error).__name__}); check the name and the network"

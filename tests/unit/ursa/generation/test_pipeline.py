@@ -463,6 +463,9 @@ def test_what_does_not_fit_is_refused(pipeline, arguments, message):
 def test_a_directory_without_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"model_index.json is missing"):
         UrsaPipeline.from_pretrained(tmp_path)
+    for name in ("nowhere", "./no/where", "a b/c:d"):
+        with pytest.raises(ConfigError, match="there is no such directory"):
+            UrsaPipeline.from_pretrained(name)
 
 
 def test_weights_that_do_not_fit_are_named(pipeline, tmp_path):
