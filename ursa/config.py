@@ -170,6 +170,9 @@ class StageConfig(FrozenModel):
     timestep_shift: float = Field(gt=0, description="1 is none, larger means more noise")
     max_steps: int = Field(gt=0, description="optimizer steps")
     global_batch_size: int = Field(gt=0, description="samples a step over all workers")
+    gradient_accumulation_steps: int = Field(
+        gt=0, description="parts of a worker's batch that go through the network one by one"
+    )
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(ge=0, description="end of the cosine")
     warmup_steps: int = Field(ge=0)
@@ -188,6 +191,11 @@ class StageConfig(FrozenModel):
     def _check(self) -> Self:
         if self.modality == "image" and self.timesteps == "per_frame":
             raise ValueError("timesteps 'per_frame' needs modality 'video', got 'image'")
+        if self.gradient_accumulation_steps > self.global_batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} must be at most "
+                f"global_batch_size {self.global_batch_size}"
+            )
         return self
 
 

@@ -106,11 +106,10 @@ class Trainer:
         batch = self.noisy_batch(step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        result = posterior_loss(self.model(batch.text_ids, batch.x_t), batch.x_1.flatten(1))
-        result.loss.backward()
+        sums = self._add_gradients(batch)
         self.group.average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        loss, accuracy = self.group.mean(torch.stack([result.loss.detach(), result.accuracy]))
+        loss, accuracy = self.group.mean(sums)
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteLossError(
                 f"stage {self.stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}"
@@ -130,6 +129,21 @@ class Trainer:
             "train/tokens_per_s": tokens / seconds,
             "train/samples_seen": float((step + 1) * self.config.global_batch_size),
         }
+
+    def _add_gradients(self, batch: NoisyBatch) -> Tensor:
+        """Add up the gradients of the batch, part by part; return mean loss and accuracy."""
+        parts = [
+            each.chunk(self.config.gradient_accumulation_steps)
+            for each in (batch.text_ids, batch.x_t, batch.x_1.flatten(1))
+        ]
+        means = []
+        for text_ids, x_t, x_1 in zip(*parts, strict=True):
+            # the last part may be smaller than the others
+            weight = len(x_1) / len(batch.x_1)
+            result = posterior_loss(self.model(text_ids, x_t), x_1)
+            (result.loss * weight).backward()
+            means.append(torch.stack([result.loss.detach(), result.accuracy]) * weight)
+        return torch.stack(means).sum(0)
 
 
 def make_noisy_batch(

@@ -45,6 +45,26 @@ def test_a_step_moves_weights_and_average(make_request):
     assert int(trainer.average.n_averaged) == 1
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_batch_in_parts_learns_what_it_learns_at_once(make_request, parts):
+    whole = build(make_request("async_finetune"))
+    in_parts = build(make_request("async_finetune", gradient_accumulation_steps=parts))
+    calls = []
+    in_parts.model.register_forward_pre_hook(lambda _model, inputs: calls.append(len(inputs[1])))
+    for step in range(3):
+        one, other = whole.step(step), in_parts.step(step)
+        for name in ("train/loss", "train/accuracy", "train/grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5), name
+    assert calls[: len(calls) // 3] == {2: [2, 2], 3: [2, 2], 4: [1, 1, 1, 1]}[parts]
+    for one, other in zip(whole.model.parameters(), in_parts.model.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_more_parts_than_samples_are_refused(make_request):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 5 must be at most"):
+        make_request("async_finetune", gradient_accumulation_steps=5)
+
+
 def test_a_batch_is_a_function_of_its_step(make_request):
     request = make_request("async_finetune")
     one, other = build(request), build(request)
