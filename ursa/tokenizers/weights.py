@@ -34,13 +34,17 @@ def write_network(
     values = network.config.model_dump(mode="json", by_alias=True)
     if isinstance(network, FittedAutoencoder):
         config = json.dumps({"_class_name": "FittedAutoencoder", **values}, indent=2)
-        save_file(weights, directory / WEIGHTS_FILE)
+        file = directory / WEIGHTS_FILE
+        save_file(weights, file)
     else:
         if not values.get("causal_attention", True):
             del values["causal_attention"]
         config = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        save_file(weights, directory / OFFICIAL_WEIGHTS_FILE, metadata={"format": "pt"})
+        file = directory / OFFICIAL_WEIGHTS_FILE
+        save_file(weights, file, metadata={"format": "pt"})
     (directory / CONFIG_FILE).write_text(config, "utf-8")
+    # safetensors lets nobody else read its files
+    file.chmod((directory / CONFIG_FILE).stat().st_mode)
 
 
 def read_network(directory: Path) -> FittedAutoencoder | CosmosAutoencoder | ImageAutoencoder:

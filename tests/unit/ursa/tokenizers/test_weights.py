@@ -35,8 +35,10 @@ def test_save_and_load_is_exact(name, tmp_path):
     assert type(again) is type(network)
     assert again.config == network.config
     save_visual_tokenizer(again, tmp_path / "b")
+    config = tmp_path / "a" / "config.json"
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        assert path.stat().st_mode == config.stat().st_mode  # whoever may read one may read all
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
