@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 from tests import media
+from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError
 from ursa.generation import UrsaPipeline
 from ursa.model.pretrained import WEIGHTS_FILE
+from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
+from ursa.tokenizers.visual import AutoencoderTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +334,55 @@ def test_noised_frames_wait_until_their_time(pipeline):
     early = [codes for t, codes in seen if t < 0.5]
     assert all(torch.equal(codes[:, :2], start) for codes in early)
     assert not torch.equal(seen[-1][1][:, :2], start)
+
+
+def test_the_shift_of_a_call_is_that_of_its_steps(pipeline):
+    """In the official code naming flow_shift raises."""
+
+    def times(**options):
+        seen = []
+        pipeline(
+            "a tree",
+            num_inference_steps=4,
+            callback_on_step_end=lambda _p, _s, t, _v: seen.append(t),
+            **options,
+        )
+        return seen
+
+    assert times(flow_shift=3.0) == pytest.approx(inference_times(4, 3.0).tolist())
+    assert times() == pytest.approx(inference_times(4, pipeline.scheduler.shift).tolist())
+
+
+def test_an_image_tokenizer_takes_given_frames(pipeline):
+    """In the official code an image fails with the two-dimensional tokenizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ImageAutoencoder(
+            ImageConfig(
+                block_out_channels=(32,) * 4,
+                layers_per_block=1,
+                latent_channels=8,
+                num_vq_embeddings=60,
+                vq_embed_dim=6,
+            )
+        )
+    images = UrsaPipeline(
+        transformer=pipeline.transformer,
+        scheduler=pipeline.scheduler,
+        visual_tokenizer=AutoencoderTokenizer(network),
+        text_tokenizer=pipeline.text_tokenizer,
+        defaults=pipeline.defaults,
+    )
+    picture = media.texture(16, 24, seed=1, grain=1.0)
+    given = images.visual_tokenizer.encode(picture[None, None])
+    options = {"generator": seeded(), "output_type": "latent"}
+    codes = images("a tree", image=picture, num_frames=3, **options).frames
+    assert codes.shape == (1, 3, 2, 3)
+    assert torch.equal(codes[:, :1], given)
+    # alone, and noised: another picture like it
+    near = images("a tree", image=picture, num_frames=1, cond_noise_scale=0.5, **options).frames
+    assert near.shape == given.shape
+    assert not torch.equal(near, given)
 
 
 def test_several_videos_of_several_prompts(pipeline):
