@@ -1,59 +1,21 @@
 """What a person sees in a browser after a run: driven with headless Chromium."""
 
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from selenium.common.exceptions import WebDriverException
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
+from selenium.webdriver import Chrome
 
+from tests.browser import needs_browser, open_browser, wait_for, wait_until
 from tests.running_services import Finished, mlflow_runs, tags
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-DRIVER = shutil.which("chromedriver")
-
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with driver"),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), needs_browser]
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("chromium")
-    for argument in (
-        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
-        *("--window-size=1500,1300", f"--user-data-dir={profile}", "--mute-audio"),
-        "--autoplay-policy=no-user-gesture-required",
-    ):
-        options.add_argument(argument)
-    driver = Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
-
-
-def wait_for(browser: Chrome, *texts: str, limit_s: float = 60) -> str:
-    """Wait until all texts are on the page; return the text of the page."""
-    body = ""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        try:
-            body = browser.find_element(By.TAG_NAME, "body").text
-        except WebDriverException:
-            body = ""
-        if all(text in body for text in texts):
-            return body
-        time.sleep(0.5)
-    missing = [text for text in texts if text not in body]
-    raise AssertionError(f"{browser.current_url} lacks {missing}; it shows: {body[:2000]}")
+    with open_browser(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -107,15 +69,9 @@ def test_mlflow_plays_a_sample(
     )
     clip = next(item["path"] for item in listed["files"] if item["path"].endswith(".mp4"))
     browser.get(f"{services.mlflow_url}/#/experiments/1/runs/{run_id}/artifacts/{clip}")
-    deadline = time.monotonic() + 60
-    ready = 0
-    while ready < 2 and time.monotonic() < deadline:
-        time.sleep(0.5)
-        ready = browser.execute_script(
-            "const v = document.querySelector('video'); return v ? v.readyState : 0"
-        )
+    video = "document.querySelector('video')"
+    wait_until(browser, f"return {video} && {video}.readyState >= 2")
     picture("mlflow-sample")
-    assert ready >= 2, "the clip does not play"
 
 
 def test_mlflow_page_of_the_model_version(
