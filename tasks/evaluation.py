@@ -59,6 +59,9 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 name.rpartition("/")[2].removesuffix(".png"),
                 trained.checkpoint.step,
             )
+    # on the page of the whole run, where one looks first: the strip and one clip of each kind
+    clips = [name for name in media if name.endswith("-0.mp4")]
+    tracking.log_files(context.run, report.samples_uri, [*pictures, *clips], SAMPLES)
     strip = pictures[0].rpartition("/")[2] if pictures else ""
     reports.eval_report(report, run.url, tracking.artifact_url(run, f"{SAMPLES}/{strip}"))
     verdict = "holds" if report.gate_passed else f"fails ({', '.join(report.failed_gates)})"

@@ -109,6 +109,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
         [
             ("model version", f"[{version.name} {version.version}]({url}), {version.alias}"),
             ("MLflow run", f"[{context.run.run_id}]({context.run.url})"),
+            ("pages", reports.artifact_links("data-funnel", "eval-report", "sample-grid")),
             ("source", f"`{reports.cell(context.source_uri)}`"),
             ("preset", context.preset),
             ("data", f"`{context.data_uri}`"),

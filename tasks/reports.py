@@ -236,6 +236,12 @@ def run_summary(title: str, rows: Sequence[tuple[str, str]]) -> None:
     markdown("run-summary", "\n".join(lines), title)
 
 
+def artifact_links(*keys: str) -> str:
+    """Return links, in Markdown, to the newest artifacts of some keys."""
+    base = str(runtime.flow_run.ui_url or "").partition("/runs/")[0]
+    return ", ".join(f"[{key}]({base}/artifacts/key/{key})" for key in keys)
+
+
 def slug(text: str) -> str:
     """Return a text in lower case with dashes, as artifact keys must be."""
     return text.lower().replace("_", "-")

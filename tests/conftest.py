@@ -1,5 +1,6 @@
 """Fixtures and the markers that follow from a test's directory."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         directory = item.path.relative_to(root).parts[0]
         if directory in {"integration", "e2e"}:
             item.add_marker(directory)
+
+
+def pytest_sessionfinish() -> None:
+    # threads of MLflow that still retry must not write to the closed output
+    logging.raiseExceptions = False
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The `ursa` command: generate clips, plan sizes, show configurations; imports what is needed."""
 
+import os
 import random
 import subprocess
 import sys
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from ursa.model.config import TransformerConfig
     from ursa.model.size import Plan, Qwen3Size
 
-app = App(name="ursa", version=__version__, help="Video generation models from your own videos.")
+app = App(
+    name="ursa",
+    version=__version__,
+    help="Video generation models from your own videos.",
+    help_format="plaintext",  # the others load a Markdown parser, a quarter of a second
+)
 _REGISTRY_PREFIX = "models:/"
 
 
@@ -59,8 +65,8 @@ def generate(
 
     Args:
         prompt: What the clip shows.
-        model: A model directory, a name on the hub, or models:/NAME@ALIAS in the registry
-            (MLFLOW_TRACKING_URI).
+        model: A model directory, a name on the hub, or models:/NAME@ALIAS in the registry at
+            MLFLOW_TRACKING_URI, http://127.0.0.1:5000 if that is not set.
         out: Where to write; .mp4, .gif or .png (first frame).
         image: First frame of the clip; it is kept.
         last_image: Last frame of the clip; with --image the clip goes from one to the other.
@@ -431,21 +437,53 @@ def _model_directory(model: str) -> Iterator[Path]:
     if not model.startswith(_REGISTRY_PREFIX):
         yield Path(model)
         return
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_mlflow()
+    _check_answers(tracking_uri)
     with tempfile.TemporaryDirectory(prefix="ursa-model-") as folder:
         # the library knows no tracker: the command line of MLflow does the talking
         command = [sys.executable, "-m", "mlflow", "artifacts", "download"]
         command += ["--artifact-uri", model, "--dst-path", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        environment = {
+            **os.environ,
+            "MLFLOW_TRACKING_URI": tracking_uri,
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=False, env=environment
+        )
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             raise ConfigError(
-                f"{model} cannot be downloaded: {last}; start the services with `make up` and set "
-                "MLFLOW_TRACKING_URI, for instance to http://127.0.0.1:5000"
+                f"{model} cannot be had from {tracking_uri}: {last.partition(': ')[2] or last}; "
+                "its models, versions and aliases are on the page /#/models there"
             )
         found = sorted(Path(folder).rglob("model_index.json"))
         if not found:
             raise ConfigError(f"{model} holds no ursa model (model_index.json is missing)")
         yield found[0].parent
+
+
+def _local_mlflow() -> str:
+    """Return the address of the tracking server that `make up` starts."""
+    return f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
+
+
+def _check_answers(tracking_uri: str) -> None:
+    """Raise ConfigError if nothing listens there: MLflow itself would try for minutes."""
+    import socket
+    from urllib.parse import urlsplit
+
+    address = urlsplit(tracking_uri)
+    if address.scheme not in {"http", "https"}:
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no MLflow server answers at {tracking_uri} ({error}); start the services with "
+            "`make up`, or set MLFLOW_TRACKING_URI to the address of yours"
+        ) from error
 
 
 def main() -> None:

@@ -112,8 +112,9 @@ def discover_videos(source_uri: str) -> tuple[SourceVideo, ...]:
         if _is_candidate(_relative_name(source_uri, uri))
     ]
     if not sources:
+        holds = f"{len(files)} files, but none that may be a video" if files else "no files"
         raise DataError(
-            f"source {source_uri!r} holds {len(files)} files, but none that may be a video; give a "
+            f"source {source_uri!r} holds {holds}; give a "
             "directory or s3:// prefix with mp4, mkv, webm, mov, avi, mpg or gif files"
         )
     return tuple(sorted(sources, key=lambda source: source.uri))

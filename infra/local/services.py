@@ -35,6 +35,11 @@ DEPLOYMENT = "ursa/full-training"
 MARK = "URSA_SERVICES"
 START_LIMIT_S = 180.0
 STOP_LIMIT_S = 12.0
+PROGRESS_EVERY_S = 30.0
+LOG_STARTS: dict[str, int] = {}
+"""Where the output of a service that this process has started begins in its log."""
+WAITING = re.compile(r"AwaitingConcurrencySlot|Aborted submission|Worker .* submitting flow run")
+"""What the worker says, several times a second, while a run waits for the one before it."""
 RUN_ID = re.compile(r"UUID: ([0-9a-f-]{36})")
 
 QUIET = {
@@ -288,6 +293,7 @@ def launch(service: Service, **extra: str) -> None:
         service.log.replace(service.log.with_suffix(".log.old"))
     (STATE / "mlflow").mkdir(parents=True, exist_ok=True)
     with service.log.open("ab") as log:
+        LOG_STARTS[service.name] = log.tell()
         child = subprocess.Popen(
             service.command,
             cwd=ROOT,
@@ -300,18 +306,18 @@ def launch(service: Service, **extra: str) -> None:
     write_pid_file(service, child.pid, **extra)
 
 
-def ensure_started(service: Service) -> None:
-    """Start a server unless ours is up on the right port already."""
+def make_room(service: Service) -> bool:
+    """Free the port of a server that is to be started; False if ours is up on it already."""
     living = read_pid_file(service)
     if living and living.get("port") == service.port:
-        return
+        return False
     if living:
         say(f"{service.name}: moving from port {living.get('port')} to {service.port}")
         stop(service)
     lost = find_lost(service)
     if lost is not None and lost.cmdline()[-len(service.command) :] == list(service.command):
         write_pid_file(service, lost.pid)
-        return
+        return False
     if lost is not None:
         stop_processes([lost, *lost.children(recursive=True)])
     assert service.port is not None
@@ -323,19 +329,21 @@ def ensure_started(service: Service) -> None:
             who = f"{owner.name()} (pid {owner.pid})" if owner else "another process"
             raise ServiceError(
                 f"port {service.port} for {service.name} is used by {who}; stop it, or choose "
-                f"another port: {service.variable}={service.port + 10} make run"
+                f"another port: {service.variable}={service.port + 10} make up"
             )
-    launch(service)
+    return True
 
 
 def wait_healthy(service: Service) -> None:
     """Wait until a server answers; say why when it does not."""
     deadline = time.monotonic() + START_LIMIT_S
+    begin = LOG_STARTS.get(service.name, 0)
     while not healthy(service):
         if read_pid_file(service) is None:
             service.pid_file.unlink(missing_ok=True)
+            why = last_line(service.log, begin)
             raise ServiceError(
-                f"{service.name} did not start: {last_line(service.log)}; see {service.log}, and "
+                f"{service.name} did not start: {why}; see {service.log}, and "
                 f"if its data are damaged or of another version move {STATE / service.name} away"
             )
         if time.monotonic() > deadline:
@@ -347,11 +355,12 @@ def wait_healthy(service: Service) -> None:
         time.sleep(0.2)
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of a log that looks like a cause."""
+def last_line(log: Path, begin: int = 0) -> str:
+    """Return the last line of a log, from a byte on, that looks like a cause."""
     with contextlib.suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace")[-8000:].splitlines()]
-        causes = [line for line in lines if re.search(r"(Error|error|Exception)\b", line)]
+        text = log.read_bytes()[begin:].decode(errors="replace")
+        lines = [line.strip() for line in text[-8000:].splitlines()]
+        causes = [line for line in lines if re.search(r"(Error|error|Exception|in use)\b", line)]
         if causes or lines:
             return (causes or lines)[-1][:300]
     return "no output"
@@ -506,8 +515,9 @@ def up() -> None:
     with exclusive():
         began = time.monotonic()
         fresh = [item for item in (prefect, mlflow) if read_pid_file(item) is None]
-        for service in (prefect, mlflow):
-            ensure_started(service)
+        # nothing is started before every port is known to be free
+        for service in [item for item in (prefect, mlflow) if make_room(item)]:
+            launch(service)
         if fresh:
             say(f"starting {' and '.join(item.name for item in fresh)} (logs: {STATE}/logs)")
         for service in (prefect, mlflow):
@@ -570,8 +580,14 @@ def status() -> int:
 
 def run(preset: str, source: str, parameters: list[str]) -> int:
     """Run the literal `prefect deployment run`, follow it and say where to look."""
-    if "://" not in source and not Path(source).is_absolute():
-        source = str((ROOT / source).resolve())
+    if "://" not in source:
+        folder = (ROOT / source).resolve()
+        if (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():
+            raise ServiceError(
+                f"SOURCE={source} does not exist or is empty; give a directory that holds videos, "
+                "or an s3:// prefix"
+            )
+        source = str(folder)
     up()
     prefect, mlflow, _ = services()
     for other in settle_dead_runs(prefect, min_age_s=30):
@@ -598,7 +614,7 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
         message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
         message = re.sub(r"\x1b?\[\d+m", "", message)
         say(f"\nFAILED: {message}")
-        say(f"Try: look at {page}, then `make run` again (finished work is kept)")
+        say(f"Try: mend that (more on {page}), then `make run` again (finished work is kept)")
         return code or 1
     report(flow_run, page, mlflow)
     return 0
@@ -631,7 +647,8 @@ def follow(command: list[str]) -> tuple[int, str | None]:
     watcher: subprocess.Popen[bytes] | None = None
     try:
         for line in child.stdout:
-            say(line.rstrip())
+            if not WAITING.search(line):
+                say(line.rstrip())
             if run_id is None and (match := RUN_ID.search(line)):
                 run_id = match.group(1)
                 guard = (sys.executable, __file__, "guard", run_id, str(child.pid))
@@ -653,8 +670,15 @@ def guard(run_id: str, pid: int) -> int:
     prefect, _, _ = services()
     child = psutil.Process(pid)
     ended = 0
+    told, last = time.monotonic(), ""
     while child.is_running() and ended < 4:
         time.sleep(5)
+        if time.monotonic() - told >= PROGRESS_EVERY_S:
+            told = time.monotonic()
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):
+                if (text := newest_progress(prefect)) != last:
+                    say(f"  {text}")
+                    last = text
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):
             settle_dead_runs(prefect, min_age_s=60)
             kind = request(f"{prefect.url}/api/flow_runs/{run_id}")["state"]["type"]
@@ -662,6 +686,13 @@ def guard(run_id: str, pid: int) -> int:
     with contextlib.suppress(psutil.Error):
         child.terminate()
     return 0
+
+
+def newest_progress(prefect: Service) -> str:
+    """Return what the run under way says of its work, such as "train-video-pretrain: step 9"."""
+    query = {"artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC", "limit": 1}
+    found = request(f"{prefect.url}/api/artifacts/filter", query)
+    return f"{found[0]['key']}: {found[0]['description']}" if found else ""
 
 
 def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
@@ -695,7 +726,7 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     if sample := tags.get("ursa.sample"):
         say(f"Generated clip  {sample}")
     if again := tags.get("ursa.generate_command"):
-        say(f"Make it again   {again}")
+        say(f"Make it again   {BIN.relative_to(ROOT) if BIN.is_relative_to(ROOT) else BIN}/{again}")
 
 
 def main() -> int:

@@ -1,4 +1,5 @@
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -168,6 +169,25 @@ def test_a_mistake_is_one_line(model, tmp_path, arguments, message):
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "URSA_MLFLOW_PORT"])
+def test_a_registry_that_is_down_is_named_at_once(tmp_path, variable):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # held, but nobody listens
+        port = str(listener.getsockname()[1])
+        value = port if variable == "URSA_MLFLOW_PORT" else f"http://127.0.0.1:{port}"
+        environment = {"PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin", variable: value}
+        started = time.perf_counter()
+        done = ursa(
+            "generate", "a", "--model", "models:/ursa@champion", cwd=tmp_path, env=environment
+        )
+    assert time.perf_counter() - started < 60
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: no MLflow server answers at http://127.0.0.1:{port} (")
+    assert "`make up`" in line
     assert list(tmp_path.iterdir()) == []
 
 

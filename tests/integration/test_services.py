@@ -71,14 +71,27 @@ def test_port_of_another_process_is_named(tmp_path: Path, variable: str) -> None
     environment = service_environment(tmp_path) | {variable: str(server.server_port)}
     try:
         done = run_script("up", environment=environment)
+        started = marked(tmp_path)
     finally:
         run_script("down", environment=environment)
         server.shutdown()
         server.server_close()
+    assert started == []  # not even the other server
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert f"port {server.server_port} " in done.stderr
     assert variable in done.stderr
+    assert marked(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["gone", "empty"])
+def test_a_source_without_files_is_named_before_anything_starts(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    environment = service_environment(tmp_path)
+    done = run_script("run", "--source", str(tmp_path / name), environment=environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"ERROR: SOURCE={tmp_path / name} does not exist or is empty")
     assert marked(tmp_path) == []
 
 

@@ -195,7 +195,7 @@ def test_source_without_clips_is_an_error(tmp_path):
 def test_missing_or_empty_source_says_what_to_do(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         discover_videos(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="holds 0 files"):
+    with pytest.raises(DataError, match="holds no files"):
         discover_videos(str(tmp_path))
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="holds 1 files, but none"):
