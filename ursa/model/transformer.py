@@ -74,24 +74,31 @@ class UrsaTransformer(nn.Module):
                 module.is_causal = False
 
     def forward(self, text_ids: Tensor, visual_ids: Tensor) -> Tensor:
-        """Return posterior logits of every visual token.
+        """Return posterior logits of every visual token: `lm_head` of `hidden_states`.
+
+        Returns:
+            Logits over the codes, shape (B, T*H*W, V).
+        """
+        logits: Tensor = self.lm_head(self.hidden_states(text_ids, visual_ids))
+        return logits
+
+    def hidden_states(self, text_ids: Tensor, visual_ids: Tensor) -> Tensor:
+        """Return what the head reads to predict every visual token.
 
         Args:
             text_ids: Left-padded prompt ids, shape (B, L), int64.
             visual_ids: Noisy codes x_t, shape (B, T, H, W), int64.
 
         Returns:
-            Logits over the codes, shape (B, T*H*W, V).
+            Hidden states after the final norm, shape (B, T*H*W, hidden_size).
         """
         text_length = text_ids.shape[1]
         frames, rows, columns = visual_ids.shape[1:]
-        hidden = self.forward_ids(
+        return self.forward_ids(
             self.layout.input_ids(text_ids, visual_ids),
             positions(text_length, (frames, rows, columns)),
             keep=posterior_slice(text_length, frames * rows * columns),
         )
-        logits: Tensor = self.lm_head(hidden)
-        return logits
 
     def forward_ids(
         self,

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from ursa.config import StageConfig
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch, TokenSamples, step_indices
-from ursa.diffusion.loss import posterior_loss
+from ursa.diffusion.loss import linear_posterior_loss
 from ursa.diffusion.path import MetricPath, MixturePath
 from ursa.diffusion.timesteps import training_times
 from ursa.errors import NonFiniteLossError
@@ -140,7 +140,8 @@ class Trainer:
         for text_ids, x_t, x_1 in zip(*parts, strict=True):
             # the last part may be smaller than the others
             weight = len(x_1) / len(batch.x_1)
-            result = posterior_loss(self.model(text_ids, x_t), x_1)
+            hidden = self.model.hidden_states(text_ids, x_t)
+            result = linear_posterior_loss(hidden, self.model.lm_head.weight, x_1)
             (result.loss * weight).backward()
             means.append(torch.stack([result.loss.detach(), result.accuracy]) * weight)
         return torch.stack(means).sum(0)
@@ -229,7 +230,9 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
             )
             x_t = path.sample(batch.visual_ids, torch.tensor(t), uniform=uniform)
             text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
-            measured = posterior_loss(model(text, x_t), batch.visual_ids.flatten(1))
+            hidden = model.hidden_states(text, x_t)
+            clean = batch.visual_ids.flatten(1)
+            measured = linear_posterior_loss(hidden, model.lm_head.weight, clean)
             totals += torch.stack([measured.loss, measured.accuracy]).double() * len(places)
         loss, accuracy = (totals / count).tolist()
         result[t] = (loss, accuracy)

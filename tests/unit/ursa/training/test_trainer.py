@@ -50,7 +50,8 @@ def test_a_batch_in_parts_learns_what_it_learns_at_once(make_request, parts):
     whole = build(make_request("async_finetune"))
     in_parts = build(make_request("async_finetune", gradient_accumulation_steps=parts))
     calls = []
-    in_parts.model.register_forward_pre_hook(lambda _model, inputs: calls.append(len(inputs[1])))
+    norm = in_parts.model.model.norm
+    norm.register_forward_pre_hook(lambda _norm, inputs: calls.append(len(inputs[0])))
     for step in range(3):
         one, other = whole.step(step), in_parts.step(step)
         for name in ("train/loss", "train/accuracy", "train/grad_norm"):
