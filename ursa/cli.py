@@ -51,6 +51,7 @@ def generate(
     guidance: float | None = None,
     shift: float | None = None,
     temperature: float | None = None,
+    solver: Literal["exact", "euler"] | None = None,
     motion: float | None = None,
     negative: str | None = None,
     seed: int | None = None,
@@ -82,6 +83,7 @@ def generate(
         guidance: Classifier-free guidance, 1 is off.
         shift: Timestep shift of the sampler, 1 is none.
         temperature: Of the draw of codes; 1 is the model's own law, less is cleaner, less varied.
+        solver: How codes move between steps; exact has no error of time, euler is the paper's.
         motion: Asked motion, px/s at 256 px width.
         negative: What the clip shall not show.
         seed: Makes the clip repeatable; drawn and printed if left out.
@@ -137,6 +139,7 @@ def generate(
             guidance_scale=guidance,
             flow_shift=shift,
             temperature=temperature,
+            solver=solver,
             motion_score=motion,
             cond_noise_scale=noise,
             generator=generator,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ursa.diffusion.path import normalize_codebook
+from ursa.diffusion.codebook import normalize_codebook
 from ursa.model.rope import frequency_axes, rotary_embedding
 from ursa.model.sequence import positions
 from ursa.tokenizers.quantizers import FSQuantizer

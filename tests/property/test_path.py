@@ -92,7 +92,7 @@ def test_noise_is_uniform_and_data_a_point_mass(case):
     )
     distance = path.distance(x_1)
     nearest = (distance < 1e-3).float()  # codes of one direction share the mass
-    path = MetricPath(path.codebook, alpha=1.0, c=8.0)
+    path = MetricPath(path.codebook.codes, alpha=1.0, c=8.0)
     end = path.probs(x_1, torch.tensor(1 - 2.0**-20))
     assert ((end * nearest).sum(-1) > 0.999).all()
     assert (nearest.gather(-1, x_1.unsqueeze(-1)) == 1).all()

@@ -11,9 +11,14 @@ from torch import Tensor
 
 from ursa.errors import ConfigError, DataError
 
+_BLOCK = 256
+
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Draw one index a row in proportion to weights, by inverting the distribution function.
+
+    In two levels, blocks of 256 and then the weights of one block: running sums over 64,000 codes
+    are slow and lose digits. A weight of zero is never drawn.
 
     Args:
         weights: Not negative, not all zero, shape (..., V), float32 or float64.
@@ -23,11 +28,31 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
         Indices in [0, V), shape (...), int64.
     """
     weights = weights.to(torch.promote_types(weights.dtype, uniform.dtype))
-    cumulative = weights.cumsum(-1)
-    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    index: Tensor = torch.searchsorted(cumulative, target, right=True)
-    clamped: Tensor = index.squeeze(-1).clamp_max(weights.shape[-1] - 1)
-    return clamped
+    size = weights.shape[-1]
+    if size <= _BLOCK:
+        sums = weights.cumsum(-1)
+        return _first_above(sums, uniform.unsqueeze(-1) * sums[..., -1:]).squeeze(-1)
+    whole = size // _BLOCK * _BLOCK
+    blocks = weights[..., :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if whole < size:
+        blocks = torch.cat([blocks, weights[..., whole:].sum(-1, keepdim=True)], dim=-1)
+    sums = blocks.cumsum(-1)
+    target = uniform.unsqueeze(-1) * sums[..., -1:]
+    block = _first_above(sums, target)
+    target = target - (sums - blocks).gather(-1, block)
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = weights.gather(-1, columns.clamp_max(size - 1)).masked_fill_(columns >= size, 0)
+    index = block * _BLOCK + _first_above(inside.cumsum(-1), target)
+    return index.squeeze(-1)
+
+
+def _first_above(sums: Tensor, target: Tensor) -> Tensor:
+    """Return the first place of each row whose running sum exceeds the target, shape (..., 1).
+
+    A target at or above the last sum, which rounding can make, counts as just below it.
+    """
+    below = torch.nextafter(sums[..., -1:], sums.new_zeros(()))
+    return torch.searchsorted(sums, torch.minimum(target, below), right=True)
 
 
 def draw_multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ursa.diffusion.path import normalize_codebook
+from ursa.diffusion.codebook import normalize_codebook
 
 _MAX_ROWS = 2048
 """Rows of the codebook over which the mean is taken: an even subset when there are more."""

@@ -9,7 +9,10 @@ Every path has the same interface and moves every token on its own:
 - `probs(x_1, t)`: the law p_t(x | x_1) over the S states;
 - `sample(x_1, t)`: x_t drawn from it;
 - `velocity(x_t, x_1, t)`: rates u_t(x; x_t, x_1) of the jump process that carries p_t, so that
-  d/dt p_t(x) = sum_y p_t(y) u_t(x; y) - p_t(x) sum_z u_t(z; x) (Kolmogorov's forward equation).
+  d/dt p_t(x) = sum_y p_t(y) u_t(x; y) - p_t(x) sum_z u_t(z; x) (Kolmogorov's forward equation);
+- `rate(x_t, x_1, t)`: their sum, and `jump(x_t, x_1, t)`: a draw in proportion to them.
+
+`probs` and `velocity` are the readable reference and hold (..., S) tensors; the others do not.
 
 t is a number, one a sample (B,), one a latent frame (B, T) or whatever `expand_time` takes.
 Randomness is numbers in [0, 1), one a token, or a generator; a path keeps neither.
@@ -26,12 +29,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ursa.diffusion.draws import check_ids, check_like, draw, uniform_codes, uniform_numbers
+from ursa.diffusion.codebook import DenseCodebook, Numbers
+from ursa.diffusion.draws import check_ids, check_like, uniform_codes, uniform_numbers
 from ursa.diffusion.timesteps import expand_time
 from ursa.errors import ConfigError
-
-NORM_FLOOR = 1e-5
-"""Codes are divided by max(|e|, NORM_FLOOR), so that the zero code stays zero."""
 
 
 class MetricPath:
@@ -40,8 +41,6 @@ class MetricPath:
     d is the squared Euclidean distance between L2-normalised codebook rows and
     beta_t = c * (t / (1 - t)) ** alpha. t = 0 is uniform noise, t -> 1 a point mass on the codes at
     distance 0 of x_1.
-
-    This is the readable reference: it holds (..., V) tensors of the tokens it is asked about.
     """
 
     def __init__(
@@ -59,23 +58,17 @@ class MetricPath:
         Raises:
             ConfigError: If the codebook, alpha, c or dtype are not as stated.
         """
-        if codebook.ndim != 2:
-            raise ConfigError(f"codebook must have shape (V, D), got {tuple(codebook.shape)}")
         if not (alpha > 0 and c > 0):
             raise ConfigError(f"alpha and c must be positive, got alpha={alpha}, c={c}")
-        _check(len(codebook), dtype)
-        if not bool(torch.isfinite(codebook).all()):
-            raise ConfigError("codebook must be finite, got NaN or infinite entries")
         self.alpha = alpha
         self.c = c
         self.dtype = dtype
-        self.codebook = normalize_codebook(codebook, dtype)
-        self._square = self.codebook.square().sum(-1)
+        self.codebook = DenseCodebook(codebook, dtype)
 
     @property
     def codebook_size(self) -> int:
         """Number of codes V."""
-        return self.codebook.shape[0]
+        return len(self.codebook)
 
     @property
     def num_states(self) -> int:
@@ -86,7 +79,6 @@ class MetricPath:
         """Return the same path with its codebook, bit for bit, on a device."""
         moved = copy.copy(self)
         moved.codebook = self.codebook.to(device)
-        moved._square = self._square.to(device)
         return moved
 
     def beta(self, t: Tensor) -> Tensor:
@@ -109,20 +101,8 @@ class MetricPath:
         return uniform_codes(shape, self.codebook_size, generator=generator, uniform=uniform)
 
     def distance(self, x_1: Tensor) -> Tensor:
-        """Return the squared distance of every code to each token.
-
-        Args:
-            x_1: Token ids in [0, V), shape (...), int64.
-
-        Returns:
-            Distances in [0, 4], shape (..., V).
-
-        Raises:
-            DataError: If an id is not in [0, V).
-        """
-        x_1 = check_ids("x_1", x_1, self.codebook_size)
-        cross = self.codebook[x_1] @ self.codebook.T
-        return (self._square[x_1].unsqueeze(-1) + self._square - 2 * cross).clamp_min_(0)
+        """Return the squared distance of every code to each token. See `DenseCodebook.distance`."""
+        return self.codebook.distance(x_1)
 
     def probs(self, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return p_t(x | x_1).
@@ -138,7 +118,7 @@ class MetricPath:
             ConfigError: If t is out of range or does not fit x_1.
             DataError: If an id is not in [0, V).
         """
-        return _to_one(self._softmax(_time(t, x_1, self.dtype), self.distance(x_1)))
+        return self._softmax(_time(t, x_1, self.dtype), self.distance(x_1))
 
     def sample(
         self,
@@ -164,9 +144,9 @@ class MetricPath:
             ConfigError: If t or uniform do not fit x_1, or not one source is given.
             DataError: If an id is not in [0, V).
         """
-        weights = self._softmax(_time(t, x_1, self.dtype), self.distance(x_1))
+        beta = self.beta(_time(t, x_1, self.dtype))
         uniform = uniform_numbers(x_1.shape, generator=generator, uniform=uniform)
-        return draw(weights, uniform.to(x_1.device))
+        return self.codebook.noise(x_1, beta, uniform)
 
     def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return the kinetic-optimal rate of jumping from x_t to every code.
@@ -189,13 +169,43 @@ class MetricPath:
         x_t = check_like("x_t", x_t, x_1, self.num_states)
         distance = self.distance(x_1)
         current = distance.gather(-1, x_t.unsqueeze(-1))
-        probs = _to_one(self._softmax(t, distance))
+        probs = self._softmax(t, distance)
         rate = self.beta_rate(t).to(self.dtype).unsqueeze(-1) * probs
         return (rate * torch.relu(current - distance)).scatter(-1, x_t.unsqueeze(-1), 0.0)
 
+    def rate(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return the rate of leaving x_t, the sum of `velocity` over the codes.
+
+        Arguments and errors are those of `velocity`.
+
+        Returns:
+            Rates per unit of time, shape (...).
+        """
+        t = _time(t, x_1, self.dtype)
+        return self.beta_rate(t).to(self.dtype) * self.codebook.rate(x_t, x_1, self.beta(t))
+
+    def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:
+        """Draw where a jump goes, in proportion to `velocity`; x_t where nothing is closer to x_1.
+
+        Arguments and errors are those of `velocity`; uniform numbers in [0, 1), shape (...).
+
+        Returns:
+            Token ids, shape (...), int64.
+        """
+        return self.codebook.jump(x_t, x_1, self.beta(_time(t, x_1, self.dtype)), uniform)
+
+    def exact_step(
+        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
+    ) -> Tensor:
+        """Carry x_t from t to t_next < 1 by the jump process of x_1. See `DenseCodebook`."""
+        start, end = (self.beta(_time(each, x_1, self.dtype)) for each in (t, t_next))
+        return self.codebook.exact_step(x_t, x_1, start, end, numbers)
+
     def _softmax(self, t: Tensor, distance: Tensor) -> Tensor:
-        """Return p_t up to a common factor within 1e-5 of 1; t is aligned with the tokens."""
-        return torch.softmax(-self.beta(t).to(self.dtype).unsqueeze(-1) * distance, dim=-1)
+        """Return p_t; t is aligned with the tokens."""
+        weights = torch.softmax(-self.beta(t).to(self.dtype).unsqueeze(-1) * distance, dim=-1)
+        # softmax adds float32 in a row and is 1e-5 off for 64,000 codes
+        return weights / weights.sum(-1, keepdim=True)
 
 
 class MixturePath:
@@ -277,11 +287,28 @@ class MixturePath:
 
     def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return the rates, shape (..., V): 1 / (1 - t) to x_1, else 0; 0 on x_t."""
+        return _on_code(x_1.long(), self.rate(x_t, x_1, t), self.num_states)
+
+    def rate(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return the rates of leaving x_t, shape (...)."""
         t = _time(t, x_1, self.dtype)
         x_1 = check_ids("x_1", x_1, self.codebook_size)
         x_t = check_like("x_t", x_t, x_1, self.num_states)
-        rate = torch.where(x_t == x_1, 0.0, (1 / (1 - t)).to(self.dtype))
-        return _on_code(x_1, rate, self.num_states)
+        return torch.where(x_t == x_1, 0.0, (1 / (1 - t)).to(self.dtype))
+
+    def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:  # noqa: ARG002
+        """Return x_1: a jump goes nowhere else."""
+        return check_ids("x_1", x_1, self.codebook_size)
+
+    def exact_step(
+        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
+    ) -> Tensor:
+        """Carry x_t from t to t_next: to x_1 with probability (t_next - t) / (1 - t)."""
+        start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
+        jumps = (self.rate(x_t, x_1, t) > 0) & (
+            numbers()[0].to(x_1.device) < (end - start) / (1 - start)
+        )
+        return torch.where(jumps, x_1.long(), x_t.long())
 
 
 class MaskedPath:
@@ -355,33 +382,38 @@ class MaskedPath:
 
     def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return the rates, shape (..., V + 1): 1 / (1 - t) from the mask to x_1, else 0."""
+        return _on_code(x_1.long(), self.rate(x_t, x_1, t), self.num_states)
+
+    def rate(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return the rates of leaving x_t, shape (...)."""
         t = _time(t, x_1, self.dtype)
         x_1 = check_ids("x_1", x_1, self.codebook_size)
         x_t = check_like("x_t", x_t, x_1, self.num_states)
-        rate = torch.where(x_t == self.mask_id, (1 / (1 - t)).to(self.dtype), 0.0)
-        return _on_code(x_1, rate, self.num_states)
+        return torch.where(x_t == self.mask_id, (1 / (1 - t)).to(self.dtype), 0.0)
+
+    def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:  # noqa: ARG002
+        """Return x_1: a jump goes nowhere else."""
+        return check_ids("x_1", x_1, self.codebook_size)
+
+    def exact_step(
+        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
+    ) -> Tensor:
+        """Carry x_t from t to t_next: to x_1 with probability (t_next - t) / (1 - t)."""
+        start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
+        jumps = (self.rate(x_t, x_1, t) > 0) & (
+            numbers()[0].to(x_1.device) < (end - start) / (1 - start)
+        )
+        return torch.where(jumps, x_1.long(), x_t.long())
 
 
 ProbabilityPath = MetricPath | MixturePath | MaskedPath
 """What the solver moves tokens along."""
 
 
-def normalize_codebook(codebook: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Divide every row by its length, in dtype; the zero row stays zero. Shape (V, D)."""
-    codebook = codebook.to(dtype)
-    length: Tensor = torch.linalg.vector_norm(codebook, dim=-1, keepdim=True)
-    return codebook / length.clamp_min(NORM_FLOOR)
-
-
 def _time(t: float | Tensor, x_1: Tensor, dtype: torch.dtype) -> Tensor:
     """Align t with the tokens and compute with it in no less than dtype."""
     aligned = expand_time(t, x_1)
     return aligned.to(torch.promote_types(aligned.dtype, dtype))
-
-
-def _to_one(weights: Tensor) -> Tensor:
-    """Make rows sum to 1: softmax adds float32 in a row and is 1e-5 off for 64,000 codes."""
-    return weights / weights.sum(-1, keepdim=True)
 
 
 def _on_code(ids: Tensor, values: Tensor, num_states: int) -> Tensor:

@@ -10,14 +10,21 @@ References:
 import torch
 from torch import Tensor
 
+from ursa.diffusion.codebook import Numbers
 from ursa.diffusion.draws import check_like, draw, draw_multinomial
 from ursa.diffusion.path import ProbabilityPath
 from ursa.diffusion.timesteps import align_time, expand_time
 from ursa.errors import ConfigError
 
+_PART_ELEMENTS = 2**22
+"""Logits that are held at once, 16 MB in float32: 65 tokens of 64,000 codes."""
+
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Return z_u + scale * (z_c - z_u); logits of shape (B, N, V), scale 1 is no guidance."""
+    """Return z_u + scale * (z_c - z_u); scale 1 is no guidance.
+
+    Of logits, shape (B, N, V), or of the hidden states that a linear head reads, shape (B, N, D).
+    """
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -54,12 +61,49 @@ def euler_step(
             f"got {tuple(uniforms.shape)}"
         )
     uniforms = uniforms.to(x_t.device)
-    velocity = path.velocity(x_t, x_1, t)
-    rate = velocity.sum(-1)
-    jumps = uniforms[0] < _jump_probability(rate, x_1, t, t_next)
-    # a row without rate never jumps; give it any weight so that the draw is defined
-    target = draw(velocity + (rate == 0).unsqueeze(-1), uniforms[1])
-    return torch.where(jumps, target, x_t)
+    jumps = uniforms[0] < jump_threshold(path, x_t, x_1, t, t_next)
+    moved = x_t.long().clone()
+    start = expand_time(t, x_1).expand(x_1.shape)
+    moved[jumps] = path.jump(x_t[jumps], x_1[jumps], start[jumps], uniforms[1][jumps])
+    return moved
+
+
+def exact_step(
+    path: ProbabilityPath,
+    x_t: Tensor,
+    x_1: Tensor,
+    *,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    numbers: Numbers,
+) -> Tensor:
+    """Move every token by the jump process of its x_1, exact for steps of any length.
+
+    `euler_step` holds the rates of t over the whole step and errs by that; this is the process
+    itself: given x_t ~ p_t(. | x_1) the result is distributed as p_{t_next}(. | x_1).
+
+    Args:
+        path: The probability path.
+        x_t: Current token ids, shape (...), int64.
+        x_1: Clean token ids drawn from the posterior, shape (...), int64.
+        t: Start of the step in [0, 1), a number or a shape that `expand_time` takes.
+        t_next: End of the step in [t, 1), likewise; equal to t for a token that must not move.
+        numbers: Gives random numbers in [0, 1), shape (3, ...), as often as it is called.
+
+    Returns:
+        Token ids at t_next, shape (...), int64.
+
+    Raises:
+        ConfigError: If t or t_next are out of range, or shapes do not fit.
+        DataError: If an id is out of range.
+    """
+    start, end = expand_time(t, x_1), expand_time(t_next, x_1)
+    if not bool((end >= start).all()):
+        raise ConfigError(
+            f"t_next must be in [t, 1) (t_next = t holds a token), got {float(end.min())} to "
+            f"{float(end.max())} for t from {float(start.min())}"
+        )
+    return path.exact_step(x_t, x_1, start, end, numbers)
 
 
 def jump_threshold(
@@ -73,7 +117,64 @@ def jump_threshold(
     Returns:
         Probabilities in [0, 1], shape (...), in the type of the path.
     """
-    return _jump_probability(path.velocity(x_t, x_1, t).sum(-1), x_1, t, t_next)
+    return _jump_probability(path.rate(x_t, x_1, t), x_1, t, t_next)
+
+
+def draw_from_head(
+    hidden: Tensor,
+    weight: Tensor,
+    uniform: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    part_rows: int | None = None,
+) -> Tensor:
+    """Draw x_1 as `draw_posterior` does, from hidden states, without the logits of all tokens.
+
+    The head is linear: guide the hidden states, then draw once, and one product serves both
+    branches. A token's draw does not depend on how many are taken at once, but for rounding.
+
+    Args:
+        hidden: Last hidden states at the predicting places, shape (..., D).
+        weight: Head W, shape (V, D).
+        uniform: Random numbers in [0, 1), shape (...), one a token.
+        temperature: As in `draw_posterior`, like the two that follow.
+        top_k: The k most likely codes.
+        top_p: The fewest codes whose mass reaches p.
+        part_rows: Tokens at once; None takes what fits into 16 MB.
+
+    Returns:
+        Token ids in [0, V), shape (...), int64.
+
+    Raises:
+        ConfigError: If an option or a shape is not as stated.
+    """
+    if weight.shape[1:] != hidden.shape[-1:]:
+        raise ConfigError(
+            "hidden must have shape (..., D) and weight (V, D), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if uniform.shape != hidden.shape[:-1]:
+        raise ConfigError(
+            f"uniform must hold one number a token, shape {tuple(hidden.shape[:-1])}, "
+            f"got {tuple(uniform.shape)}"
+        )
+    if part_rows is not None and part_rows < 1:
+        raise ConfigError(f"part_rows must be at least 1, got {part_rows}")
+    rows = part_rows or max(1, _PART_ELEMENTS // len(weight))
+    parts = zip(
+        hidden.flatten(0, -2).split(rows),
+        uniform.flatten().to(hidden.device).split(rows),
+        strict=True,
+    )
+    drawn = [
+        draw_posterior(
+            states @ weight.T, numbers, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        for states, numbers in parts
+    ]
+    return torch.cat(drawn).view(uniform.shape)
 
 
 def draw_posterior(

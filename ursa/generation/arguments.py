@@ -89,6 +89,8 @@ def check_sampler(
     flow_shift: float,
     temperature: float,
     cond_noise_scale: float,
+    solver: str,
+    draw_order: str,
 ) -> None:
     """Raise ConfigError unless the sampler's numbers are in their ranges."""
     for name, value, fits, expected in (
@@ -97,6 +99,13 @@ def check_sampler(
         ("flow_shift", flow_shift, flow_shift > 0, "positive; 1 is none"),
         ("temperature", temperature, temperature >= 0, "at least 0; 1 is the model's own law"),
         ("cond_noise_scale", cond_noise_scale, 0 <= cond_noise_scale <= 1, "in [0, 1]"),
+        ("solver", solver, solver in {"exact", "euler"}, "exact or euler"),
+        (
+            "draw_order",
+            draw_order,
+            draw_order in {"per_token", "official"},
+            "per_token or official",
+        ),
     ):
         if not fits:
             raise ConfigError(f"{name} must be {expected}; got {value}")

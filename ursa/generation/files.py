@@ -16,7 +16,7 @@ import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -58,6 +58,7 @@ class SampleDefaults(FrozenModel):
     guidance_scale: float = Field(default=7.0, ge=0)
     guidance_trunc: float = Field(default=0.9, ge=0)
     temperature: float = Field(default=1.0, ge=0, description="of the draw of codes")
+    solver: Literal["exact", "euler"] = Field(default="euler", description="of the jump process")
     flow_shift: float | None = Field(default=None, description="None: the scheduler's")
     motion_score: float | None = Field(
         default=None, description="median motion of the training clips, px/s at 256 px width"

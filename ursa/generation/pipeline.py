@@ -49,7 +49,15 @@ from ursa.generation.files import (
     read_directory,
     write_directory,
 )
-from ursa.generation.sampler import DrawOrder, Draws, Generators, OnStep, Sampling, sample
+from ursa.generation.sampler import (
+    DrawOrder,
+    Draws,
+    Generators,
+    OnStep,
+    Sampling,
+    Solver,
+    sample,
+)
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
 from ursa.tokenizers.visual import AutoencoderTokenizer
@@ -218,6 +226,7 @@ class UrsaPipeline:
         negative_prompt_ids: Tensor | None = None,
         max_prompt_length: int | None = None,
         vae_batch_size: int = 1,
+        solver: Solver | None = None,
         draw_order: DrawOrder = "per_token",
         output_type: OutputType = "pil",
         return_dict: bool = True,  # noqa: ARG002
@@ -263,6 +272,8 @@ class UrsaPipeline:
             negative_prompt_ids: Ids of the negative prompts, shape (1 or prompts, L).
             max_prompt_length: Ids a prompt is padded or cut to.
             vae_batch_size: Videos decoded at once.
+            solver: "exact" carries every token by the jump process of its x_1 without an error of
+                time, so that few steps do; "euler" is the step of the paper.
             draw_order: "official" draws in the order of the official code: on a CPU the same seed
                 gives the same tokens; it takes one generator and no temperature.
             output_type: See `UrsaOutput`.
@@ -288,6 +299,7 @@ class UrsaPipeline:
             top_k=top_k,
             top_p=top_p,
             draw_order=draw_order,
+            solver=_or(solver, "euler" if draw_order == "official" else asked.solver),
         )
         check_sampler(
             num_inference_steps=sampling.steps,
@@ -295,6 +307,8 @@ class UrsaPipeline:
             flow_shift=sampling.shift,
             temperature=sampling.temperature,
             cond_noise_scale=cond_noise_scale,
+            solver=sampling.solver,
+            draw_order=sampling.draw_order,
         )
         text_ids, negative_ids = self._prompts(
             prompt,

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ursa.diffusion.draws import draw_multinomial
 from ursa.diffusion.path import MetricPath, MixturePath
-from ursa.diffusion.solver import draw_posterior, euler_step, guide, official_step
+from ursa.diffusion.solver import draw_from_head, euler_step, exact_step, guide, official_step
 from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError
 from ursa.generation.conditions import frame_clock
 from ursa.model.transformer import UrsaTransformer
 
 DrawOrder = Literal["per_token", "official"]
+Solver = Literal["exact", "euler"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 OnStep = Callable[[int, float, Tensor], tuple[Tensor, bool]]
 
@@ -38,6 +39,7 @@ class Sampling:
     top_k: int | None
     top_p: float | None
     draw_order: DrawOrder
+    solver: Solver
 
 
 class Draws:
@@ -87,6 +89,27 @@ class Draws:
                 ]
             )
         return torch.rand(self._shape, generator=self.single, device=self.single.device)
+
+    def numbers(self) -> Callable[[], Tensor]:
+        """Return a source of three numbers a token, shape (3, B, T, h, w), for one step.
+
+        However often a step asks, the generators move on by one number, so that a video does not
+        depend on how often its neighbours ask.
+        """
+        own = self._generators or [self.single]
+        shape = self._shape[1:] if self._generators else self._shape
+        streams = []
+        for item in own:
+            seed = torch.randint(2**62, (), generator=item, device=item.device).item()
+            streams.append(torch.Generator(item.device).manual_seed(int(seed)))
+
+        def more() -> Tensor:
+            drawn = [
+                torch.rand((3, *shape), generator=each, device=each.device) for each in streams
+            ]
+            return torch.stack(drawn, dim=1) if self._generators else drawn[0]
+
+        return more
 
     def source(self, path: MetricPath | MixturePath) -> Tensor:
         """Draw codes at t = 0, shape (B, T, h, w)."""
@@ -140,23 +163,26 @@ def sample(  # noqa: PLR0913  (what the steps read)
     times = [*inference_times(sampling.steps, sampling.shift).tolist(), 1.0]
     for step in progress(range(sampling.steps)):
         t, t_next, is_last = times[step], times[step + 1], step + 1 == sampling.steps
-        logits = _posterior(transformer, codes, text_ids, negative_ids, t, sampling)
         begin, end = (each.expand(len(codes), -1) for each in frame_clock(begins, t, t_next))
         if sampling.draw_order == "official":
+            logits = _official_logits(transformer, codes, text_ids, negative_ids, t, sampling)
             moved = official_step(
                 path, codes, logits, begin, end, is_last=is_last, generator=draws.single
             )
+        elif sampling.solver == "euler" and not is_last and bool((begin[end > begin] == 0).all()):
+            moved = codes  # no rate at t = 0: what the network says would change nothing
         else:
-            moved = draw_posterior(
-                logits,
+            hidden = _hidden_states(transformer, codes, text_ids, negative_ids, t, sampling)
+            moved = draw_from_head(
+                hidden,
+                transformer.lm_head.weight,
                 draws.uniform(),
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
             )
             if not is_last:
-                numbers = torch.stack([draws.uniform(), draws.uniform()])
-                moved = euler_step(path, codes, moved, t=begin, t_next=end, uniforms=numbers)
+                moved = _carry(path, codes, moved, begin, end, draws, sampling.solver)
         waits = (begins >= t_next).to(codes.device)[:, None, None]
         codes, stops = on_step(step, t, torch.where(waits, codes, moved))
         if stops:
@@ -164,7 +190,23 @@ def sample(  # noqa: PLR0913  (what the steps read)
     return codes
 
 
-def _posterior(
+def _carry(
+    path: MetricPath | MixturePath,
+    codes: Tensor,
+    clean: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    draws: Draws,
+    solver: Solver,
+) -> Tensor:
+    """Move codes towards the clean ones that the posterior drew."""
+    if solver == "exact":
+        return exact_step(path, codes, clean, t=begin, t_next=end, numbers=draws.numbers())
+    numbers = torch.stack([draws.uniform(), draws.uniform()])
+    return euler_step(path, codes, clean, t=begin, t_next=end, uniforms=numbers)
+
+
+def _hidden_states(
     transformer: UrsaTransformer,
     codes: Tensor,
     text_ids: Tensor,
@@ -172,14 +214,34 @@ def _posterior(
     t: float,
     sampling: Sampling,
 ) -> Tensor:
-    """Return guided logits, shape (B, T, h, w, V)."""
+    """Return guided hidden states, shape (B, T, h, w, D): the head is linear, so this is enough."""
     scale = sampling.scale if t < sampling.trunc else 1.0
-    # the official code runs both branches to the end; one branch alone would round otherwise
-    both_branches = sampling.draw_order == "official" and sampling.scale > 1
-    if scale == 1.0 and not both_branches:
-        logits: Tensor = transformer(text_ids, codes)
+    if scale == 1.0:
+        hidden = transformer.hidden_states(text_ids, codes)
     else:
+        both = transformer.hidden_states(
+            torch.cat([text_ids, negative_ids]), torch.cat([codes, codes])
+        )
+        conditional, unconditional = both.chunk(2)
+        hidden = guide(conditional, unconditional, scale)
+    return hidden.view(*codes.shape, -1)
+
+
+def _official_logits(
+    transformer: UrsaTransformer,
+    codes: Tensor,
+    text_ids: Tensor,
+    negative_ids: Tensor,
+    t: float,
+    sampling: Sampling,
+) -> Tensor:
+    """Return guided logits, shape (B, T, h, w, V), rounded as the official code's."""
+    scale = sampling.scale if t < sampling.trunc else 1.0
+    if sampling.scale > 1:
+        # the official code runs both branches to the end; one branch alone would round otherwise
         both = transformer(torch.cat([text_ids, negative_ids]), torch.cat([codes, codes]))
         conditional, unconditional = both.chunk(2)
         logits = guide(conditional, unconditional, scale)
+    else:
+        logits = transformer(text_ids, codes)
     return logits.view(*codes.shape, -1)

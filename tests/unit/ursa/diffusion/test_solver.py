@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from ursa.diffusion.path import MaskedPath, MetricPath, MixturePath
-from ursa.diffusion.solver import draw_posterior, euler_step, jump_threshold, official_step
+from ursa.diffusion.solver import (
+    draw_from_head,
+    draw_posterior,
+    euler_step,
+    guide,
+    jump_threshold,
+    official_step,
+)
 from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError
 
@@ -213,3 +220,30 @@ def test_options_that_make_no_sense_are_refused(options, message):
         shares(**options)
     with pytest.raises(ConfigError, match="one number a token"):
         draw_posterior(LOGITS.expand(4, 5), torch.rand(3))
+
+
+@pytest.mark.parametrize("part_rows", [1, 3, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.3}, {"temperature": 0}, {"top_k": 3, "top_p": 0.8}]
+)
+def test_draws_from_the_head_are_those_from_its_logits(options, part_rows):
+    generator = seeded(9)
+    hidden = torch.randn(2, 2, 20, 8, generator=generator)
+    weight, uniform = (
+        torch.randn(700, 8, generator=generator),
+        torch.rand(2, 20, generator=generator),
+    )
+    logits = guide(*(hidden @ weight.T), 3.0)
+    expected = draw_posterior(logits, uniform, **options)
+    drawn = draw_from_head(guide(*hidden, 3.0), weight, uniform, part_rows=part_rows, **options)
+    assert torch.equal(drawn, expected)
+
+
+def test_hidden_states_that_do_not_fit_are_refused():
+    hidden, weight, uniform = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3)
+    with pytest.raises(ConfigError, match=r"hidden must have shape \(..., D\) and weight"):
+        draw_from_head(hidden, weight[:, :3], uniform)
+    with pytest.raises(ConfigError, match=r"shape \(2, 3\), got \(3,\)"):
+        draw_from_head(hidden, weight, uniform[0])
+    with pytest.raises(ConfigError, match="part_rows must be at least 1"):
+        draw_from_head(hidden, weight, uniform, part_rows=0)

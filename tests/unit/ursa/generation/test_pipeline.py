@@ -1,3 +1,4 @@
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -23,6 +24,19 @@ def pipeline(exported_model):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def forwards(pipeline):
+    """Yield a list that gets the ids of every forward of the network, shape (B, L) each."""
+    seen = []
+    handle = pipeline.transformer.model.embed_tokens.register_forward_hook(
+        lambda _module, arguments, _output: seen.append(arguments[0])
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def test_sizes_come_from_training(pipeline):
@@ -86,25 +100,17 @@ def test_a_prompt_in_a_batch_equals_itself_alone(pipeline):
 
 
 def test_prompt_motion_and_negative_prompt_reach_the_network(pipeline):
-    def logits(**changes):
-        seen = []
-
-        def note(_module, arguments, _output):
-            seen.append(arguments[0])
-
-        handle = pipeline.transformer.register_forward_hook(note)
-        try:
+    def prompts(**changes):
+        with forwards(pipeline) as seen:
             pipeline("a tree", generator=seeded(), num_inference_steps=1, **changes)
-        finally:
-            handle.remove()
-        return seen[0].tolist()
+        return seen[0][:, : pipeline.defaults.max_prompt_length].tolist()
 
-    plain = logits()
+    plain = prompts()
     assert len(plain) == 2  # conditional and unconditional
-    assert logits(motion_score=9.0)[0] != plain[0]
-    assert logits(negative_prompt="blur")[1] != plain[1]
-    assert len(logits(guidance_scale=1.0)) == 1
-    assert len(logits(guidance_trunc=0.0)) == 1
+    assert prompts(motion_score=9.0)[0] != plain[0]
+    assert prompts(negative_prompt="blur")[1] != plain[1]
+    assert len(prompts(guidance_scale=1.0)) == 1
+    assert len(prompts(guidance_trunc=0.0)) == 1
 
 
 def test_temperature(pipeline):
@@ -485,6 +491,8 @@ def test_the_official_order_of_draws_is_another_with_the_same_start(pipeline):
         ({"video": np.zeros((16, 24, 3), np.uint8)}, "video must be uint8 of shape"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1; got 0"),
         ({"flow_shift": 0.0}, "flow_shift must be positive"),
+        ({"solver": "heun"}, "solver must be exact or euler; got heun"),
+        ({"draw_order": "mine"}, "draw_order must be per_token or official"),
         ({"cond_noise_scale": 1.5}, r"cond_noise_scale must be in \[0, 1\]; got 1.5"),
         ({"negative_prompt": ["a", "b"]}, r"one a prompt \(1\), got 2"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1"),
@@ -526,3 +534,30 @@ def test_weights_that_do_not_fit_are_named(pipeline, tmp_path):
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing or damaged"):
         UrsaPipeline.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("solver", ["euler", "exact"])
+def test_forwards_that_change_nothing_are_not_run(pipeline, solver):
+    def ids(**options):
+        with forwards(pipeline) as seen:
+            pipeline(
+                "a tree", generator=seeded(), num_inference_steps=50, guidance_scale=3.0, **options
+            )
+        return sum(len(each) for each in seen)
+
+    # of 100 for 50 steps: at t = 0 nothing moves, from guidance_trunc on one branch is enough
+    assert (
+        ids(solver=solver, flow_shift=1.0, guidance_trunc=0.9) == {"euler": 93, "exact": 95}[solver]
+    )
+    assert ids(draw_order="official", flow_shift=1.0) == 100
+
+
+def test_exact_steps_of_a_video_do_not_depend_on_its_neighbours(pipeline):
+    prompts = ["a red ball rolls", "the night city"]
+    options = {"solver": "exact", "output_type": "latent", "num_inference_steps": 5}
+    together = pipeline(prompts, generator=[seeded(1), seeded(2)], **options).frames
+    for index, prompt in enumerate(prompts):
+        alone = pipeline(prompt, generator=[seeded(index + 1)], **options).frames
+        assert torch.equal(together[index : index + 1], alone)
+    euler = pipeline(prompts[0], generator=[seeded(1)], **{**options, "solver": "euler"}).frames
+    assert not torch.equal(euler, together[:1])

@@ -1,0 +1,268 @@
+"""What the metric path asks of a codebook, in memory that does not grow with tokens times codes.
+
+Everything is in terms of beta, the path's own time: p_b(x | x_1) = exp(-b d(x, x_1)) / Z with d the
+squared distance of normalised codes. Tokens are taken in parts of R, so that no tensor is larger
+than R V; `ursa.diffusion.path.MetricPath` has the readable formulas, over all tokens at once.
+
+Dimensions: V = codes, D = code dimension, R = tokens of a part, ... = any shape of tokens.
+
+References:
+    Metric-induced paths: arXiv 2412.03487, section 4.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ursa.diffusion.draws import check_ids, check_like, draw
+from ursa.errors import ConfigError
+
+NORM_FLOOR = 1e-5
+"""Codes are divided by max(|e|, NORM_FLOOR), so that the zero code stays zero."""
+_PART_ELEMENTS = 2**19
+"""Elements R V of a part: 2 MB in float32, which stays in a processor's cache."""
+_LEAST_EXPONENT = -80.0
+"""exp of less is a denormal number, ten times as slow on a CPU; exp(-80) is nothing beside 1."""
+_LARGE_BETA = 20.0
+"""Above it exponents can be less, as distances reach 4."""
+_SAME = 1e-10
+Numbers = Callable[[], Tensor]
+"""Random numbers in [0, 1), as many calls as it takes."""
+
+
+class Moments(NamedTuple):
+    """Mean and variance of the distance under p_b(x | x_1), averaged over x_1."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class DenseCodebook:
+    """Any codebook: every code is compared with every token, part by part."""
+
+    def __init__(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Normalise the codes.
+
+        Args:
+            codes: Embeddings, shape (V, D), any float type, finite.
+            dtype: In what to compute: float32, or float64 for checks; never half, whose distances
+                are off by 0.1 late in the path.
+
+        Raises:
+            ConfigError: If codes or dtype are not as stated.
+        """
+        if codes.ndim != 2:
+            raise ConfigError(f"codebook must have shape (V, D), got {tuple(codes.shape)}")
+        if not len(codes):
+            raise ConfigError("codebook_size must be at least 1, got 0")
+        if dtype not in {torch.float32, torch.float64}:
+            raise ConfigError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        if not bool(torch.isfinite(codes).all()):
+            raise ConfigError("codebook must be finite, got NaN or infinite entries")
+        self.codes = normalize_codebook(codes, dtype)
+        # |x|^2 + |y|^2 - 2 x y as one product: (-2x, |x|^2, 1) (y, 1, |y|^2)
+        square, one = self.codes.square().sum(-1, keepdim=True), torch.ones(len(codes), 1).to(codes)
+        self._left = torch.cat([-2 * self.codes, square, one.to(dtype)], dim=-1)
+        self._right = torch.cat([self.codes, one.to(dtype), square], dim=-1).T.contiguous()
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same codebook, bit for bit, on a device."""
+        moved = copy.copy(self)
+        moved.codes = self.codes.to(device)
+        moved._left, moved._right = self._left.to(device), self._right.to(device)
+        return moved
+
+    def distance(self, ids: Tensor) -> Tensor:
+        """Return the squared distance of every code to each token.
+
+        Args:
+            ids: Token ids in [0, V), shape (...), int64.
+
+        Returns:
+            Distances in [0, 4], shape (..., V).
+
+        Raises:
+            DataError: If an id is not in [0, V).
+        """
+        return self._distance(check_ids("x_1", ids, len(self)))
+
+    def noise(self, x_1: Tensor, beta: Tensor, uniform: Tensor) -> Tensor:
+        """Draw x ~ p_b(x | x_1).
+
+        Args:
+            x_1: Token ids, shape (...), int64.
+            beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
+            uniform: Random numbers in [0, 1), shape (...).
+
+        Returns:
+            Token ids, shape (...), int64.
+
+        Raises:
+            DataError: If an id is not in [0, V).
+        """
+        x_1 = check_ids("x_1", x_1, len(self))
+        result = torch.empty_like(x_1)
+        for ids, b, u, out in self._parts(x_1, beta, uniform, result):
+            out.copy_(draw(self._weights(self._distance(ids), b), u))
+        return result
+
+    def rate(self, x_t: Tensor, x_1: Tensor, beta: Tensor) -> Tensor:
+        """Return the rate of leaving x_t per unit of beta: E_p[relu(d(x_t, x_1) - d(x, x_1))].
+
+        Args:
+            x_t: Current token ids, shape (...), int64.
+            x_1: Clean token ids, shape (...), int64.
+            beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
+
+        Returns:
+            Rates in [0, 4], shape (...).
+
+        Raises:
+            ConfigError: If the shapes differ.
+            DataError: If an id is not in [0, V).
+        """
+        x_1 = check_ids("x_1", x_1, len(self))
+        x_t = check_like("x_t", x_t, x_1, len(self))
+        result = torch.empty(x_1.shape, dtype=self.codes.dtype, device=x_1.device)
+        for here, ids, b, out in self._parts(x_t, x_1, beta, result):
+            distance = self._distance(ids)
+            closer = (distance.gather(-1, here.unsqueeze(-1)) - distance).clamp_(min=0)
+            weights = self._weights(distance, b)
+            out.copy_(torch.linalg.vecdot(weights, closer) / weights.sum(-1))
+        return result
+
+    def jump(self, x_t: Tensor, x_1: Tensor, beta: Tensor, uniform: Tensor) -> Tensor:
+        """Draw where a jump goes: x in proportion to p_b(x | x_1) relu(d(x_t, x_1) - d(x, x_1)).
+
+        Args:
+            x_t: Current token ids, shape (...), int64.
+            x_1: Clean token ids, shape (...), int64.
+            beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
+            uniform: Random numbers in [0, 1), shape (...).
+
+        Returns:
+            Token ids, shape (...), int64; x_t where no code is closer to x_1.
+
+        Raises:
+            ConfigError: If the shapes differ.
+            DataError: If an id is not in [0, V).
+        """
+        x_1 = check_ids("x_1", x_1, len(self))
+        x_t = check_like("x_t", x_t, x_1, len(self))
+        result = torch.empty_like(x_1)
+        for here, ids, b, u, out in self._parts(x_t, x_1, beta, uniform, result):
+            distance = self._distance(ids)
+            current = here.unsqueeze(-1)
+            closer = (distance.gather(-1, current) - distance).clamp_(min=0)
+            flow = closer.mul_(self._weights(distance, b))
+            # a row without flow is defined by a single weight, where the token is
+            flow.scatter_add_(-1, current, (flow.sum(-1, keepdim=True) == 0).to(flow.dtype))
+            out.copy_(draw(flow, u))
+        return result
+
+    def exact_step(
+        self, x_t: Tensor, x_1: Tensor, beta: Tensor, beta_next: Tensor, numbers: Numbers
+    ) -> Tensor:
+        """Run the jump process of one x_1 from beta to beta_next, without an error of time.
+
+        It carries p_b(. | x_1) to p_b'(. | x_1) however far b' is. The rates need no sums over the
+        codes: propose x ~ p_b(. | x_1) at times that are d(x_t, x_1) a unit of beta apart on
+        average, accept with probability relu(1 - d(x, x_1) / d(x_t, x_1)).
+
+        Args:
+            x_t: Current token ids, shape (...), int64.
+            x_1: Clean token ids, shape (...), int64.
+            beta: Inverse temperatures >= 0 at the start, of a shape that expands to that of x_1.
+            beta_next: At the end, likewise, finite; a token stays where it is not more than beta.
+            numbers: Gives random numbers in [0, 1), shape (3, ...), as often as it is called.
+
+        Returns:
+            Token ids, shape (...), int64.
+
+        Raises:
+            ConfigError: If the shapes differ.
+            DataError: If an id is not in [0, V).
+        """
+        x_1 = check_ids("x_1", x_1, len(self))
+        x = check_like("x_t", x_t, x_1, len(self)).clone()
+        now, end = (each.to(x.device).expand(x.shape).clone() for each in (beta, beta_next))
+        distance = self._between(x, x_1).to(now.dtype)
+        moves = (distance > 0) & (now < end)
+        while bool(moves.any()):
+            wait, choice, accept = numbers().to(x.device)
+            # a token at distance 0 waits for ever
+            now = torch.where(moves, now - torch.log1p(-wait.to(now)) / distance, now)
+            moves &= now < end
+            clean = x_1[moves]
+            proposed = self.noise(clean, now[moves], choice[moves])
+            far = self._between(proposed, clean).to(now.dtype)
+            taken = accept[moves] < 1 - far / distance[moves]
+            x[moves] = torch.where(taken, proposed, x[moves])
+            distance[moves] = torch.where(taken, far, distance[moves])
+            moves &= distance > 0
+        return x
+
+    def moments(self, beta: Tensor, weights: Tensor | None = None) -> Moments:
+        """Return mean and variance of d(x, x_1) under p_b(x | x_1), averaged over x_1.
+
+        Args:
+            beta: Inverse temperatures >= 0, shape (M,).
+            weights: How often each code is x_1, not negative, shape (V,); None is uniformly.
+
+        Returns:
+            Moments, shape (M,) each, float64.
+        """
+        share = torch.ones(len(self), dtype=torch.float64) if weights is None else weights.double()
+        share = share / share.sum()
+        ids = share.nonzero().squeeze(-1)
+        totals = torch.zeros(2, len(beta), dtype=torch.float64)
+        for rows, part in zip(self._split(ids), self._split(share[ids]), strict=True):
+            distance = self._distance(rows)
+            for place, b in enumerate(beta.tolist()):
+                probs = torch.softmax(-b * distance, dim=-1)
+                first = torch.linalg.vecdot(probs, distance)
+                second = torch.linalg.vecdot(probs, (distance - first.unsqueeze(-1)).square())
+                totals[0, place] += part @ first.double()
+                totals[1, place] += part @ second.double()
+        return Moments(totals[0], totals[1])
+
+    def _distance(self, ids: Tensor) -> Tensor:
+        return (self._left[ids] @ self._right).clamp_(min=0)
+
+    def _between(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared distance of codes x and y, shape (...); 0 where they are the same."""
+        distance = (self.codes[x] - self.codes[y]).square().sum(-1)
+        # codes on one ray differ by rounding
+        return torch.where(distance < _SAME, torch.zeros_like(distance), distance)
+
+    def _weights(self, distance: Tensor, beta: Tensor) -> Tensor:
+        """Turn distances (R, V) into exp(-b d), in place; their sum is at least 1."""
+        exponents = distance.mul_(-beta.to(distance.dtype).unsqueeze(-1))
+        if beta.numel() and float(beta.max()) > _LARGE_BETA:
+            exponents.clamp_(min=_LEAST_EXPONENT)
+        return exponents.exp_()
+
+    def _parts(self, like: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield parts of tensors, each expanded to the shape of the first; the last is written."""
+        shape, device = like.shape, like.device
+        flat = [like.reshape(-1)]
+        flat += [other.to(device).expand(shape).reshape(-1) for other in others[:-1]]
+        flat.append(others[-1].view(-1))
+        yield from zip(*map(self._split, flat), strict=True)
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = flat.split(max(1, _PART_ELEMENTS // len(self)))
+        return parts
+
+
+def normalize_codebook(codebook: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Divide every row by its length, in dtype; the zero row stays zero. Shape (V, D)."""
+    codebook = codebook.to(dtype)
+    length: Tensor = torch.linalg.vector_norm(codebook, dim=-1, keepdim=True)
+    return codebook / length.clamp_min(NORM_FLOOR)
