@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check test test-unit test-slow
+.PHONY: help setup run up down status deploy check test test-unit test-slow bench
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,3 +60,6 @@ test-unit: setup ## unit, property and parity tests: seconds
 
 test-slow: setup ## the slow ones
 	$(BIN)/pytest -m "slow and not gpu"
+
+bench: setup ## measure the core against the plain arithmetic of the official code: minutes
+	PYTHONPATH=. $(BIN)/python tests/bench/core.py

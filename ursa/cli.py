@@ -314,11 +314,13 @@ def plan(
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     is_guided = (known.guidance if guidance is None else guidance) != 1
-    guided = num_sequences(steps, shift=known.shift, guidance_trunc=known.guidance_trunc)
+    sequences = num_sequences(
+        steps, shift=known.shift, guidance_trunc=known.guidance_trunc, is_guided=is_guided
+    )
     result = add_up(
         known.config,
         Clip(shape, known.prompt_length if prompt_length is None else prompt_length),
-        num_sequences=guided if is_guided else steps,
+        num_sequences=sequences,
         is_guided=is_guided,
         bytes_per_value=4 if dtype == "float32" else 2,
     )
@@ -395,7 +397,7 @@ def _print_plan(plan: "Plan", known: _Planned, dtype: str, steps: int) -> None:
         ),
         ("weights", _short(plan.weight_bytes, "B"), dtype),
         ("activations", _short(plan.activation_bytes, "B"), f"{dtype}, inside a layer, at most"),
-        ("logits", _short(plan.logits_bytes, "B"), f"{dtype}, of all sequences at once"),
+        ("logits", _short(plan.logits_bytes, "B"), "float32, of the tokens that are drawn at once"),
         ("inference", _short(plan.inference_bytes, "B"), "sum of the three"),
         (
             "tokens x codes",

@@ -109,7 +109,7 @@ class DenseCodebook:
         x_1 = check_ids("x_1", x_1, len(self))
         result = torch.empty_like(x_1)
         for ids, b, u, out in self._parts(x_1, beta, uniform, result):
-            out.copy_(draw(self._weights(self._distance(ids), b), u))
+            out.copy_(draw(self._weights(ids, b), u))
         return result
 
     def rate(self, x_t: Tensor, x_1: Tensor, beta: Tensor) -> Tensor:
@@ -131,10 +131,8 @@ class DenseCodebook:
         x_t = check_like("x_t", x_t, x_1, len(self))
         result = torch.empty(x_1.shape, dtype=self.codes.dtype, device=x_1.device)
         for here, ids, b, out in self._parts(x_t, x_1, beta, result):
-            distance = self._distance(ids)
-            closer = (distance.gather(-1, here.unsqueeze(-1)) - distance).clamp_(min=0)
-            weights = self._weights(distance, b)
-            out.copy_(torch.linalg.vecdot(weights, closer) / weights.sum(-1))
+            flow, weights = self._flow(here, ids, b)
+            out.copy_(flow.sum(-1) / weights.sum(-1))
         return result
 
     def jump(self, x_t: Tensor, x_1: Tensor, beta: Tensor, uniform: Tensor) -> Tensor:
@@ -157,12 +155,10 @@ class DenseCodebook:
         x_t = check_like("x_t", x_t, x_1, len(self))
         result = torch.empty_like(x_1)
         for here, ids, b, u, out in self._parts(x_t, x_1, beta, uniform, result):
-            distance = self._distance(ids)
-            current = here.unsqueeze(-1)
-            closer = (distance.gather(-1, current) - distance).clamp_(min=0)
-            flow = closer.mul_(self._weights(distance, b))
+            flow, _ = self._flow(here, ids, b)
             # a row without flow is defined by a single weight, where the token is
-            flow.scatter_add_(-1, current, (flow.sum(-1, keepdim=True) == 0).to(flow.dtype))
+            none = (flow.sum(-1, keepdim=True) == 0).to(flow.dtype)
+            flow.scatter_add_(-1, here.unsqueeze(-1), none)
             out.copy_(draw(flow, u))
         return result
 
@@ -241,12 +237,18 @@ class DenseCodebook:
         # codes on one ray differ by rounding
         return torch.where(distance < _SAME, torch.zeros_like(distance), distance)
 
-    def _weights(self, distance: Tensor, beta: Tensor) -> Tensor:
-        """Turn distances (R, V) into exp(-b d), in place; their sum is at least 1."""
+    def _weights(self, ids: Tensor, beta: Tensor) -> Tensor:
+        """Return exp(-b d) of every code, shape (R, V); their sum is about 1 or more."""
+        scaled = self._left[ids].mul_(-beta.to(self._left.dtype).unsqueeze(-1))
+        return _exponential(scaled @ self._right, beta)
+
+    def _flow(self, x_t: Tensor, ids: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return exp(-b d) relu(d(x_t) - d) and exp(-b d) of every code, shape (R, V) each."""
+        distance = self._distance(ids)
+        flow = (distance.gather(-1, x_t.unsqueeze(-1)) - distance).clamp_(min=0)
         exponents = distance.mul_(-beta.to(distance.dtype).unsqueeze(-1))
-        if beta.numel() and float(beta.max()) > _LARGE_BETA:
-            exponents.clamp_(min=_LEAST_EXPONENT)
-        return exponents.exp_()
+        weights = _exponential(exponents, beta)
+        return flow.mul_(weights), weights
 
     def _parts(self, like: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield parts of tensors, each expanded to the shape of the first; the last is written."""
@@ -259,6 +261,13 @@ class DenseCodebook:
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = flat.split(max(1, _PART_ELEMENTS // len(self)))
         return parts
+
+
+def _exponential(exponents: Tensor, beta: Tensor) -> Tensor:
+    """Return exp in place; rounding of a distance near 0 matters where beta is large."""
+    if beta.numel() and float(beta.max()) > _LARGE_BETA:
+        exponents.clamp_(min=_LEAST_EXPONENT, max=0)
+    return exponents.exp_()
 
 
 def normalize_codebook(codebook: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

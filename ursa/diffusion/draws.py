@@ -33,7 +33,9 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
         sums = weights.cumsum(-1)
         return _first_above(sums, uniform.unsqueeze(-1) * sums[..., -1:]).squeeze(-1)
     whole = size // _BLOCK * _BLOCK
-    blocks = weights[..., :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    # a product with ones: a sum over 256 is four times as slow
+    ones = torch.ones(_BLOCK, dtype=weights.dtype, device=weights.device)
+    blocks = weights[..., :whole].unflatten(-1, (-1, _BLOCK)) @ ones
     if whole < size:
         blocks = torch.cat([blocks, weights[..., whole:].sum(-1, keepdim=True)], dim=-1)
     sums = blocks.cumsum(-1)

@@ -15,6 +15,10 @@ from ursa.errors import ConfigError
 from ursa.model.config import TransformerConfig
 
 Qwen3Size = Literal["0.6b", "1.7b", "4b"]
+LOGITS_AT_ONCE = 2**23
+"""Logits that the sampler holds at once, as in `ursa.diffusion.solver`."""
+_LOGITS_COPIES = 2
+"""Logits, and the weights that are drawn from."""
 _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 5
 """Weights, gradients, two moments of AdamW and the average, each float32."""
@@ -52,7 +56,7 @@ class Plan(FrozenModel):
         sampling_flops: Operations of a whole sampling.
         weight_bytes: Weights for inference.
         activation_bytes: Tensors alive at once inside a layer, at most.
-        logits_bytes: Logits of the sequences that are in the network at once.
+        logits_bytes: Logits and probabilities of the tokens that are drawn at once, float32.
         inference_bytes: Sum of the three.
         code_tensor_bytes: One float32 tensor over (visual tokens, codes), as probabilities and
             velocities are.
@@ -154,17 +158,20 @@ def forward_flops(config: TransformerConfig, clip: Clip) -> int:
     return config.num_hidden_layers * (layer + attention) + head
 
 
-def num_sequences(num_inference_steps: int, *, shift: float, guidance_trunc: float) -> int:
-    """Return how many sequences a guided sampling puts through the network.
+def num_sequences(
+    num_inference_steps: int, *, shift: float, guidance_trunc: float, is_guided: bool = True
+) -> int:
+    """Return how many sequences a sampling by Euler steps puts through the network.
 
-    Two a step while t < guidance_trunc, one after; t of a step as in
-    `ursa.diffusion.timesteps.inference_times`.
+    With guidance two a step while t < guidance_trunc, else one; t of a step as in
+    `ursa.diffusion.timesteps.inference_times`. The first of several steps moves nothing and is not
+    run.
     """
     count = 0
-    for step in range(num_inference_steps):
+    for step in range(1 if num_inference_steps > 1 else 0, num_inference_steps):
         sigma = 1 - step / num_inference_steps
         t = 1 - shift * sigma / (1 + (shift - 1) * sigma)
-        count += 2 if t < guidance_trunc else 1
+        count += 2 if is_guided and t < guidance_trunc else 1
     return count
 
 
@@ -209,7 +216,7 @@ def plan(
     at_once = 2 if is_guided else 1
     codes = clip.num_visual_tokens * config.lm_head_size
     weights = parameters * bytes_per_value
-    logits = at_once * codes * bytes_per_value
+    logits = _LOGITS_COPIES * _FLOAT32_BYTES * min(codes, LOGITS_AT_ONCE)
     activations = activation_bytes(
         config, clip, num_sequences=at_once, bytes_per_value=bytes_per_value
     )
