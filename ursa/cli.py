@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import App, Parameter
 
@@ -91,6 +91,17 @@ def generate(
         quiet: Print the path alone.
     """
     _check_files(out, image=image, last_image=last_image, video=video)
+    for name, value in (
+        ("--num-frames", num_frames),
+        ("--window", window),
+        ("--given-frames", given_frames),
+        ("--height", height),
+        ("--width", width),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed must be from 0 to 2**63 - 1, got {seed}")
     if image is not None and video is not None:
         raise ConfigError("--image and --video both give the first frames; leave one out")
     import torch
@@ -99,16 +110,23 @@ def generate(
     from ursa.generation import UrsaPipeline, slide_window
     from ursa.video.foreign import read_last_frames
 
+    _check_device(device)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     started = time.perf_counter()
     with _model_directory(model) as directory:
         pipeline = UrsaPipeline.from_pretrained(directory, device=device)
     pipeline.set_progress_bar_config(disable=True if quiet else None, desc="steps")
     defaults, stride = pipeline.defaults, pipeline.visual_tokenizer.temporal_stride
-    total = num_frames or (1 if out.suffix == ".png" else defaults.num_frames)
+    total = num_frames or (1 if out.suffix.lower() == ".png" else defaults.num_frames)
     height, width = height or defaults.height, width or defaults.width
     window = min(window or total, total)
     overlap = given_frames or max(1, 1 + (window - 1) // (2 * stride) * stride)
+    whole = video is not None and overlap >= total
+    if whole and noise == 0:
+        raise ConfigError(
+            f"--given-frames {overlap} leaves none of {total} frames to make: give fewer, or let "
+            "them change with --noise"
+        )
     first, last = _open_image(image), _open_image(last_image)
     given: np.ndarray | None = None
     if video is not None:
@@ -147,27 +165,44 @@ def generate(
         ).frames[0]
         return frames
 
-    frames = slide_window(
-        draw,
-        num_frames=total,
-        window_frames=window,
-        overlap_frames=overlap,
-        temporal_stride=stride,
-        given=given,
-    )
+    if whole and given is not None:
+        frames = draw(given[-total:], total)
+    else:
+        frames = slide_window(
+            draw,
+            num_frames=total,
+            window_frames=window,
+            overlap_frames=overlap,
+            temporal_stride=stride,
+            given=given,
+        )
     _write_frames(out, frames, defaults.fps)
     seconds = time.perf_counter() - started
-    print(out if quiet else f"{out}  {len(frames)} frames, seed {seed}, {seconds:.1f} s")
+    if quiet:
+        print(out)
+        return
+    written = "first of " if out.suffix.lower() == ".png" and len(frames) > 1 else ""
+    print(f"{out}  {written}{len(frames)} frames, seed {seed}, {seconds:.1f} s")
 
 
 def _check_files(out: Path, **inputs: Path | None) -> None:
-    if out.suffix not in {".mp4", ".gif", ".png"}:
+    if out.suffix.lower() not in {".mp4", ".gif", ".png"}:
         raise ConfigError(f"--out must end in .mp4, .gif or .png, got {out.name!r}")
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
     for name, path in inputs.items():
         if path is not None and not path.is_file():
             raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used: {first}; try cpu") from error
 
 
 def _open_image(path: Path | None) -> "Image | None":
@@ -187,9 +222,9 @@ def _write_frames(out: Path, frames: "np.ndarray", fps: float) -> None:
 
     from ursa.video.decode import write_gif, write_video
 
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         Image.fromarray(frames[0]).save(out)
-    elif out.suffix == ".gif":
+    elif out.suffix.lower() == ".gif":
         write_gif(out, frames, fps)
     else:
         write_video(out, frames, fps)
@@ -209,6 +244,8 @@ def demo(*, model: str, port: int = 7860, device: str = "cpu") -> None:
     _check_port(port)
     from ursa.demo import serve
     from ursa.generation import UrsaPipeline
+
+    _check_device(device)
 
     with _model_directory(model) as directory:
         pipeline = UrsaPipeline.from_pretrained(directory, device=device)
@@ -241,6 +278,8 @@ class _Planned(NamedTuple):
     guidance: float = 7.0
     guidance_trunc: float = 0.9
     shift: float = 1.0
+    temporal_stride: int = 4
+    spatial_stride: int = 8
 
 
 _DEFAULTS = {
@@ -269,8 +308,8 @@ def plan(
     steps: int | None = None,
     guidance: float | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    temporal_stride: int = 4,
-    spatial_stride: int = 8,
+    temporal_stride: int | None = None,
+    spatial_stride: int | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Print what a network costs: parameters, tokens, operations, memory. Nothing is built.
@@ -288,8 +327,8 @@ def plan(
         steps: Steps of the sampler; 50, for an image 25.
         guidance: Classifier-free guidance, 1 is off.
         dtype: Of weights and activations at inference.
-        temporal_stride: Frames per latent frame of the visual tokenizer, 4.
-        spatial_stride: Pixels per latent row of the visual tokenizer, 8.
+        temporal_stride: Frames per latent frame of the visual tokenizer; the model's, or 4.
+        spatial_stride: Pixels per latent row of the visual tokenizer; the model's, or 8.
         as_json: Print JSON, in single operations and bytes.
     """
     if sum(item is not None for item in (model, size, preset)) > 1:
@@ -305,15 +344,15 @@ def plan(
         frames,
         known.height if height is None else height,
         known.width if width is None else width,
-        temporal_stride=temporal_stride,
-        spatial_stride=spatial_stride,
+        temporal_stride=temporal_stride or known.temporal_stride,
+        spatial_stride=spatial_stride or known.spatial_stride,
     )
     if steps is None:
         steps = known.steps or (25 if frames == 1 else 50)
     for name, value, least in (("--steps", steps, 1), ("--prompt-length", prompt_length, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    is_guided = (known.guidance if guidance is None else guidance) != 1
+    is_guided = (known.guidance if guidance is None else guidance) > 1
     sequences = num_sequences(
         steps, shift=known.shift, guidance_trunc=known.guidance_trunc, is_guided=is_guided
     )
@@ -332,8 +371,6 @@ def plan(
 
 def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Planned:
     """Return the network to plan for."""
-    import json
-
     from ursa.config import load_config
     from ursa.model.config import TransformerConfig, read_transformer_config
     from ursa.model.size import qwen3_config
@@ -341,14 +378,24 @@ def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Plan
     if model is not None:
         inner = model / "transformer"
         config = read_transformer_config(inner if inner.is_dir() else model)
-        file = model / "generation_config.json"  # a published directory has none
-        defaults = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        defaults = _json_of(model / "generation_config.json")  # a published directory has none
         named = {
             ours: defaults[name]
             for ours, name in _DEFAULTS.items()
             if defaults.get(name) is not None
         }
-        return _Planned(str(model), config)._replace(**named)
+        planned = _Planned(str(model), config)
+        scheduler = _json_of(model / "scheduler" / "scheduler_config.json")
+        visual = _json_of(model / "vae" / "config.json")
+        if scheduler.get("shift") is not None:
+            planned = planned._replace(shift=scheduler["shift"])
+        if visual.get("_class_name") == "AutoencoderVQ":  # frame by frame
+            spatial = 2 ** (len(visual["block_out_channels"]) - 1)
+            planned = planned._replace(temporal_stride=1, spatial_stride=spatial)
+        elif "temporal_stride" in visual:
+            strides = visual["temporal_stride"], visual["spatial_stride"]
+            planned = planned._replace(temporal_stride=strides[0], spatial_stride=strides[1])
+        return planned._replace(**named)
     if preset is None:
         return _Planned(size, qwen3_config(size))
     run = load_config(preset)
@@ -374,6 +421,13 @@ def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Plan
         guidance_trunc=sampling.guidance_trunc,
         shift=sampling.timestep_shift,
     )
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing if there is none."""
+    import json
+
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
 def _print_plan(plan: "Plan", known: _Planned, dtype: str, steps: int) -> None:

@@ -132,11 +132,13 @@ def open_page(pipeline: UrsaPipeline, folder: Path) -> "gradio.Blocks":
         image: Image.Image | None,
         motion: float,
         frames: float,
-        steps: float,
+        steps: int,
         guidance: float,
         seed: float | None,
     ) -> Iterator[tuple[Any, ...]]:
-        number = int(seed or 0)
+        number = min(max(int(seed or 0), 0), 2**63 - 1)
+        # the page sends no empty slider; a client of the API may
+        steps = max(1, int(steps or defaults.num_inference_steps))
         rows: list[np.ndarray] = []
         done: list[int] = []
         started = time.perf_counter()
@@ -157,18 +159,18 @@ def open_page(pipeline: UrsaPipeline, folder: Path) -> "gradio.Blocks":
         try:
             for item in draw_with_previews(
                 pipeline,
-                num_steps=int(steps),
-                prompt=prompt,
+                num_steps=steps,
+                prompt=prompt[:_MAX_PROMPT_CHARACTERS],
                 image=None if image is None else image.convert("RGB"),
                 motion_score=motion,
-                num_frames=int(frames),
+                num_frames=int(frames or defaults.num_frames),
                 guidance_scale=guidance,
                 generator=torch.Generator().manual_seed(number),
             ):
                 if isinstance(item, Preview):
                     rows.append(item.strip)
                     done.append(item.step)
-                    yield shown(f"step {item.step} of {int(steps)}")
+                    yield shown(f"step {item.step} of {steps}")
                 else:
                     seconds = time.perf_counter() - started
                     yield shown(f"{len(item)} frames, seed {number}, {seconds:.1f} s", item)

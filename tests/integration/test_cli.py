@@ -28,9 +28,10 @@ def model(exported_model):
     return exported_model.directory_uri
 
 
-def test_help_is_quick_and_loads_no_torch():
+@pytest.mark.parametrize("command", ["", "'generate', "])
+def test_help_is_quick_and_loads_no_torch(command):
     code = (
-        "import sys; from ursa.cli import app; app(['--help'], exit_on_error=False,"
+        f"import sys; from ursa.cli import app; app([{command}'--help'], exit_on_error=False,"
         " result_action='return_value'); print('torch' in sys.modules, 'mlflow' in sys.modules)"
     )
     seconds = []
@@ -41,7 +42,8 @@ def test_help_is_quick_and_loads_no_torch():
         assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("False False")
     assert "generate" in done.stdout
-    assert min(seconds) < 1.0
+    # half a second on an idle machine; other tests may be beside it
+    assert min(seconds) < 0.8
 
 
 def test_a_plan_needs_no_torch():
@@ -135,6 +137,7 @@ def test_frames_that_are_given(model, tmp_path):
         ("long", ("--image", first, "--num-frames", 13, "--window", 9), 13),
         ("on", ("--video", video, "--num-frames", 9, "--given-frames", 5), 9),
         ("noised", ("--video", video, "--num-frames", 9, "--noise", 0.2), 9),
+        ("whole", ("--video", video, "--num-frames", 9, "--given-frames", 9, "--noise", 0.5), 9),
     ):
         out = tmp_path / f"{name}.mp4"
         done = ursa("generate", "a tree", "--model", model, "--seed", 1, "--out", out, *options)
@@ -143,6 +146,10 @@ def test_frames_that_are_given(model, tmp_path):
     mistake = ursa("generate", "a", "--model", model, "--video", first, cwd=tmp_path)
     assert mistake.returncode == 1
     assert "does not give" in mistake.stderr
+    none = ["--video", video, "--num-frames", 9, "--given-frames", 9]
+    left = ursa("generate", "a", "--model", model, *none, cwd=tmp_path)
+    assert left.returncode == 1
+    assert "--given-frames 9 leaves none of 9 frames to make" in left.stderr
     both = ursa("generate", "a", "--model", model, "--video", video, "--image", first, cwd=tmp_path)
     assert both.returncode == 1
     assert "leave one out" in both.stderr
@@ -157,6 +164,10 @@ def test_frames_that_are_given(model, tmp_path):
         (["--num-frames", "6"], "num_frames must be 1 + 4k, got 6; the nearest are 5 and 9"),
         (["--height", "20"], "height must be divisible by 8"),
         (["--model", "gone"], "no model at gone: there is no such directory"),
+        (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**63 - 1, got -1"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: "),
+        (["--window", "6", "--num-frames", "17"], "got 6; the nearest are 5 and 9"),
     ],
 )
 def test_a_mistake_is_one_line(model, tmp_path, arguments, message):

@@ -6,21 +6,33 @@ Dimensions: B = videos, T = latent frames, h, w = rows and columns of codes.
 import difflib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 from ursa.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a call with a mistyped keyword fail with a TypeError that names the nearest one."""
+    """Let a call with a mistyped keyword fail with a TypeError that names the nearest one.
+
+    `pipe(**locals())` in a script or notebook, which the official examples use, hands over the
+    names of a module (`__name__` among them): there the names that the function knows are taken.
+    """
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "__name__" in kwargs:
+            given = {name: value for name, value in kwargs.items() if name in known}
+            logger.info("of a module's names the call takes %s", ", ".join(sorted(given)))
+            return function(*args, **given)  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -61,6 +73,11 @@ def latent_shape(
     return frames, height // spatial_stride, width // spatial_stride
 
 
+def nearest_counts(value: int, stride: int) -> str:
+    """Return the two numbers 1 + stride k about a number of frames, as text."""
+    return _nearest(value, stride, 1)
+
+
 def _nearest(value: int, stride: int, first: int) -> str:
     low = first + max(0, value - first) // stride * stride
     return f"{low} and {low + stride}"
@@ -95,7 +112,7 @@ def check_sampler(
     """Raise ConfigError unless the sampler's numbers are in their ranges."""
     for name, value, fits, expected in (
         ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
-        ("guidance_scale", guidance_scale, guidance_scale >= 0, "at least 0; 1 is off"),
+        ("guidance_scale", guidance_scale, guidance_scale >= 0, "at least 0; up to 1 is off"),
         ("flow_shift", flow_shift, flow_shift > 0, "positive; 1 is none"),
         ("temperature", temperature, temperature >= 0, "at least 0; 1 is the model's own law"),
         ("cond_noise_scale", cond_noise_scale, 0 <= cond_noise_scale <= 1, "in [0, 1]"),
@@ -109,6 +126,45 @@ def check_sampler(
     ):
         if not fits:
             raise ConfigError(f"{name} must be {expected}; got {value}")
+
+
+def check_output(
+    *,
+    output_type: str,
+    vae_batch_size: int,
+    max_prompt_length: int | None,
+    tensor_inputs: Sequence[str],
+) -> None:
+    """Raise ConfigError unless what is needed after the last step is right before the first."""
+    if output_type not in {"pil", "np", "pt", "latent"}:
+        raise ConfigError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+    if vae_batch_size < 1:
+        raise ConfigError(f"vae_batch_size must be at least 1, got {vae_batch_size}")
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise ConfigError(f"max_prompt_length must be at least 1, got {max_prompt_length}")
+    if set(tensor_inputs) - {"latents"}:
+        raise ConfigError(
+            "callback_on_step_end_tensor_inputs may name 'latents' alone, got "
+            f"{list(tensor_inputs)}"
+        )
+
+
+def parse_size(size: int | str) -> int:
+    """Return bytes of a number or of a text such as "5GB" or "200MB".
+
+    Raises:
+        ConfigError: If it is neither, or below 1.
+    """
+    text = str(size).strip().upper()
+    factor = next((f for unit, f in _UNITS.items() if text.endswith(unit)), 1)
+    number = text.rstrip("KMGB")
+    try:
+        found = int(float(number) * factor)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size must be bytes or such as '5GB', got {size!r}") from error
+    if found < 1:
+        raise ConfigError(f"max_shard_size must be positive, got {size!r}")
+    return found
 
 
 def per_video(values: str | Sequence[str], num_prompts: int, name: str) -> list[str]:

@@ -28,7 +28,7 @@ from ursa.video.decode import fit_frames
 logger = logging.getLogger(__name__)
 
 Picture = Image.Image | np.ndarray
-Clip = np.ndarray | Sequence[Image.Image]
+Clip = np.ndarray | Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,16 @@ def given_codes(
     conditions = no_conditions(num_videos, shape)
     chosen = range(codes.shape[1]) if indices is None else indices
     for index in chosen:
-        place = index + shape[0] if index < 0 else index
-        if not 0 <= place < codes.shape[1]:
+        # a negative one counts from the end of both, as in the official code
+        place, source = (
+            index + size if index < 0 else index for size in (shape[0], codes.shape[1])
+        )
+        if not (0 <= place < shape[0] and 0 <= source < codes.shape[1]):
             raise ConfigError(
                 f"cond_indices must be latent frames of cond_latents, 0..{codes.shape[1] - 1}, "
                 f"got {index}"
             )
-        conditions.codes[:, place] = share(codes, num_videos)[:, place].cpu()
+        conditions.codes[:, place] = share(codes, num_videos)[:, source].cpu()
         conditions.given[place] = True
     return conditions
 
@@ -113,18 +116,20 @@ def encode_picture(
         isinstance(pictures, np.ndarray) and pictures.ndim == 4
     )
     items: list[Any] = list(pictures) if several else [pictures]  # type: ignore[arg-type]
+    if not items:
+        raise ConfigError("image is an empty list; give at least one picture")
     frames = np.stack([_fit(_array(item)[None], size, "image") for item in items])
     return tokenizer.encode(frames)
 
 
 def encode_clip(
-    clip: Clip | Sequence[np.ndarray], tokenizer: AutoencoderTokenizer, size: tuple[int, int]
+    clip: Clip | Sequence[Clip], tokenizer: AutoencoderTokenizer, size: tuple[int, int]
 ) -> Tensor:
     """Encode one clip, or one a prompt, to codes of shape (1 or prompts, T', h, w).
 
     Args:
-        clip: uint8 array (F, H, W, 3) or (prompts, F, H, W, 3), or a list of PIL images; F fits the
-            visual tokenizer (1 + 4k).
+        clip: uint8 array or tensor (F, H, W, 3) or (prompts, F, H, W, 3), a list of PIL images, or
+            a list of such clips; F fits the visual tokenizer (1 + 4k).
         tokenizer: Frames to codes.
         size: (height, width) in pixels, as for `encode_picture`.
 
@@ -132,15 +137,32 @@ def encode_clip(
         ConfigError: If it is no clip.
         DataError: If the number of frames does not fit; it names the nearest that do.
     """
-    if isinstance(clip, Sequence):
-        clip = np.stack([_array(item) for item in clip])
-    clips = clip if clip.ndim == 5 else clip[None]
+    array = _frames(clip)
+    clips = array if array.ndim == 5 else array[None]
     if clips.ndim != 5 or clips.dtype != np.uint8 or clips.shape[-1] != 3:
         raise ConfigError(
             "video must be uint8 of shape (frames, height, width, 3), or several such, got "
-            f"{clip.dtype} {clip.shape}"
+            f"{array.dtype} {array.shape}"
         )
     return tokenizer.encode(np.stack([_fit(item, size, "video") for item in clips]))
+
+
+def _frames(clip: Any) -> np.ndarray:
+    """Return a clip, or several, as one array."""
+    if isinstance(clip, Image.Image):
+        return _array(clip)
+    if isinstance(clip, Tensor):
+        return clip.cpu().numpy()
+    if not isinstance(clip, Sequence):
+        return np.asarray(clip)
+    arrays = [_frames(item) for item in clip]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) != 1:
+        raise ConfigError(
+            "the frames of a video, and several videos, must have one shape, got "
+            f"{sorted(shapes) or 'none'}"
+        )
+    return np.stack(arrays)
 
 
 def encode_last(
@@ -157,6 +179,13 @@ def encode_last(
 
 def share(values: Tensor, num_videos: int) -> Tensor:
     """Return one row a video of rows that are one, one a prompt, or one a video.
+
+    Args:
+        values: Rows, shape (1, prompts or videos; ...).
+        num_videos: B, the videos of a prompt standing together.
+
+    Returns:
+        Shape (B, ...).
 
     Raises:
         ConfigError: If their number divides the number of videos in no such way.

@@ -150,7 +150,7 @@ def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
 
     Args:
         root: The directory.
-        dtype: Type of the weights of both networks; None keeps the transformer's as stored.
+        dtype: Type of the weights of both networks; None keeps them as stored.
 
     Raises:
         ConfigError: If something is missing or does not fit together.
@@ -182,7 +182,9 @@ def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
     )
 
 
-def write_directory(parts: Parts, root: Path, *, codebook_file: bool) -> None:
+def write_directory(
+    parts: Parts, root: Path, *, codebook_file: bool, max_shard_bytes: int = 5_000_000_000
+) -> None:
     """Write a model directory; model_index.json comes last, so a torn one is not taken for whole.
 
     Args:
@@ -190,9 +192,12 @@ def write_directory(parts: Parts, root: Path, *, codebook_file: bool) -> None:
         root: Made if missing.
         codebook_file: Whether to write scheduler_model.pth, which the official code needs. It is
             a torch archive of one tensor; without it the directory holds no pickle.
+        max_shard_bytes: Largest file of the transformer's weights.
     """
     (root / "scheduler").mkdir(parents=True, exist_ok=True)
-    save_transformer(parts.transformer, root / "transformer")
+    for old in (root / INDEX_FILE, root / "scheduler" / CODEBOOK_FILE):
+        old.unlink(missing_ok=True)
+    save_transformer(parts.transformer, root / "transformer", max_shard_bytes=max_shard_bytes)
     save_visual_tokenizer(parts.visual_tokenizer.network, root / "vae")
     parts.text_tokenizer.save(root / "tokenizer")
     scheduler = {

@@ -11,22 +11,25 @@ References:
     official pipeline and of diffusers.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ursa.diffusion.draws import check_ids
 from ursa.errors import ConfigError
 from ursa.generation.arguments import (
+    check_output,
     check_sampler,
     checked_latent_shape,
     latent_shape,
+    parse_size,
     per_video,
     refuse_unknown_arguments,
 )
@@ -84,7 +87,8 @@ class UrsaPipeline:
 
     Attributes:
         defaults: What a call takes where it names nothing.
-        interrupt: Set it to True in `callback_on_step_end` to stop after the step.
+        interrupt: Set it to True to stop after the step: in `callback_on_step_end`, on the pipe
+            that it gets, for that call alone.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class UrsaPipeline:
         *,
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,  # noqa: ARG003
     ) -> "UrsaPipeline":
         """Read a model directory, or a model of the hub, in the official layout or ours.
 
@@ -133,6 +138,8 @@ class UrsaPipeline:
             torch_dtype: Type of the weights; None keeps the stored one. The path is computed in
                 float32 whatever it is.
             device: Where to run.
+            trust_remote_code: Accepted as the official examples have it; no code of a directory is
+                ever run.
 
         Raises:
             ConfigError: If it is no such directory, or its parts do not fit together.
@@ -148,11 +155,23 @@ class UrsaPipeline:
         )
         return pipeline.to(device)
 
-    def save_pretrained(self, directory: str | Path, *, codebook_file: bool = True) -> None:
-        """Write the layout that the official code and `from_pretrained` read, bit for bit.
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        codebook_file: bool = True,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the official layout, which `from_pretrained` reads again bit for bit.
+
+        The official code reads it too if the networks are its own: a visual tokenizer of its
+        classes, and a transformer with heads of 128. A model that was in the directory is replaced.
 
         Args:
             directory: Made if missing.
+            max_shard_size: Largest file of the transformer's weights, bytes or such as "5GB".
+            safe_serialization: As diffusers has it; weights are safetensors, False is refused.
             codebook_file: Whether to write scheduler/scheduler_model.pth, which the official code
                 needs and ours does not. Without it the directory holds no pickle.
         """
@@ -164,7 +183,14 @@ class UrsaPipeline:
             text_tokenizer=self.text_tokenizer,
             defaults=self.defaults,
         )
-        write_directory(parts, Path(directory), codebook_file=codebook_file)
+        if not safe_serialization:
+            raise ConfigError("weights are written as safetensors; leave safe_serialization out")
+        write_directory(
+            parts,
+            Path(directory),
+            codebook_file=codebook_file,
+            max_shard_bytes=parse_size(max_shard_size),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -176,9 +202,16 @@ class UrsaPipeline:
         """What the transformer's weights are."""
         return self.transformer.lm_head.weight.dtype
 
-    def to(self, *targets: torch.device | str | torch.dtype) -> Self:
+    def to(
+        self,
+        *targets: torch.device | str | torch.dtype,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
         """Move and cast both networks in place: `pipe.to("cuda", torch.bfloat16)`."""
-        for target in targets:
+        for target in (*targets, device, dtype):
+            if target is None:
+                continue
             if isinstance(target, torch.dtype):
                 self.transformer.to(target)
                 self.visual_tokenizer.to(dtype=target)
@@ -193,7 +226,7 @@ class UrsaPipeline:
         self._progress = {"disable": None, **options}
 
     @refuse_unknown_arguments
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(  # noqa: PLR0913  (the names of the official call and of diffusers)
         self,
         prompt: str | Sequence[str] | None = None,
@@ -201,7 +234,7 @@ class UrsaPipeline:
         *,
         image: Picture | Sequence[Picture] | None = None,
         last_image: Picture | None = None,
-        video: Clip | Sequence[np.ndarray] | None = None,
+        video: Clip | Sequence[Clip] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -225,12 +258,14 @@ class UrsaPipeline:
         prompt_ids: Tensor | None = None,
         negative_prompt_ids: Tensor | None = None,
         max_prompt_length: int | None = None,
+        max_sequence_length: int | None = None,
         vae_batch_size: int = 1,
         solver: Solver | None = None,
         draw_order: DrawOrder = "per_token",
         output_type: OutputType = "pil",
         return_dict: bool = True,  # noqa: ARG002
         callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> UrsaOutput:
         """Generate videos, or images if one frame is asked for.
 
@@ -247,7 +282,7 @@ class UrsaPipeline:
             width: Pixels, likewise.
             num_frames: 1 + 4k; 1 is an image.
             num_inference_steps: Steps of the sampler.
-            guidance_scale: Classifier-free guidance, 1 is off.
+            guidance_scale: Classifier-free guidance; up to 1 is off.
             guidance_trunc: From this t on guidance is off.
             flow_shift: Timestep shift of the sampler, 1 is none.
             temperature: The guided logits are divided by it before x_1 is drawn; 1 is the model's
@@ -271,6 +306,7 @@ class UrsaPipeline:
             prompt_ids: Ids instead of prompts, left-padded, shape (prompts, L).
             negative_prompt_ids: Ids of the negative prompts, shape (1 or prompts, L).
             max_prompt_length: Ids a prompt is padded or cut to.
+            max_sequence_length: diffusers' name of it.
             vae_batch_size: Videos decoded at once.
             solver: "exact" carries every token by the jump process of its x_1 without an error of
                 time, so that few steps do; "euler" is the step of the paper.
@@ -279,7 +315,9 @@ class UrsaPipeline:
             output_type: See `UrsaOutput`.
             return_dict: Accepted as diffusers has it: the output is a tuple of the frames anyway.
             callback_on_step_end: Called as callback(pipe, step, t, {"latents": codes}) after every
-                step; what it returns under "latents" goes on instead.
+                step; what it returns under "latents" goes on instead. Setting `interrupt` of the
+                pipe that it gets stops this call.
+            callback_on_step_end_tensor_inputs: What it gets; there is "latents" alone.
 
         Returns:
             The videos, prompt by prompt.
@@ -289,6 +327,12 @@ class UrsaPipeline:
             DataError: If a given clip does not fit the visual tokenizer.
             TypeError: If a name is unknown; it names the nearest.
         """
+        check_output(
+            output_type=output_type,
+            vae_batch_size=vae_batch_size,
+            max_prompt_length=max_prompt_length,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         asked = self.defaults
         sampling = Sampling(
             steps=_or(num_inference_steps, asked.num_inference_steps),
@@ -316,7 +360,7 @@ class UrsaPipeline:
             prompt_ids,
             negative_prompt_ids,
             motion_score=motion_score,
-            length=_or(max_prompt_length, asked.max_prompt_length),
+            length=_or(_or(max_prompt_length, max_sequence_length), asked.max_prompt_length),
             copies=_or(num_images_per_prompt, num_videos_per_prompt),
         )
         tokenizer = self.visual_tokenizer
@@ -357,12 +401,13 @@ class UrsaPipeline:
     def _callback(self, on_step_end: OnStepEnd | None) -> OnStep:
         """Return what the sampler calls after a step: it gives codes, and whether to stop."""
         self.interrupt = False
+        call = copy.copy(self)  # two calls at once must not stop each other
 
         def after(step: int, t: float, codes: Tensor) -> tuple[Tensor, bool]:
             if on_step_end is not None:
-                changed = on_step_end(self, step, t, {"latents": codes.clone()})
+                changed = on_step_end(call, step, t, {"latents": codes.clone()})
                 codes = (changed or {}).get("latents", codes)
-            return codes, self.interrupt
+            return codes, call.interrupt or self.interrupt
 
         return after
 
@@ -400,6 +445,9 @@ class UrsaPipeline:
                 "prompt_ids and negative_prompt_ids must have one shape, got "
                 f"{tuple(prompt_ids.shape)} and {tuple(negative_prompt_ids.shape)}"
             )
+        num_text = self.transformer.config.lm_vocab_size
+        for name, ids in (("prompt_ids", prompt_ids), ("negative_prompt_ids", negative_prompt_ids)):
+            check_ids(name, ids, num_text)
         pair = [
             ids.to(self.device).long().repeat_interleave(copies, dim=0)
             for ids in (prompt_ids, negative_prompt_ids)
@@ -410,7 +458,7 @@ class UrsaPipeline:
         self,
         image: Picture | Sequence[Picture] | None,
         last_image: Picture | None,
-        video: Clip | Sequence[np.ndarray] | None,
+        video: Clip | Sequence[Clip] | None,
         cond_latents: Tensor | None,
         cond_indices: Sequence[int] | None,
         size: tuple[int, int],
@@ -433,6 +481,7 @@ class UrsaPipeline:
             codes = encode_clip(video, self.visual_tokenizer, size)
         conditions = no_conditions(num_videos, shape)
         if codes is not None:
+            check_ids("cond_latents", codes, len(self.codebook))
             conditions = given_codes(codes, cond_indices, num_videos=num_videos, shape=shape)
         if last_image is not None:
             if shape[0] < 2:
@@ -461,6 +510,7 @@ class UrsaPipeline:
                     f"latents must be codes of shape {full}, got {latents.dtype} "
                     f"{tuple(latents.shape)}"
                 )
+            check_ids("latents", latents, len(self.codebook))
             codes = latents.to(self.device).long().clone()
         known = conditions.codes
         if noise_scale > 0 and bool(conditions.given.any()):
@@ -473,8 +523,6 @@ class UrsaPipeline:
             return codes
         if output_type == "pt":
             return self.visual_tokenizer.decode_pixels(codes, batch_size=batch_size)
-        if output_type not in ("pil", "np"):
-            raise ConfigError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         frames = self.visual_tokenizer.decode(codes, batch_size=batch_size)
         if output_type == "pil" and frames.shape[1] == 1:
             return [Image.fromarray(video[0]) for video in frames]

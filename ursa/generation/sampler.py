@@ -215,15 +215,14 @@ def _hidden_states(
     sampling: Sampling,
 ) -> Tensor:
     """Return guided hidden states, shape (B, T, h, w, D): the head is linear, so this is enough."""
-    scale = sampling.scale if t < sampling.trunc else 1.0
-    if scale == 1.0:
+    if sampling.scale <= 1 or t >= sampling.trunc:
         hidden = transformer.hidden_states(text_ids, codes)
     else:
         both = transformer.hidden_states(
             torch.cat([text_ids, negative_ids]), torch.cat([codes, codes])
         )
         conditional, unconditional = both.chunk(2)
-        hidden = guide(conditional, unconditional, scale)
+        hidden = guide(conditional, unconditional, sampling.scale)
     return hidden.view(*codes.shape, -1)
 
 

@@ -180,7 +180,14 @@ class FittedAutoencoder(nn.Module):
         nn.init.normal_(last.weight, std=0.05)
 
     def set_linear(self, analysis: Tensor, offset: Tensor, synthesis: Tensor, mean: Tensor) -> None:
-        """Set the linear branch: z = analysis @ x + offset and x = synthesis @ code + mean."""
+        """Set the linear branch: z = analysis @ x + offset and x = synthesis @ code + mean.
+
+        Args:
+            analysis: Shape (channels of a code, values of a patch).
+            offset: Shape (channels of a code,).
+            synthesis: Shape (values of a patch, channels of a code).
+            mean: Shape (values of a patch,).
+        """
         with torch.no_grad():
             for layer, weight, bias in (
                 (self.linear_in, analysis, offset),
@@ -208,5 +215,12 @@ class FittedAutoencoder(nn.Module):
         return unpatch_video(coefficients, self.wavelets)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Reconstruct pixels through the quantizer; gradients pass straight through it."""
+        """Reconstruct pixels through the quantizer; gradients pass straight through it.
+
+        Args:
+            video: Pixels in [-1, 1], shape (B, 3, 1 + 4k, H, W).
+
+        Returns:
+            Pixels in about [-1, 1], of the same shape.
+        """
         return self.pixels(self.quantizer.quantize(self.latents(video)))

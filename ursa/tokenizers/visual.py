@@ -84,7 +84,7 @@ class AutoencoderTokenizer:
             self.network.decoder.to(dtype=getattr(torch, self.network.config.decoder_dtype))
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, frames: np.ndarray, *, batch_size: int | None = None) -> Tensor:
         """Encode frames to ids.
 
@@ -112,7 +112,7 @@ class AutoencoderTokenizer:
             parts.append(self.network.quantizer.encode(latents))
         return torch.cat(parts)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, ids: Tensor, *, batch_size: int | None = None) -> np.ndarray:
         """Decode ids to frames.
 
@@ -126,9 +126,12 @@ class AutoencoderTokenizer:
         Raises:
             DataError: If the shape or an id does not fit.
         """
-        return np.concatenate([to_frames(pixels) for pixels in self._decoded(ids, batch_size)])
+        truncates = not isinstance(self.network, FittedAutoencoder)
+        return np.concatenate(
+            [to_frames(pixels, truncates=truncates) for pixels in self._decoded(ids, batch_size)]
+        )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_pixels(self, ids: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Decode ids to unrounded pixels.
 
@@ -164,9 +167,13 @@ def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(frames).movedim(-1, 1).float() / 127.5 - 1
 
 
-def to_frames(pixels: Tensor) -> np.ndarray:
-    """Round pixels in about [-1, 1], (B, 3, T, H, W), to uint8 frames (B, T, H, W, 3)."""
-    scaled = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_frames(pixels: Tensor, *, truncates: bool = False) -> np.ndarray:
+    """Turn pixels in about [-1, 1], (B, 3, T, H, W), into uint8 frames (B, T, H, W, 3).
+
+    Values are rounded, or truncated: so does the official code with the tokenizers it has.
+    """
+    scaled = pixels.float() * 127.5 + 127.5
+    scaled = (scaled if truncates else scaled.round()).clamp(0, 255).to(torch.uint8)
     return scaled.movedim(1, -1).contiguous().cpu().numpy()
 
 

@@ -30,6 +30,10 @@ def write_network(
 ) -> None:
     """Write config.json and the weights into a directory; see `save_visual_tokenizer`."""
     directory.mkdir(parents=True, exist_ok=True)
+    # of a network that was here before nothing may stay
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    for old in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
+        old.unlink()
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     values = network.config.model_dump(mode="json", by_alias=True)
     if isinstance(network, FittedAutoencoder):
@@ -48,7 +52,7 @@ def write_network(
 
 
 def read_network(directory: Path) -> FittedAutoencoder | CosmosAutoencoder | ImageAutoencoder:
-    """Read a network in float32; see `load_visual_tokenizer`.
+    """Read a network in the type of its file; see `load_visual_tokenizer`.
 
     Raises:
         ConfigError: If the directory does not hold one.
@@ -63,7 +67,7 @@ def read_network(directory: Path) -> FittedAutoencoder | CosmosAutoencoder | Ima
         raise ConfigError(f"{path} does not describe a visual tokenizer: {error}") from error
     weights, source = _read_weights(directory)
     _check_weights(weights, network.state_dict(), source)
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     return network
 
 

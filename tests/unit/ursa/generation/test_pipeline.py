@@ -1,6 +1,8 @@
 import contextlib
 import inspect
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from tests import media
 from ursa.diffusion.timesteps import inference_times
-from ursa.errors import ConfigError
+from ursa.errors import ConfigError, DataError
 from ursa.generation import UrsaPipeline
 from ursa.model.pretrained import WEIGHTS_FILE
 from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
@@ -269,7 +271,10 @@ def test_every_name_of_the_official_call_is_known():
         *("cond_indices", "cond_noise_scale", "prompt_ids", "negative_prompt_ids"),
         *("output_type", "max_prompt_length", "vae_batch_size"),
     }
-    diffusers = {"num_videos_per_prompt", "return_dict", "callback_on_step_end"}
+    diffusers = {
+        *("num_videos_per_prompt", "return_dict", "callback_on_step_end"),
+        *("callback_on_step_end_tensor_inputs", "max_sequence_length"),
+    }
     known = inspect.signature(UrsaPipeline.__call__).parameters
     assert official | diffusers <= set(known)
 
@@ -561,3 +566,108 @@ def test_exact_steps_of_a_video_do_not_depend_on_its_neighbours(pipeline):
         assert torch.equal(together[index : index + 1], alone)
     euler = pipeline(prompts[0], generator=[seeded(1)], **{**options, "solver": "euler"}).frames
     assert not torch.equal(euler, together[:1])
+
+
+def test_the_calls_of_the_official_examples_work(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="20KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    again = UrsaPipeline.from_pretrained(
+        tmp_path, torch_dtype=torch.float32, trust_remote_code=True
+    ).to(device="cpu", dtype=torch.float32)
+    # pipe(**locals()) of a script hands over the names of its module
+    names = {"__name__": "__main__", "os": inspect, "pipe": again, "prompt": "a tree"}
+    expected = again("a tree", generator=seeded(), output_type="latent").frames
+    codes = again(**names, generator=seeded(), output_type="latent").frames
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("size", ["5 apples", "", 0])
+def test_a_shard_size_that_is_none_is_refused(pipeline, tmp_path, size):
+    with pytest.raises(ConfigError, match="max_shard_size must be"):
+        pipeline.save_pretrained(tmp_path, max_shard_size=size)
+    with pytest.raises(ConfigError, match="leave safe_serialization out"):
+        pipeline.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_guidance_up_to_one_is_off(pipeline):
+    def draw(scale):
+        return pipeline(
+            "a tree", guidance_scale=scale, generator=seeded(), output_type="latent"
+        ).frames
+
+    assert torch.equal(draw(0.0), draw(1.0))
+    assert torch.equal(draw(0.5), draw(1.0))
+    assert not torch.equal(draw(3.0), draw(1.0))
+
+
+def test_the_last_of_given_latents_may_be_the_last_of_the_clip(pipeline):
+    given = codes_of(pipeline, media.panning(5, step=1, height=16, width=24))
+    codes = pipeline(
+        "a tree",
+        cond_latents=given,
+        cond_indices=[-1],
+        num_frames=17,
+        generator=seeded(),
+        output_type="latent",
+    ).frames
+    assert torch.equal(codes[:, -1], given[:, -1])
+
+
+def test_videos_come_as_arrays_tensors_or_lists(pipeline):
+    one, other = (media.panning(5, step=step, height=16, width=24) for step in (1, 2))
+
+    def first(prompts, video):
+        return pipeline(
+            prompts, video=video, num_frames=9, generator=seeded(), output_type="latent"
+        ).frames[:, :2]
+
+    expected = torch.cat([codes_of(pipeline, one), codes_of(pipeline, other)])
+    pictures = [[Image.fromarray(frame) for frame in clip] for clip in (one, other)]
+    for videos in ([one, other], pictures, torch.from_numpy(np.stack([one, other]))):
+        assert torch.equal(first(["a", "b"], videos), expected)
+    assert torch.equal(first("a", torch.from_numpy(one)), expected[:1])
+    with pytest.raises(ConfigError, match="must have one shape, got"):
+        first("a", [one, other[:1]])
+    with pytest.raises(ConfigError, match="must have one shape, got none"):
+        first("a", [])
+    with pytest.raises(ConfigError, match="image is an empty list"):
+        pipeline("a", image=[])
+
+
+@pytest.mark.parametrize("name", ["latents", "cond_latents", "prompt_ids"])
+def test_ids_out_of_range_are_named(pipeline, name):
+    shape = (1, 6) if name == "prompt_ids" else (1, 2, 2, 3)
+    with pytest.raises(DataError, match=f"{name} must be ids in"):
+        pipeline("a tree", **{name: torch.full(shape, 10**6)})
+
+
+def test_results_may_be_changed(pipeline):
+    for kind in ("latent", "pt"):
+        frames = pipeline("a tree", generator=seeded(), output_type=kind).frames
+        frames[:] = 3
+
+
+def test_two_calls_at_once_do_not_stop_each_other(pipeline):
+    seen = {"a": [], "b": []}
+    barrier = threading.Barrier(2)
+
+    def run(name):
+        def after(pipe, step, _t, _now):
+            seen[name].append(step)
+            if step == 0:
+                barrier.wait(timeout=30)
+            if name == "a" and step == 2:
+                pipe.interrupt = True
+
+        pipeline("a tree", num_inference_steps=20, callback_on_step_end=after)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, seen))
+    assert seen == {"a": [0, 1, 2], "b": list(range(20))}
+
+
+def test_saving_over_another_model_leaves_nothing_of_it(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path, codebook_file=False)
+    assert not list(tmp_path.rglob("*.pth"))
+    UrsaPipeline.from_pretrained(tmp_path)

@@ -42,14 +42,21 @@ def test_save_and_load_is_exact(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_weights_pass_through_float32_unchanged(dtype, tmp_path):
+def test_half_weights_stay_as_they_are(dtype, tmp_path):
     network = test_cosmos.build().to(dtype)
     save_visual_tokenizer(network, tmp_path)
     tokenizer = load_visual_tokenizer(tmp_path)
-    assert tokenizer.dtype == torch.float32
-    tokenizer.to(dtype=dtype)
+    assert tokenizer.dtype == dtype
+    tokenizer.to(dtype=torch.float32).to(dtype=dtype)
     for name, value in network.state_dict().items():
         assert torch.equal(tokenizer.network.state_dict()[name], value)
+
+
+def test_saving_over_another_network_leaves_nothing_of_it(tmp_path):
+    for build in (test_cosmos.build, fitted, test_cosmos.build):
+        save_visual_tokenizer(build(), tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
+        load_visual_tokenizer(tmp_path)
 
 
 def test_official_names_and_fields(tmp_path):
