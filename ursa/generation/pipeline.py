@@ -354,6 +354,7 @@ class UrsaPipeline:
             solver=sampling.solver,
             draw_order=sampling.draw_order,
         )
+        copies = _or(num_images_per_prompt, num_videos_per_prompt)
         text_ids, negative_ids = self._prompts(
             prompt,
             negative_prompt,
@@ -361,7 +362,7 @@ class UrsaPipeline:
             negative_prompt_ids,
             motion_score=motion_score,
             length=_or(_or(max_prompt_length, max_sequence_length), asked.max_prompt_length),
-            copies=_or(num_images_per_prompt, num_videos_per_prompt),
+            copies=copies,
         )
         tokenizer = self.visual_tokenizer
         if latents_shape is None:
@@ -376,7 +377,14 @@ class UrsaPipeline:
             shape = checked_latent_shape(latents_shape)
             size = shape[1] * tokenizer.spatial_stride, shape[2] * tokenizer.spatial_stride
         conditions = self._conditions(
-            image, last_image, video, cond_latents, cond_indices, size, shape, len(text_ids)
+            image,
+            last_image,
+            video,
+            cond_latents,
+            cond_indices,
+            size,
+            shape,
+            (len(text_ids) // copies, len(text_ids)),
         )
         draws = Draws(generator, len(text_ids), shape, sampling.draw_order)
         start = self._start(latents, conditions, cond_noise_scale, shape, draws)
@@ -463,8 +471,9 @@ class UrsaPipeline:
         cond_indices: Sequence[int] | None,
         size: tuple[int, int],
         shape: tuple[int, int, int],
-        num_videos: int,
+        counts: tuple[int, int],
     ) -> Conditions:
+        num_prompts, num_videos = counts
         given = [
             name
             for name, value in (("image", image), ("video", video), ("cond_latents", cond_latents))
@@ -482,6 +491,11 @@ class UrsaPipeline:
         conditions = no_conditions(num_videos, shape)
         if codes is not None:
             check_ids("cond_latents", codes, len(self.codebook))
+            if len(codes) not in {1, num_prompts, num_videos}:
+                raise ConfigError(
+                    f"{len(codes)} conditions are given for {num_prompts} prompts and {num_videos} "
+                    "videos; give one, one a prompt or one a video"
+                )
             conditions = given_codes(codes, cond_indices, num_videos=num_videos, shape=shape)
         if last_image is not None:
             if shape[0] < 2:

@@ -75,6 +75,7 @@ class CausalConv(nn.Conv3d):
         stride: tuple[int, int, int] = (1, 1, 1),
         padding: int = 0,
     ) -> None:
+        """Take channels, kernel and stride over (T, H, W), as torch does."""
         super().__init__(in_channels, out_channels, kernel, stride, (0, padding, padding))
         self._num_before = kernel[0] - stride[0]
 
@@ -97,6 +98,7 @@ class FrameNorm(nn.GroupNorm):
     """Normalise all channels and pixels of each frame on its own."""
 
     def __init__(self, channels: int) -> None:
+        """Take C, the channels of (B, C, T, H, W)."""
         super().__init__(1, channels, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,6 +111,7 @@ class Attention(nn.Module):
     """Single-head attention, added to its input, among the pixels of a frame or along time."""
 
     def __init__(self, channels: int, *, axis: Literal["space", "time"], causal: bool) -> None:
+        """Take C; along time a causal one sees the past alone."""
         super().__init__()
         self._axis, self._causal = axis, causal and axis == "time"
         self.group_norm = FrameNorm(channels)
@@ -137,6 +140,7 @@ class ResBlock(nn.Module):
     """norm, SiLU, factorised convolution, twice, added to the input."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
+        """Take C in and out; they may differ."""
         super().__init__()
         self.norm1 = FrameNorm(in_channels)
         self.conv1 = factorised_conv(in_channels, out_channels)
@@ -157,6 +161,7 @@ class Downsample(nn.Module):
     """Halve space and, if asked, time: strided convolution plus average, then a 1x1x1 one."""
 
     def __init__(self, channels: int, *, time: bool) -> None:
+        """Take C; time says whether frames are halved too."""
         super().__init__()
         self._time = time
         self.conv1 = CausalConv(channels, channels, (1, 3, 3), stride=(1, 2, 2))
@@ -178,6 +183,7 @@ class Upsample(nn.Module):
     """Double space and, if asked, time: repetition plus its convolution, then a 1x1x1 one."""
 
     def __init__(self, channels: int, *, time: bool) -> None:
+        """Take C; time says whether frames are doubled too."""
         super().__init__()
         self._time = time
         if time:
@@ -199,6 +205,7 @@ class Block(nn.Module):
     """Residual blocks, then a change of size."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
+        """Take C in and out and the number of residual blocks."""
         super().__init__()
         widths = [in_channels, *[out_channels] * depth]
         self.resnets = nn.ModuleList(ResBlock(*pair) for pair in pairwise(widths))
@@ -216,6 +223,7 @@ class MidBlock(nn.Module):
     """Residual block, attention in space and in time, residual block."""
 
     def __init__(self, channels: int, *, causal: bool) -> None:
+        """Take C; causal is that of the attention in time."""
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, channels) for _ in range(2))
         pair = (Attention(channels, axis=axis, causal=causal) for axis in ("space", "time"))

@@ -630,6 +630,8 @@ def test_videos_come_as_arrays_tensors_or_lists(pipeline):
         first("a", [one, other[:1]])
     with pytest.raises(ConfigError, match="must have one shape, got none"):
         first("a", [])
+    with pytest.raises(ConfigError, match="2 conditions are given for 4 prompts and 4 videos"):
+        first(["a", "b", "c", "d"], [one, other])
     with pytest.raises(ConfigError, match="image is an empty list"):
         pipeline("a", image=[])
 
