@@ -13,7 +13,7 @@ from ursa.diffusion.solver import exact_step
 from ursa.errors import ConfigError, DataError
 from ursa.tokenizers.quantizers import FSQuantizer
 
-COUNT = 100_000
+COUNT = 40_000
 LEAST_P = 1e-3
 
 
