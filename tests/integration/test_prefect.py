@@ -103,18 +103,21 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_wrong_source_is_named(services: Running, tmp_path: Path) -> None:
+def test_wrong_source_is_named(services: Running, source: Path, tmp_path: Path) -> None:
+    # `make run` looks at SOURCE itself; here the flow gets one that is not there
     before = registered(services)
-    done = services.script("run", "--source", str(tmp_path / "nothing"))
+    wrong = f"--parameters=--param source_uri={tmp_path / 'nothing'}"
+    done = services.script("run", "--source", str(source), wrong)
     assert str(tmp_path / "nothing") in failure(done)
     assert services.flow_run(done.stdout)["state"]["type"] == "FAILED"
     assert registered(services) == before
 
 
-def test_empty_source_is_named(services: Running, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    done = services.script("run", "--source", str(tmp_path / "empty"))
-    assert "DataError" in failure(done)
+def test_source_without_videos_is_named(services: Running, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "readme.txt").write_text("no video")
+    done = services.script("run", "--source", str(tmp_path / "texts"))
+    assert "1 files, but none that may be a video" in failure(done)
 
 
 def test_value_out_of_range_is_named(services: Running, source: Path) -> None:
