@@ -44,12 +44,10 @@ class Preview:
 
     Attributes:
         step: Number of steps done, from 1.
-        t: Time of the step's end, 0 is noise and 1 the clip.
         strip: Some frames side by side, uint8 (H, n W, 3).
     """
 
     step: int
-    t: float
     strip: np.ndarray
 
 
@@ -82,12 +80,12 @@ def draw_with_previews(
     stopped = threading.Event()
 
     def on_step_end(
-        pipe: UrsaPipeline, step: int, t: float, state: dict[str, Tensor]
+        pipe: UrsaPipeline, step: int, _t: float, state: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         pipe.interrupt = stopped.is_set()
         if step + 1 in shown and not pipe.interrupt:
             frames = pipe.visual_tokenizer.decode(state["latents"][:1])[0]
-            previews.put(Preview(step + 1, t, _strip(frames)))
+            previews.put(Preview(step + 1, _strip(frames)))
         return {}
 
     def draw() -> np.ndarray:

@@ -208,7 +208,32 @@ class MetricPath:
         return weights / weights.sum(-1, keepdim=True)
 
 
-class MixturePath:
+class _ToClean:
+    """What the baselines share: a jump goes to x_1, at a rate of 1 / (1 - t)."""
+
+    codebook_size: int
+    dtype: torch.dtype
+
+    def rate(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
+        """Return the rates of leaving x_t, shape (...)."""
+        raise NotImplementedError
+
+    def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:  # noqa: ARG002
+        """Return x_1: a jump goes nowhere else."""
+        return check_ids("x_1", x_1, self.codebook_size)
+
+    def exact_step(
+        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
+    ) -> Tensor:
+        """Carry x_t from t to t_next: to x_1 with probability (t_next - t) / (1 - t)."""
+        start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
+        jumps = (self.rate(x_t, x_1, t) > 0) & (
+            numbers()[0].to(x_1.device) < (end - start) / (1 - start)
+        )
+        return torch.where(jumps, x_1.long(), x_t.long())
+
+
+class MixturePath(_ToClean):
     """Probability path p_t(x | x_1) = t delta(x, x_1) + (1 - t) / V: the baseline without a metric.
 
     Same interface as `MetricPath`, whose docstrings hold shapes and errors.
@@ -296,22 +321,8 @@ class MixturePath:
         x_t = check_like("x_t", x_t, x_1, self.num_states)
         return torch.where(x_t == x_1, 0.0, (1 / (1 - t)).to(self.dtype))
 
-    def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:  # noqa: ARG002
-        """Return x_1: a jump goes nowhere else."""
-        return check_ids("x_1", x_1, self.codebook_size)
 
-    def exact_step(
-        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
-    ) -> Tensor:
-        """Carry x_t from t to t_next: to x_1 with probability (t_next - t) / (1 - t)."""
-        start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
-        jumps = (self.rate(x_t, x_1, t) > 0) & (
-            numbers()[0].to(x_1.device) < (end - start) / (1 - start)
-        )
-        return torch.where(jumps, x_1.long(), x_t.long())
-
-
-class MaskedPath:
+class MaskedPath(_ToClean):
     """Masked (absorbing) diffusion, the baseline of MDLM: x_1 with probability t, else a mask.
 
     p_t(x | x_1) = t delta(x, x_1) + (1 - t) delta(x, V). The mask is the id V, so tokens have
@@ -390,20 +401,6 @@ class MaskedPath:
         x_1 = check_ids("x_1", x_1, self.codebook_size)
         x_t = check_like("x_t", x_t, x_1, self.num_states)
         return torch.where(x_t == self.mask_id, (1 / (1 - t)).to(self.dtype), 0.0)
-
-    def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:  # noqa: ARG002
-        """Return x_1: a jump goes nowhere else."""
-        return check_ids("x_1", x_1, self.codebook_size)
-
-    def exact_step(
-        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
-    ) -> Tensor:
-        """Carry x_t from t to t_next: to x_1 with probability (t_next - t) / (1 - t)."""
-        start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
-        jumps = (self.rate(x_t, x_1, t) > 0) & (
-            numbers()[0].to(x_1.device) < (end - start) / (1 - start)
-        )
-        return torch.where(jumps, x_1.long(), x_t.long())
 
 
 ProbabilityPath = MetricPath | MixturePath | MaskedPath

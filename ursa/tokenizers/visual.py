@@ -266,7 +266,7 @@ def load_visual_tokenizer(directory: Path) -> AutoencoderTokenizer:
             model.safetensors.
 
     Returns:
-        The tokenizer, on the CPU in float32 (`to` moves it).
+        The tokenizer, on the CPU in the type of its file (`to` moves and casts it).
 
     Raises:
         ConfigError: If it is not such a directory, or the weights are not those of the network.
