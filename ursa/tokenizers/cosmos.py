@@ -121,9 +121,14 @@ class CosmosConfig(FrozenModel):
 
 
 def tile_slices(length: int, size: int) -> list[slice]:
-    """Cover `length` frames by tiles of at most `size` >= 2, each beginning at the former's end.
+    """Cover frames by tiles, each beginning with the last frame of the one before.
 
-    Neighbours share one frame; the last tile may be shorter.
+    Args:
+        length: Frames to cover, at least 1.
+        size: Frames of a tile, at least 2; the last tile may be shorter.
+
+    Returns:
+        Slices of the frame axis, in order.
     """
     starts = range(0, max(length - 1, 1), size - 1)
     return [slice(start, min(start + size, length)) for start in starts]
@@ -197,7 +202,11 @@ class CosmosAutoencoder(nn.Module):
     """
 
     def __init__(self, config: CosmosConfig) -> None:
-        """Build the networks with random weights."""
+        """Build the networks with random weights.
+
+        Args:
+            config: Shape of the networks.
+        """
         super().__init__()
         self.config = config
         self.temporal_stride = config.temporal_stride

@@ -30,7 +30,13 @@ BLOCK_CHANNELS = 3 * PATCH**3 * _FOLD**2
 
 
 class FittedConfig(FrozenModel):
-    """Shape of the autoencoder fitted to the clips."""
+    """Shape of the autoencoder fitted to the clips.
+
+    Attributes:
+        levels: FSQ levels of each channel of a code, each >= 2.
+        hidden_channels: Width of the residual networks.
+        num_residual_blocks: Of encoder and decoder each; the refiner has half of them, at least 1.
+    """
 
     levels: tuple[int, ...]
     hidden_channels: int
@@ -38,7 +44,11 @@ class FittedConfig(FrozenModel):
 
 
 def haar(size: int = PATCH) -> Tensor:
-    """Return the orthonormal Haar matrix, shape (size, size), rows = wavelets, low pass first."""
+    """Return the orthonormal Haar matrix, shape (size, size), rows = wavelets, low pass first.
+
+    Args:
+        size: Values of a patch along one axis, a power of 2.
+    """
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         low = torch.kron(matrix, torch.tensor([[1.0, 1.0]]))
@@ -67,7 +77,15 @@ def patch_video(video: Tensor, wavelets: Tensor) -> Tensor:
 
 
 def unpatch_video(coefficients: Tensor, wavelets: Tensor) -> Tensor:
-    """Invert `patch_video`: (B, 192, 1 + k, H / 4, W / 4) to pixels (B, 3, 1 + 4k, H, W)."""
+    """Invert `patch_video`.
+
+    Args:
+        coefficients: Shape (B, 192, 1 + k, H / 4, W / 4).
+        wavelets: Haar matrix, shape (4, 4).
+
+    Returns:
+        Pixels, shape (B, 3, 1 + 4k, H, W).
+    """
     blocks = coefficients.unflatten(1, (3, PATCH, PATCH, PATCH))
     pixels = torch.einsum("bcadethw,ai,dj,ek->bctihjwk", blocks, *([wavelets] * 3))
     video = pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -90,12 +108,25 @@ class CausalConv(nn.Module):
     """A 1x3x3 convolution in space, then a 3x1x1 one in time that sees only the past."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
+        """Make both convolutions.
+
+        Args:
+            in_channels: C of the input.
+            out_channels: C of the output.
+        """
         super().__init__()
         self.space = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
         self.time = nn.Conv2d(3 * out_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve (B, C, T, H, W); the first frame is repeated into the past."""
+        """Convolve; the first frame is repeated into the past.
+
+        Args:
+            x: Shape (B, in_channels, T, H, W).
+
+        Returns:
+            Shape (B, out_channels, T, H, W).
+        """
         batch, frames = x.shape[0], x.shape[2]
         x = self.space(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames))
         first = x[:, :1]
@@ -111,11 +142,23 @@ class ChannelNorm(nn.Module):
     """Layer norm over the channels of each position, so that no position sees another."""
 
     def __init__(self, channels: int) -> None:
+        """Make weight and bias of every channel.
+
+        Args:
+            channels: C.
+        """
         super().__init__()
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, T, H, W) over C."""
+        """Normalise over the channels.
+
+        Args:
+            x: Shape (B, C, T, H, W).
+
+        Returns:
+            The same shape; before weight and bias each position has mean 0 and variance 1.
+        """
         normed: Tensor = self.norm(x.movedim(1, -1)).movedim(-1, 1)
         return normed
 
@@ -124,6 +167,11 @@ class ResidualBlock(nn.Module):
     """norm, SiLU, causal convolution, twice, added to the input."""
 
     def __init__(self, channels: int) -> None:
+        """Make the layers.
+
+        Args:
+            channels: C of input and output.
+        """
         super().__init__()
         self.body = nn.Sequential(
             ChannelNorm(channels),
@@ -135,7 +183,14 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x plus its refinement, (B, C, T, H, W)."""
+        """Return x plus its refinement.
+
+        Args:
+            x: Shape (B, C, T, H, W).
+
+        Returns:
+            The same shape.
+        """
         refined: Tensor = self.body(x)
         return x + refined
 
@@ -162,7 +217,14 @@ class FittedAutoencoder(nn.Module):
     wavelets: Tensor
 
     def __init__(self, config: FittedConfig) -> None:
-        """Build the networks; `set_linear` then gives the linear branch its PCA start."""
+        """Build the networks; `set_linear` then gives the linear branch its PCA start.
+
+        Args:
+            config: Shape of the networks.
+
+        Raises:
+            ConfigError: If a level is smaller than 2.
+        """
         super().__init__()
         self.config = config
         channels, blocks = config.hidden_channels, config.num_residual_blocks
@@ -198,17 +260,39 @@ class FittedAutoencoder(nn.Module):
                 layer.bias.copy_(bias)
 
     def blocks(self, video: Tensor) -> Tensor:
-        """Return the coefficients of 4x8x8 blocks, shape (B, 768, T', H / 8, W / 8)."""
+        """Return the wavelet coefficients of 4x8x8 blocks.
+
+        Args:
+            video: Pixels in [-1, 1], shape (B, 3, 1 + 4k, H, W), H and W divisible by 8.
+
+        Returns:
+            Coefficients, shape (B, 768, 1 + k, H / 8, W / 8).
+        """
         return _fold(patch_video(video, self.wavelets))
 
     def latents(self, video: Tensor) -> Tensor:
-        """Encode pixels in [-1, 1], (B, 3, 1 + 4k, H, W), to (B, 1 + k, H / 8, W / 8, C)."""
+        """Encode pixels to latents before quantization.
+
+        Args:
+            video: Pixels in [-1, 1], shape (B, 3, 1 + 4k, H, W), H and W divisible by 8, in the
+                dtype of the weights.
+
+        Returns:
+            Latents, shape (B, 1 + k, H / 8, W / 8, C), C = channels of a code.
+        """
         blocks = self.blocks(video)
         z: Tensor = self.linear_in(blocks) + self.encoder(blocks)
         return z.movedim(1, -1)
 
     def pixels(self, codes: Tensor) -> Tensor:
-        """Decode codes (B, T', H / 8, W / 8, C) to pixels in about [-1, 1], (B, 3, T, H, W)."""
+        """Decode codes to pixels.
+
+        Args:
+            codes: Shape (B, 1 + k, h, w, C), in the dtype of the weights.
+
+        Returns:
+            Pixels in about [-1, 1], shape (B, 3, 1 + 4k, 8h, 8w).
+        """
         codes = codes.movedim(-1, 1)
         hidden = _unfold(self.decoder(codes))
         coefficients = _unfold(self.linear_out(codes)) + self.refiner(hidden)

@@ -250,7 +250,14 @@ class ImageAutoencoder(nn.Module):
     temporal_stride = 1
 
     def __init__(self, config: ImageConfig) -> None:
-        """Build the networks with random weights."""
+        """Build the networks with random weights.
+
+        Args:
+            config: Shape of the networks and kind of quantizer.
+
+        Raises:
+            ConfigError: If an LFQ of `num_vq_embeddings` codes has other than their log2 channels.
+        """
         super().__init__()
         self.config = config
         self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)

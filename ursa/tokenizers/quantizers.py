@@ -60,24 +60,52 @@ class FSQuantizer(nn.Module):
         return self.decode(torch.arange(self.codebook_size, device=self._level.device))
 
     def bound(self, z: Tensor) -> Tensor:
-        """Squash latents of shape (..., C) into the open range of their levels, float32."""
+        """Squash latents of shape (..., C) into the open range of their levels, float32.
+
+        Args:
+            z: Latents, shape (..., C), any floating type.
+
+        Returns:
+            Shape (..., C), at least float32; channel c rounds to -(L_c // 2)..(L_c - 1) // 2.
+        """
         half = (self._level - 1) * 1.001 / 2
         offset = torch.where(self._level % 2 == 0, 0.5, 0.0)
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
     def quantize(self, z: Tensor) -> Tensor:
-        """Return codes in [-1, 1], shape (..., C); gradients pass straight through the rounding."""
+        """Round latents to codes; gradients pass straight through the rounding.
+
+        Args:
+            z: Latents, shape (..., C).
+
+        Returns:
+            Codes in [-1, 1], shape (..., C).
+        """
         bounded = self.bound(z)
         rounded = bounded + (bounded.round() - bounded).detach()
         return rounded / (self._level // 2)
 
     def encode(self, z: Tensor) -> Tensor:
-        """Return ids in [0, V) of latents of shape (..., C), shape (...), int64."""
+        """Round latents to ids.
+
+        Args:
+            z: Latents, shape (..., C).
+
+        Returns:
+            Ids in [0, V), shape (...), int64.
+        """
         digits = self.bound(z).round().long() + self._level // 2
         return (digits * self._basis).sum(-1)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Return codes in [-1, 1] of ids of shape (...), shape (..., C), float32."""
+        """Turn ids into codes.
+
+        Args:
+            ids: In [0, V), not checked, shape (...), of an integer type.
+
+        Returns:
+            Codes in [-1, 1], shape (..., C), float32.
+        """
         digits = (ids.unsqueeze(-1) // self._basis) % self._level
         half = self._level // 2
         return (digits - half).float() / half
@@ -119,7 +147,14 @@ class VQuantizer(nn.Module):
         return self.embedding.weight.detach().float()
 
     def encode(self, z: Tensor) -> Tensor:
-        """Return ids in [0, V) of latents of shape (..., C), shape (...), int64."""
+        """Find the code of the largest inner product with each latent.
+
+        Args:
+            z: Latents, shape (..., C), any floating type.
+
+        Returns:
+            Ids in [0, V), shape (...), int64.
+        """
         weight = self.embedding.weight
         # in half precision many of 131,072 products would be equal
         dtype = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), torch.float32)
@@ -130,7 +165,14 @@ class VQuantizer(nn.Module):
         return torch.cat([(part @ codes).argmax(-1) for part in parts]).view(z.shape[:-1])
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Return the codes of ids of shape (...), shape (..., C), in the dtype of the weights."""
+        """Look codes up.
+
+        Args:
+            ids: In [0, V), shape (...), int32 or int64.
+
+        Returns:
+            Codes, shape (..., C), in the dtype of the weights.
+        """
         codes: Tensor = self.embedding(ids)
         return codes
 
@@ -169,9 +211,23 @@ class LFQuantizer(nn.Module):
         return self.decode(torch.arange(self.codebook_size, device=self._basis.device))
 
     def encode(self, z: Tensor) -> Tensor:
-        """Return ids in [0, V) of latents of shape (..., C), shape (...), int64."""
+        """Read the signs of latents as bits.
+
+        Args:
+            z: Latents, shape (..., C).
+
+        Returns:
+            Ids in [0, V), shape (...), int64.
+        """
         return ((z > 0) * self._basis).sum(-1)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Return the codes of ids of shape (...), shape (..., C), float32, -1 or +1."""
+        """Turn ids into codes.
+
+        Args:
+            ids: In [0, V), not checked, shape (...), of an integer type.
+
+        Returns:
+            Codes, -1 or +1, shape (..., C), float32.
+        """
         return 2 * (ids.unsqueeze(-1) & self._basis).ne(0).float() - 1

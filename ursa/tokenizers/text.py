@@ -73,11 +73,19 @@ class TextTokenizer:
         return torch.tensor([[self.pad_id] * (max_length - len(row)) + row for row in rows])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens."""
+        """Return the text of ids, without special tokens.
+
+        Args:
+            ids: In [0, vocab_size), of one prompt.
+        """
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json, and what transformers reads beside it, into a directory."""
+        """Write tokenizer.json, and what transformers reads beside it, into a directory.
+
+        Args:
+            directory: Made if missing; files of the same names are replaced.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         files = self._files or {
             TOKENIZER_FILE: self._tokenizer.to_str(pretty=True).encode(),
@@ -104,7 +112,16 @@ def _token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def motion_prompt(prompt: str, motion_px_per_s: float | None) -> str:
-    """Put the motion prefix before a prompt: `motion=9.0, a red ball`; None adds nothing."""
+    """Put the motion prefix before a prompt: `motion=9.0, a red ball`.
+
+    Args:
+        prompt: Any text.
+        motion_px_per_s: Motion at 256 px width, pixels per second, written to one decimal; None
+            adds nothing.
+
+    Returns:
+        The prompt as the network was trained on it.
+    """
     return prompt if motion_px_per_s is None else f"motion={motion_px_per_s:.1f}, {prompt}"
 
 
@@ -114,6 +131,9 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokeni
     Args:
         texts: Captions; order does not matter.
         vocab_size: Upper limit of the vocabulary, at least 256 bytes + 2 special tokens.
+
+    Returns:
+        The tokenizer, with `PAD_TOKEN` and `BOV_TOKEN`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -131,8 +151,15 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokeni
 def load_text_tokenizer(directory: Path) -> TextTokenizer:
     """Read tokenizer.json and its companions from a directory.
 
+    Args:
+        directory: Written by `TextTokenizer.save` or by transformers.
+
+    Returns:
+        The tokenizer; padding and truncation in the file are not taken over.
+
     Raises:
-        ConfigError: If it is missing or no tokenizer.
+        ConfigError: If the file is missing, no tokenizer, or lacks the pad or the begin-of-video
+            token.
     """
     path = directory / TOKENIZER_FILE
     if not path.is_file():

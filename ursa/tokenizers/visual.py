@@ -24,7 +24,12 @@ VisualNetwork = FittedAutoencoder | CosmosAutoencoder | ImageAutoencoder
 
 
 class VisualTokenizer(Protocol):
-    """What the pipeline needs of a visual tokenizer."""
+    """What the pipeline needs of a visual tokenizer.
+
+    Attributes:
+        temporal_stride: Frames a latent frame after the first.
+        spatial_stride: Pixels a row and column of codes.
+    """
 
     temporal_stride: int
     spatial_stride: int
@@ -34,10 +39,30 @@ class VisualTokenizer(Protocol):
         """Code embeddings, shape (V, C), float32."""
 
     def encode(self, frames: np.ndarray) -> Tensor:
-        """Encode uint8 frames (B, T, H, W, 3) to ids (B, T', h, w), int64."""
+        """Encode frames to ids.
+
+        Args:
+            frames: uint8, shape (B, T, H, W, 3).
+
+        Returns:
+            Ids in [0, V), shape (B, T', h, w), int64.
+
+        Raises:
+            DataError: If the shape does not fit the strides.
+        """
 
     def decode(self, ids: Tensor) -> np.ndarray:
-        """Decode ids (B, T', h, w) to uint8 frames (B, T, H, W, 3)."""
+        """Decode ids to frames.
+
+        Args:
+            ids: In [0, V), shape (B, T', h, w), of an integer type.
+
+        Returns:
+            uint8 frames, shape (B, T, H, W, 3).
+
+        Raises:
+            DataError: If the shape or an id does not fit.
+        """
 
 
 class AutoencoderTokenizer:
@@ -47,7 +72,11 @@ class AutoencoderTokenizer:
     """
 
     def __init__(self, network: VisualNetwork) -> None:
-        """Take a network over for inference, on its device and in its dtype."""
+        """Take a network over for inference, on its device and in its dtype.
+
+        Args:
+            network: Any of the three; it is put into evaluation mode.
+        """
         self.network = network.eval()
         self.temporal_stride = network.temporal_stride
         self.spatial_stride = network.spatial_stride
@@ -97,7 +126,7 @@ class AutoencoderTokenizer:
             Ids in [0, V), shape (B, T', h, w), int64, on the network's device.
 
         Raises:
-            DataError: If the shape does not fit, or the latents are not numbers.
+            DataError: If the shape or `batch_size` does not fit, or the latents are not numbers.
         """
         check_frames(frames, self.temporal_stride, self.spatial_stride)
         parts = []
@@ -124,7 +153,7 @@ class AutoencoderTokenizer:
             uint8 frames, shape (B, T, H, W, 3).
 
         Raises:
-            DataError: If the shape or an id does not fit.
+            DataError: If the shape, an id or `batch_size` does not fit.
         """
         truncates = not isinstance(self.network, FittedAutoencoder)
         return np.concatenate(
@@ -144,7 +173,7 @@ class AutoencoderTokenizer:
             device.
 
         Raises:
-            DataError: If the shape or an id does not fit.
+            DataError: If the shape, an id or `batch_size` does not fit.
         """
         return torch.cat([pixels.float() for pixels in self._decoded(ids, batch_size)])
 
@@ -163,14 +192,27 @@ def _parts(batch: Tensor, batch_size: int | None) -> Iterator[Tensor]:
 
 
 def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
-    """Scale uint8 frames (B, T, H, W, 3) to float32 pixels in [-1, 1], (B, 3, T, H, W)."""
+    """Scale frames to pixels.
+
+    Args:
+        frames: uint8, shape (B, T, H, W, 3).
+
+    Returns:
+        Pixels in [-1, 1], shape (B, 3, T, H, W), float32.
+    """
     return torch.as_tensor(frames).movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_frames(pixels: Tensor, *, truncates: bool = False) -> np.ndarray:
-    """Turn pixels in about [-1, 1], (B, 3, T, H, W), into uint8 frames (B, T, H, W, 3).
+    """Turn pixels into frames.
 
-    Values are rounded, or truncated: so does the official code with the tokenizers it has.
+    Args:
+        pixels: In about [-1, 1], clamped here, shape (B, 3, T, H, W), on any device.
+        truncates: Whether values are truncated, as the official code does with the tokenizers it
+            has, or rounded.
+
+    Returns:
+        uint8 frames, shape (B, T, H, W, 3).
     """
     scaled = pixels.float() * 127.5 + 127.5
     scaled = (scaled if truncates else scaled.round()).clamp(0, 255).to(torch.uint8)
@@ -239,7 +281,15 @@ def check_ids(ids: Tensor, codebook_size: int) -> None:
 
 
 def psnr_db(reference: np.ndarray, reconstruction: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of uint8 arrays of equal shape, dB."""
+    """Return the peak signal-to-noise ratio, 10 log10(255^2 / mean squared error).
+
+    Args:
+        reference: uint8, any shape.
+        reconstruction: uint8, of the same shape.
+
+    Returns:
+        Decibels; 168 at most, which equal arrays have.
+    """
     error = np.mean((reference.astype(np.float64) - reconstruction.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / max(float(error), 1e-12)))
 

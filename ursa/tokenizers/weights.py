@@ -28,7 +28,12 @@ _NOT_READ = ("_name_or_path", "_use_default_values")
 def write_network(
     network: FittedAutoencoder | CosmosAutoencoder | ImageAutoencoder, directory: Path
 ) -> None:
-    """Write config.json and the weights into a directory; see `save_visual_tokenizer`."""
+    """Write config.json and the weights into a directory; see `save_visual_tokenizer`.
+
+    Args:
+        network: Any of the three.
+        directory: Made if missing; a network that was there is deleted first.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     # of a network that was here before nothing may stay
     (directory / CONFIG_FILE).unlink(missing_ok=True)
@@ -54,8 +59,15 @@ def write_network(
 def read_network(directory: Path) -> FittedAutoencoder | CosmosAutoencoder | ImageAutoencoder:
     """Read a network in the type of its file; see `load_visual_tokenizer`.
 
+    Args:
+        directory: Holds config.json and the weights.
+
+    Returns:
+        The network of the class that config.json names, on the CPU.
+
     Raises:
-        ConfigError: If the directory does not hold one.
+        ConfigError: If a file is missing or damaged, the configuration is refused, or the weights
+            are not those of the network.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
