@@ -75,6 +75,12 @@ class TransformerConfig(FrozenModel):
 def read_transformer_config(directory: str | Path) -> TransformerConfig:
     """Read config.json of a transformer.
 
+    Args:
+        directory: Holds config.json.
+
+    Returns:
+        The checked configuration.
+
     Raises:
         ConfigError: If it is missing or refused; the message names every bad key.
     """
@@ -88,7 +94,14 @@ def read_transformer_config(directory: str | Path) -> TransformerConfig:
 
 
 def config_json(config: TransformerConfig) -> str:
-    """Return config.json as the published class reads it; its constants are left out."""
+    """Return config.json as the published class reads it; its constants are left out.
+
+    Args:
+        config: The network.
+
+    Returns:
+        JSON text, keys sorted.
+    """
     values = config.model_dump(mode="json")
     for name, constant in _PUBLISHED_CONSTANTS.items():
         if values[name] == constant:
@@ -98,7 +111,11 @@ def config_json(config: TransformerConfig) -> str:
 
 
 def reasons(error: ValidationError) -> str:
-    """Return what a refused configuration did wrong, key by key, in one line."""
+    """Return what a refused configuration did wrong, key by key, in one line.
+
+    Args:
+        error: What pydantic raised.
+    """
     return "; ".join(
         f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors()
     )

@@ -48,6 +48,9 @@ def load_transformer(
         dtype: Type of the weights; None keeps that of the file.
         device: Where the weights go.
 
+    Returns:
+        The network, on `device`.
+
     Raises:
         ConfigError: If a file is missing, damaged, pickled or ambiguous, or a tensor is missing,
             unexpected or of another shape.

@@ -43,6 +43,12 @@ class Qwen3Settings(BaseModel):
 def read_qwen3_config(directory: Path) -> Qwen3Settings:
     """Read config.json of a Qwen3 language model.
 
+    Args:
+        directory: Holds config.json.
+
+    Returns:
+        What matters of the file.
+
     Raises:
         ConfigError: If it is missing, no Qwen3 model, or one with what URSA's network has not: a
             bias, windows, another activation, scaled rotations.

@@ -12,7 +12,14 @@ from torch import Tensor
 
 
 def frequency_axes(head_dim: int) -> Tensor:
-    """Return which axis (0 = t, 1 = h, 2 = w) each frequency reads, shape (head_dim / 2,)."""
+    """Return which axis (0 = t, 1 = h, 2 = w) each frequency reads.
+
+    Args:
+        head_dim: Width of an attention head, divisible by 16.
+
+    Returns:
+        Axes, shape (head_dim / 2,), int64.
+    """
     num_mixed = head_dim // 8
     axes = [0, 1, 2] * num_mixed
     axes += [1, 2] * ((head_dim // 2 - len(axes)) // 2)

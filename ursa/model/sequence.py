@@ -15,7 +15,12 @@ from ursa.errors import ConfigError
 
 
 class TokenLayout(NamedTuple):
-    """Sizes that fix where every token stands."""
+    """Sizes that fix where every token stands.
+
+    Attributes:
+        text_vocab_size: Number of text ids; the id of code k is k more.
+        bov_id: Begin of video, a text id.
+    """
 
     text_vocab_size: int
     bov_id: int
@@ -35,9 +40,16 @@ class TokenLayout(NamedTuple):
 
 
 def positions(text_length: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """Return (t, h, w) of every token, shape (L + 1 + T*H*W, 3), int64.
+    """Return (t, h, w) of every token.
 
     Text token i is (i, i, i), BOV is (L, L, L), visual tokens are (L + 1 + frame, row, column).
+
+    Args:
+        text_length: L, ids of a prompt.
+        latent_shape: Frames T, rows H and columns W of the latents.
+
+    Returns:
+        Positions, shape (L + 1 + T*H*W, 3), int64.
     """
     text = torch.arange(text_length).unsqueeze(-1).expand(-1, 3)
     return torch.cat([text, block_positions(text_length, latent_shape)[0]])
@@ -106,5 +118,10 @@ def block_causal_mask(lengths: Sequence[int], *, is_full: Sequence[bool] | None 
 
 
 def posterior_slice(text_length: int, num_visual: int) -> slice:
-    """Return the positions whose outputs predict the visual tokens, one to the left of them."""
+    """Return the positions whose outputs predict the visual tokens, one to the left of them.
+
+    Args:
+        text_length: L, ids of a prompt.
+        num_visual: T*H*W, visual tokens.
+    """
     return slice(text_length, text_length + num_visual)

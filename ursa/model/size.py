@@ -25,7 +25,12 @@ _TRAINING_COPIES = 5
 
 
 class Clip(NamedTuple):
-    """Latent frames, rows and columns of a clip, and the tokens of its prompt."""
+    """Latent frames, rows and columns of a clip, and the tokens of its prompt.
+
+    Attributes:
+        latent_shape: Latent frames, rows and columns.
+        prompt_length: Ids of the padded prompt.
+    """
 
     latent_shape: tuple[int, int, int]
     prompt_length: int
@@ -79,7 +84,11 @@ class Plan(FrozenModel):
 
 
 def qwen3_config(size: Qwen3Size) -> TransformerConfig:
-    """Return the network of the paper made from a Qwen3 language model, with 64,000 codes."""
+    """Return the network of the paper made from a Qwen3 language model, with 64,000 codes.
+
+    Args:
+        size: Parameters of the language model, in billions.
+    """
     match size:
         case "0.6b":
             return TransformerConfig(hidden_size=1024, intermediate_size=3072)
@@ -138,7 +147,11 @@ def latent_shape(
 
 
 def num_parameters(config: TransformerConfig) -> int:
-    """Return P = (rows + V) h + M (h (2a + 2b) + 3 h f + 2 h + 2 head_dim) + h, exactly."""
+    """Return P = (rows + V) h + M (h (2a + 2b) + 3 h f + 2 h + 2 head_dim) + h, exactly.
+
+    Args:
+        config: The network.
+    """
     h = config.hidden_size
     layer = _matrix_parameters(config) + 2 * h + 2 * config.head_dim
     rows = config.vocab_size + config.lm_head_size
@@ -150,6 +163,13 @@ def forward_flops(config: TransformerConfig, clip: Clip) -> int:
 
     A multiplication and an addition are two operations; norms, rotations and softmax, below a
     percent, are left out. The head sees the visual tokens alone.
+
+    Args:
+        config: The network.
+        clip: Sizes of the clip.
+
+    Returns:
+        Floating point operations.
     """
     length = clip.num_tokens
     layer = 2 * length * _matrix_parameters(config)
@@ -166,6 +186,12 @@ def num_sequences(
     With guidance two a step while t < guidance_trunc, else one; t of a step as in
     `ursa.diffusion.timesteps.inference_times`. The first of several steps moves nothing and is not
     run.
+
+    Args:
+        num_inference_steps: Steps of the sampler, at least 1.
+        shift: Timestep shift, positive; 1 is none.
+        guidance_trunc: From this t on, in [0, 1], guidance is off.
+        is_guided: Whether there is guidance at all.
     """
     count = 0
     for step in range(1 if num_inference_steps > 1 else 0, num_inference_steps):
@@ -185,6 +211,12 @@ def activation_bytes(
     values before and after rotation, keys and values repeated for all heads, output: 5 a + 3 b)
     and the MLP (gate, up and their product: 3 f). Attention scores are not stored: torch's
     attention is fused.
+
+    Args:
+        config: The network.
+        clip: Sizes of the clip.
+        num_sequences: Sequences in the network at once: 2 with guidance, else 1.
+        bytes_per_value: Of weights and activations, 2 for bfloat16.
     """
     h, f = config.hidden_size, config.intermediate_size
     a = config.num_attention_heads * config.head_dim
@@ -210,6 +242,9 @@ def plan(
         num_sequences: Sequences through the network over a whole sampling.
         is_guided: Whether two sequences are in the network at once.
         bytes_per_value: Of weights and activations at inference, 2 for bfloat16.
+
+    Returns:
+        Counts, floating point operations and bytes.
     """
     parameters = num_parameters(config)
     flops = forward_flops(config, clip)

@@ -31,6 +31,11 @@ class Backbone(nn.Module):
     """Embedding, Qwen3 layers and the final norm, under the parameter names of Qwen3."""
 
     def __init__(self, config: Qwen3Config) -> None:
+        """Build the layers with freshly drawn weights.
+
+        Args:
+            config: Sizes, in the terms of transformers.
+        """
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -47,6 +52,9 @@ class UrsaTransformer(nn.Module):
 
         Their standard deviation is hidden_size ** -0.5: Qwen3's 0.02 at its widths, and enough for
         small networks to learn at once. Below `torch.device("meta")` nothing is drawn.
+
+        Args:
+            config: Shape of the network.
         """
         super().__init__()
         self.config = config
@@ -75,6 +83,10 @@ class UrsaTransformer(nn.Module):
 
     def forward(self, text_ids: Tensor, visual_ids: Tensor) -> Tensor:
         """Return posterior logits of every visual token: `lm_head` of `hidden_states`.
+
+        Args:
+            text_ids: Left-padded prompt ids, shape (B, L), int64.
+            visual_ids: Noisy codes x_t in [0, V), shape (B, T, H, W), int64.
 
         Returns:
             Logits over the codes, shape (B, T*H*W, V).
@@ -148,6 +160,9 @@ def build_transformer(
         codebook: Code embeddings, shape (V, D). Given, the rows of the codes in the embedding and
             in the head start as random Fourier features of them, so that near codes start near
             and what is learned of one serves its neighbours; None draws all rows independently.
+
+    Returns:
+        The network on the CPU in float32, in training mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -166,7 +181,14 @@ def fourier_features(codebook: Tensor, num_features: int) -> Tensor:
     """Return features whose inner product falls with the distance of two codes.
 
     sqrt(2) cos(w e + b) with w ~ N(0, CODE_BANDWIDTH^2) approximates a Gaussian kernel (Rahimi and
-    Recht, 2007). Shape (V, num_features), standard deviation about 1.
+    Recht, 2007); the mean over the codes is taken off. Drawn from torch's global generator.
+
+    Args:
+        codebook: Code embeddings e, shape (V, D), on the CPU.
+        num_features: F, the width of the network.
+
+    Returns:
+        Shape (V, F), float32, standard deviation about 1.
     """
     weight = CODE_BANDWIDTH * torch.randn(codebook.shape[1], num_features)
     phase = 2 * torch.pi * torch.rand(num_features)
