@@ -89,6 +89,9 @@ def generate(
         seed: Makes the clip repeatable; drawn and printed if left out.
         device: Where to run, such as cpu or cuda.
         quiet: Print the path alone.
+
+    Raises:
+        UrsaError: If an argument does not fit, or a model or file cannot be read.
     """
     _check_files(out, image=image, last_image=last_image, video=video)
     for name, value in (
@@ -240,6 +243,9 @@ def demo(*, model: str, port: int = 7860, device: str = "cpu") -> None:
         model: As in `ursa generate`.
         port: Port on 127.0.0.1.
         device: Where to run, such as cpu or cuda.
+
+    Raises:
+        UrsaError: If the port is taken, or the model cannot be read.
     """
     _check_port(port)
     from ursa.demo import serve
@@ -330,6 +336,9 @@ def plan(
         temporal_stride: Frames per latent frame of the visual tokenizer; the model's, or 4.
         spatial_stride: Pixels per latent row of the visual tokenizer; the model's, or 8.
         as_json: Print JSON, in single operations and bytes.
+
+    Raises:
+        ConfigError: If arguments do not fit together, or a model directory is not readable.
     """
     if sum(item is not None for item in (model, size, preset)) > 1:
         raise ConfigError("give one of --model, --size and --preset")
@@ -482,6 +491,9 @@ def config(preset: str = "tiny") -> None:
 
     Args:
         preset: Name of the preset.
+
+    Raises:
+        ConfigError: If there is no such preset.
     """
     import yaml
 

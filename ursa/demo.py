@@ -52,7 +52,11 @@ class Preview:
 
 
 def preview_steps(num_steps: int) -> frozenset[int]:
-    """Return the steps, from 1, after which frames are decoded: eight at most, the last one too."""
+    """Return the steps, from 1, after which frames are decoded: eight at most, the last one too.
+
+    Args:
+        num_steps: Steps of the sampler, >= 1.
+    """
     count = min(num_steps, _MAX_PREVIEWS)
     return frozenset(round(index * num_steps / count) for index in range(1, count + 1))
 

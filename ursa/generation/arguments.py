@@ -24,6 +24,12 @@ def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
     `pipe(**locals())` in a script or notebook, which the official examples use, hands over the
     names of a module (`__name__` among them): there the names that the function knows are taken.
+
+    Args:
+        function: What is called, with named parameters.
+
+    Returns:
+        The function with that check before it.
     """
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
@@ -74,7 +80,12 @@ def latent_shape(
 
 
 def nearest_counts(value: int, stride: int) -> str:
-    """Return the two numbers 1 + stride k about a number of frames, as text."""
+    """Return the two numbers 1 + stride k about a number of frames, as text.
+
+    Args:
+        value: Any number of frames; below 1 the least two are named.
+        stride: Frames a latent frame after the first.
+    """
     return _nearest(value, stride, 1)
 
 
@@ -85,6 +96,9 @@ def _nearest(value: int, stride: int, first: int) -> str:
 
 def checked_latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """Return (T, h, w) of a given latent shape, (h, w) meaning one frame.
+
+    Args:
+        shape: (T, h, w) or (h, w).
 
     Raises:
         ConfigError: If it has another number of sizes, or one below 1.
@@ -109,7 +123,20 @@ def check_sampler(
     solver: str,
     draw_order: str,
 ) -> None:
-    """Raise ConfigError unless the sampler's numbers are in their ranges."""
+    """Check that the sampler's numbers are in their ranges.
+
+    Args:
+        num_inference_steps: At least 1.
+        guidance_scale: At least 0; up to 1 is off.
+        flow_shift: Positive; 1 is none.
+        temperature: At least 0; 1 is the model's own law.
+        cond_noise_scale: In [0, 1].
+        solver: "exact" or "euler".
+        draw_order: "per_token" or "official".
+
+    Raises:
+        ConfigError: Unless all are; it names the first that is not.
+    """
     for name, value, fits, expected in (
         ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
         ("guidance_scale", guidance_scale, guidance_scale >= 0, "at least 0; up to 1 is off"),
@@ -135,7 +162,17 @@ def check_output(
     max_prompt_length: int | None,
     tensor_inputs: Sequence[str],
 ) -> None:
-    """Raise ConfigError unless what is needed after the last step is right before the first."""
+    """Check before the first step what is needed after the last one.
+
+    Args:
+        output_type: "pil", "np", "pt" or "latent".
+        vae_batch_size: Videos decoded at once, at least 1.
+        max_prompt_length: Ids a prompt, at least 1, or None.
+        tensor_inputs: What the callback gets: "latents" alone.
+
+    Raises:
+        ConfigError: Unless all are so; it names the first that is not.
+    """
     if output_type not in {"pil", "np", "pt", "latent"}:
         raise ConfigError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
     if vae_batch_size < 1:
@@ -150,7 +187,10 @@ def check_output(
 
 
 def parse_size(size: int | str) -> int:
-    """Return bytes of a number or of a text such as "5GB" or "200MB".
+    """Return the bytes of a size.
+
+    Args:
+        size: Bytes, or a text such as "5GB" or "200MB", in powers of 1000.
 
     Raises:
         ConfigError: If it is neither, or below 1.
@@ -169,6 +209,11 @@ def parse_size(size: int | str) -> int:
 
 def per_video(values: str | Sequence[str], num_prompts: int, name: str) -> list[str]:
     """Return one text a prompt: a single text serves all.
+
+    Args:
+        values: One text, or one a prompt.
+        num_prompts: Number of prompts.
+        name: What the error calls the texts.
 
     Raises:
         ConfigError: If there is another number of texts than prompts.

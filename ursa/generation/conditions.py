@@ -45,7 +45,12 @@ class Conditions:
 
 
 def no_conditions(num_videos: int, shape: tuple[int, int, int]) -> Conditions:
-    """Return conditions that give nothing, for latents of shape (T, h, w)."""
+    """Return conditions that give nothing.
+
+    Args:
+        num_videos: B.
+        shape: (T, h, w).
+    """
     return Conditions(
         codes=torch.zeros(num_videos, *shape, dtype=torch.int64),
         given=torch.zeros(shape[0], dtype=torch.bool),
@@ -67,6 +72,9 @@ def given_codes(
         indices: Latent frames that are given; negative ones count from the end.
         num_videos: B.
         shape: (T, h, w).
+
+    Returns:
+        The codes and which frames they are, on the CPU.
 
     Raises:
         ConfigError: If the shapes do not fit.
@@ -109,6 +117,9 @@ def encode_picture(
         size: (height, width) in pixels; others are cropped about the centre and resized, with a
             warning.
 
+    Returns:
+        Ids, shape (1 or prompts, 1, h, w), int64.
+
     Raises:
         ConfigError: If something is no picture.
     """
@@ -132,6 +143,9 @@ def encode_clip(
             a list of such clips; F fits the visual tokenizer (1 + 4k).
         tokenizer: Frames to codes.
         size: (height, width) in pixels, as for `encode_picture`.
+
+    Returns:
+        Ids, shape (1 or prompts, T', h, w), int64.
 
     Raises:
         ConfigError: If it is no clip.
@@ -168,9 +182,22 @@ def _frames(clip: Any) -> np.ndarray:
 def encode_last(
     picture: Picture, tokenizer: AutoencoderTokenizer, size: tuple[int, int], num_frames: int
 ) -> Tensor:
-    """Encode an image as the end of a clip that stands still: its last latent frame, (1, 1, h, w).
+    """Encode an image as the end of a clip that stands still.
 
     A latent frame after the first holds several frames; those of a standing clip are the picture.
+
+    Args:
+        picture: PIL image or uint8 array (H, W, 3).
+        tokenizer: Frames to codes.
+        size: (height, width) in pixels, as for `encode_picture`.
+        num_frames: F, frames of the clip, 1 + 4k.
+
+    Returns:
+        Ids of the last latent frame, shape (1, 1, h, w), int64.
+
+    Raises:
+        ConfigError: If it is no picture.
+        DataError: If the number of frames does not fit.
     """
     frame = _fit(_array(picture)[None], size, "last_image")
     still = np.repeat(frame, num_frames, axis=0)

@@ -90,7 +90,17 @@ class SchedulerConfig(FrozenModel):
         return self
 
     def path(self, codebook: Tensor) -> MetricPath | MixturePath:
-        """Return the path over a codebook, shape (V, D)."""
+        """Return the path over a codebook, shape (V, D).
+
+        Args:
+            codebook: Code embeddings, shape (V, D), any float type, finite.
+
+        Returns:
+            The path, computing in float32.
+
+        Raises:
+            ConfigError: If alpha or c is not positive, or the codebook is not as stated.
+        """
         if self.alpha is None or self.c is None:
             return MixturePath(len(codebook))
         return MetricPath(codebook, alpha=self.alpha, c=self.c)
@@ -119,6 +129,9 @@ class Parts:
 
 def find_directory(name: str | Path) -> Path:
     """Return a local directory: the path itself, or the snapshot of a model of the hub.
+
+    Args:
+        name: A directory, or a name of the hub such as "BAAI/URSA-1.7B-FSQ320".
 
     Raises:
         ConfigError: If it is neither.
@@ -151,6 +164,9 @@ def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
     Args:
         root: The directory.
         dtype: Type of the weights of both networks; None keeps them as stored.
+
+    Returns:
+        The parts of the model, on the CPU.
 
     Raises:
         ConfigError: If something is missing or does not fit together.
@@ -193,6 +209,9 @@ def write_directory(
         codebook_file: Whether to write scheduler_model.pth, which the official code needs. It is
             a torch archive of one tensor; without it the directory holds no pickle.
         max_shard_bytes: Largest file of the transformer's weights.
+
+    Raises:
+        ConfigError: If `max_shard_bytes` is not positive.
     """
     (root / "scheduler").mkdir(parents=True, exist_ok=True)
     for old in (root / INDEX_FILE, root / "scheduler" / CODEBOOK_FILE):

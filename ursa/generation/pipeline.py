@@ -111,6 +111,9 @@ class UrsaPipeline:
             defaults: What a call takes where it names nothing.
             codebook: What the path measures distances on, shape (V, D); None takes the visual
                 tokenizer's.
+
+        Raises:
+            ConfigError: If the schedule or the codebook is refused.
         """
         self.transformer = transformer.eval()
         self.scheduler = scheduler
@@ -140,6 +143,9 @@ class UrsaPipeline:
             device: Where to run.
             trust_remote_code: Accepted as the official examples have it; no code of a directory is
                 ever run.
+
+        Returns:
+            The pipeline, on `device`.
 
         Raises:
             ConfigError: If it is no such directory, or its parts do not fit together.
@@ -174,6 +180,9 @@ class UrsaPipeline:
             safe_serialization: As diffusers has it; weights are safetensors, False is refused.
             codebook_file: Whether to write scheduler/scheduler_model.pth, which the official code
                 needs and ours does not. Without it the directory holds no pickle.
+
+        Raises:
+            ConfigError: If `safe_serialization` is False or `max_shard_size` no positive size.
         """
         parts = Parts(
             transformer=self.transformer,
@@ -208,7 +217,16 @@ class UrsaPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move and cast both networks in place: `pipe.to("cuda", torch.bfloat16)`."""
+        """Move and cast both networks in place: `pipe.to("cuda", torch.bfloat16)`.
+
+        Args:
+            *targets: Devices and dtypes.
+            device: Where to run; None leaves it.
+            dtype: Type of the weights; None leaves it. A configured `decoder_dtype` is kept.
+
+        Returns:
+            This pipeline.
+        """
         for target in (*targets, device, dtype):
             if target is None:
                 continue
@@ -222,7 +240,11 @@ class UrsaPipeline:
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Set options of tqdm for the bar over the steps; `disable=True` shows none."""
+        """Set how the bar over the steps looks.
+
+        Args:
+            **options: Options of tqdm; `disable=True` shows no bar.
+        """
         self._progress = {"disable": None, **options}
 
     @refuse_unknown_arguments

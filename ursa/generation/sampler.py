@@ -58,6 +58,12 @@ class Draws:
     ) -> None:
         """Take generators for videos of latent shape (T, h, w).
 
+        Args:
+            generator: One for all videos or one a video; None is torch's own.
+            num_videos: B.
+            shape: (T, h, w).
+            order: Which numbers are drawn: see the class.
+
         Raises:
             ConfigError: If there is another number of generators than videos, or several in the
                 official order.
@@ -112,7 +118,14 @@ class Draws:
         return more
 
     def source(self, path: MetricPath | MixturePath) -> Tensor:
-        """Draw codes at t = 0, shape (B, T, h, w)."""
+        """Draw codes at t = 0.
+
+        Args:
+            path: The probability path.
+
+        Returns:
+            Codes, shape (B, T, h, w), int64.
+        """
         if self._order == "official":
             return path.source(self._shape, generator=self.single)
         return path.source(self._shape, uniform=self.uniform())
@@ -120,7 +133,18 @@ class Draws:
     def noised(
         self, path: MetricPath | MixturePath, codes: Tensor, given: Tensor, t: float
     ) -> Tensor:
-        """Draw x_t of codes (B, T, h, w); the official order draws for the given frames alone."""
+        """Draw x_t of codes; the official order draws for the given frames alone.
+
+        Args:
+            path: The probability path.
+            codes: Codes x_1, shape (B, T, h, w), int64; not changed.
+            given: Which latent frames are given, shape (T,), bool; read in the official order
+                alone.
+            t: Time in [0, 1].
+
+        Returns:
+            Codes, shape (B, T, h, w), int64; frames that are not given are not to be read.
+        """
         if self._order == "official":
             result = codes.clone()
             probs = path.probs(codes[:, given.to(codes.device)], t)
