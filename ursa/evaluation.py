@@ -43,7 +43,15 @@ _PSNR_WINDOWS = 32
 
 
 class Sample(NamedTuple):
-    """A generated clip and the real one of the same caption."""
+    """A generated clip and the real one of the same caption.
+
+    Attributes:
+        name: "t2v-<i>", or "i2v-<i>" where the first frame was given.
+        prompt: The caption.
+        noise: Decoded random codes, uint8 (F, H, W, 3).
+        generated: uint8 (F, H, W, 3).
+        real: uint8 (F, H, W, 3).
+    """
 
     name: str
     prompt: str
@@ -75,6 +83,13 @@ def evaluate(
 
     Returns:
         The committed report with its samples: mp4 and gif of every prompt, and `strip.png`.
+
+    Raises:
+        ConfigError: If the model directory is damaged.
+        DataExhaustedError: If there is no training video sample.
+        ShardFormatError: If a shard or a table of the clips is missing or damaged.
+        VideoDecodeError: If a clip cannot be read.
+        StorageError: If the store refuses or does not answer.
     """
     champion = dict(champion_metrics or {})
     print_ = fingerprint(
@@ -124,9 +139,20 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Return losses and accuracies by t of the model, an untrained one and the unigram.
 
-    Names: `eval/loss_t*`, `eval/accuracy_t*`, `eval/untrained_loss_t*`,
-    `eval/untrained_accuracy_t*`, `eval/train_loss_t*`, `eval/unigram_loss`,
-    `eval/unigram_accuracy`, `eval/chance_accuracy`; losses in nats.
+    Args:
+        pipeline: The model.
+        datasets: Token data sets; without held-out samples the training ones alone are measured.
+        config: The run; `evaluation` and the seed matter.
+
+    Returns:
+        `eval/loss_t*`, `eval/accuracy_t*`, `eval/untrained_loss_t*`, `eval/untrained_accuracy_t*`,
+        `eval/train_loss_t*`, `eval/train_accuracy_t*`, the means over t `eval/loss`,
+        `eval/untrained_loss`, `eval/train_loss`, and `eval/unigram_loss`, `eval/unigram_accuracy`,
+        `eval/chance_accuracy`; losses in nats, accuracies in [0, 1].
+
+    Raises:
+        DataExhaustedError: If there is no training video sample.
+        ShardFormatError: If a shard is missing or damaged.
     """
     train = TokenSamples(datasets.video_train)
     untrained = build_transformer(
@@ -170,6 +196,16 @@ def unigram_metrics(
 
     Measured on the same held-out samples as the model. Codes never seen in training get the
     weight of one occurrence (Laplace), so the loss is finite.
+
+    Args:
+        train: Samples whose codes are counted.
+        held_out: Samples that are predicted.
+        codebook_size: V.
+        max_samples: Held-out samples used at most.
+
+    Returns:
+        `eval/unigram_loss` in nats, `eval/unigram_accuracy` and `eval/chance_accuracy` = 1 / V in
+        [0, 1].
     """
     counts = 1.0 + train.code_counts(codebook_size)
     target = held_out.batch(held_out.spread(max_samples)).visual_ids.flatten().numpy()
@@ -183,7 +219,20 @@ def unigram_metrics(
 def tokenizer_metrics(
     pipeline: UrsaPipeline, selected: Sequence[SelectedClip], config: RunConfig
 ) -> dict[str, float]:
-    """Return the reconstruction quality of the visual tokenizer, dB, by split."""
+    """Return the reconstruction quality of the visual tokenizer by split.
+
+    Args:
+        pipeline: Holds the tokenizer.
+        selected: Clips; some windows of each split, evenly spread, are measured.
+        config: The run; `tokenization` matters.
+
+    Returns:
+        PSNR in dB: `eval/tokenizer_psnr_train`, `eval/tokenizer_psnr_validation`; a split without
+        windows is absent.
+
+    Raises:
+        VideoDecodeError: If a clip cannot be read.
+    """
     metrics = {}
     for split in ("train", "validation"):
         windows = [
@@ -207,6 +256,17 @@ def draw_samples(
 
     Every sample has its own generator, seeded by its name: the same prompts and seeds for every
     model of the same data.
+
+    Args:
+        pipeline: The model.
+        selected: Clips; the most frequent training captions are taken.
+        config: The run; `evaluation.sampling`, `tokenization` and the seed matter.
+
+    Returns:
+        Two samples a caption, from noise first.
+
+    Raises:
+        VideoDecodeError: If a clip cannot be read.
     """
     prompts = _frequent_captions(selected, config)
     noise_shape = (
@@ -238,8 +298,16 @@ def draw_samples(
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Return temporal flicker and dynamic degree of generated and of the real clips.
 
-    Flicker is VBench's: 1 - mean absolute difference of neighbouring frames / 255; dynamic degree
-    is here the share of pixels that change by more than 8 levels over the whole clip.
+    Flicker is VBench's (arXiv 2311.17982): 1 - mean absolute difference of neighbouring frames /
+    255; dynamic degree is here the share of pixels that change by more than 8 levels from the first
+    frame to the last.
+
+    Args:
+        samples: Clips of at least two frames.
+
+    Returns:
+        `eval/<kind>_temporal_flicker` and `eval/<kind>_dynamic_degree`, both in [0, 1], kind
+        generated or real; nothing without samples.
     """
     metrics = {}
     for kind in ("generated", "real"):
@@ -257,7 +325,16 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def failed_gates(
     metrics: Mapping[str, float], champion: Mapping[str, float], config: RunConfig
 ) -> tuple[str, ...]:
-    """Return the reasons why a model must not become champion; none means it may."""
+    """Return the reasons why a model must not become champion; none means it may.
+
+    Args:
+        metrics: Those of `held_out_metrics`, at least.
+        champion: Metrics of the present champion on the same held-out data; empty without one.
+        config: The run; `evaluation.timesteps` and `release` matter.
+
+    Returns:
+        Reasons in words, losses in nats.
+    """
     if "eval/loss" not in metrics:
         return (
             "no held-out clips to measure on; add videos or raise selection.validation_fraction",
@@ -285,7 +362,14 @@ def failed_gates(
 
 
 def strip(samples: Sequence[Sample]) -> Image.Image:
-    """Draw one row a sample: noise, then frames of the sample, then of the real clip."""
+    """Draw one row a sample: noise, then frames of the sample, then of the real clip.
+
+    Args:
+        samples: At least one, all of one size.
+
+    Returns:
+        RGB picture at twice the size of the frames.
+    """
     rows = []
     for sample in samples:
         places = np.linspace(0, len(sample.real) - 1, _STRIP_COLUMNS).round().astype(int)

@@ -25,6 +25,13 @@ def export_model(
 
     Returns:
         The committed directory with the sha256 of every file.
+
+    Raises:
+        CheckpointError: If the checkpoint is not committed or damaged.
+        DataExhaustedError: If there is no training video sample.
+        ShardFormatError: If a shard is missing or damaged.
+        ConfigError: If a tokenizer directory is damaged.
+        StorageError: If the store refuses or does not answer.
     """
     sampling = request.config.evaluation.sampling
     print_ = fingerprint("model", SCHEMA_VERSION, _LAYOUT_VERSION, checkpoint.fingerprint, sampling)

@@ -40,7 +40,17 @@ class CheckpointMarker(FrozenModel):
 def training_state(
     model: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Flatten weights, average and optimizer moments into named tensors."""
+    """Flatten weights, average and optimizer moments into named tensors.
+
+    Args:
+        model: The network.
+        average: Average of its weights.
+        optimizer: That of its parameters.
+
+    Returns:
+        Tensors named `model.*`, `ema.*`, `ema_num_averaged` and `optimizer.<key>.<parameter>`,
+        detached, not copied where they are contiguous.
+    """
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     state |= {f"ema.{name}": value for name, value in average.module.state_dict().items()}
     state["ema_num_averaged"] = average.n_averaged
@@ -56,7 +66,17 @@ def restore_state(
     average: AveragedModel,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Put a flattened state back; the inverse of `training_state`."""
+    """Put a flattened state back; the inverse of `training_state`.
+
+    Args:
+        state: Named tensors of `training_state`.
+        model: Its weights are replaced.
+        average: Its weights and count are replaced.
+        optimizer: Its moments are replaced.
+
+    Raises:
+        RuntimeError: If names or shapes of the weights do not fit the network.
+    """
     model.load_state_dict(_strip(state, "model."))
     average.module.load_state_dict(_strip(state, "ema."))
     average.n_averaged.copy_(state["ema_num_averaged"])
@@ -95,6 +115,7 @@ def save_checkpoint(
 
     Raises:
         NonFiniteLossError: If a tensor holds NaN or infinity; nothing is written.
+        StorageError: If the store refuses or does not answer.
     """
     bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
     if bad:
@@ -124,6 +145,12 @@ def save_checkpoint(
 def load_checkpoint(folder_uri: str) -> tuple[CheckpointMarker, dict[str, Tensor]]:
     """Read a committed checkpoint after checking its hash.
 
+    Args:
+        folder_uri: What `save_checkpoint` returned.
+
+    Returns:
+        The marker and the named tensors, on the CPU.
+
     Raises:
         CheckpointError: If it is not committed or damaged.
     """
@@ -149,7 +176,18 @@ def load_checkpoint(folder_uri: str) -> tuple[CheckpointMarker, dict[str, Tensor
 def latest_checkpoint(
     stage_uri: str, *, fingerprint: str
 ) -> tuple[str, CheckpointMarker, dict[str, Tensor]] | None:
-    """Return the newest checkpoint of a stage that is whole; damaged ones are passed over."""
+    """Find the newest checkpoint of a stage that is whole; damaged ones are passed over.
+
+    Args:
+        stage_uri: Where the checkpoints of the stage are.
+        fingerprint: What decides the run; checkpoints with another one are passed over.
+
+    Returns:
+        URI, marker and named tensors on the CPU; None if there is no such checkpoint.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     for folder_uri, _ in _committed(stage_uri):
         try:
             marker, state = load_checkpoint(folder_uri)

@@ -14,7 +14,12 @@ from ursa.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """This process and how many there are."""
+    """This process and how many there are.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+    """
 
     rank: int
     world_size: int
@@ -26,6 +31,9 @@ class Group:
 
     def share(self, global_batch_size: int) -> slice:
         """Return this rank's part of the global batch.
+
+        Args:
+            global_batch_size: Samples a step over all ranks.
 
         Raises:
             ConfigError: If the batch cannot be divided evenly.
@@ -39,7 +47,14 @@ class Group:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Return the mean over all ranks of a tensor of equal shape everywhere."""
+        """Return the mean of a tensor over all ranks, which all call this.
+
+        Args:
+            value: Any shape, the same everywhere, of a floating type.
+
+        Returns:
+            The same shape, detached if there is more than one rank.
+        """
         if self.world_size == 1:
             return value
         value = value.detach().clone()
@@ -47,7 +62,11 @@ class Group:
         return value / self.world_size
 
     def average_gradients(self, model: nn.Module) -> None:
-        """Replace every gradient by its mean over the ranks, in one message."""
+        """Replace every gradient by its mean over the ranks, in one message; all ranks call this.
+
+        Args:
+            model: Parameters without a gradient are passed over, the same ones everywhere.
+        """
         if self.world_size == 1:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

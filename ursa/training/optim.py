@@ -1,4 +1,9 @@
-"""Optimizer, learning-rate schedule and weight average."""
+"""Optimizer, learning-rate schedule and weight average.
+
+References:
+    AdamW: arXiv 1711.05101. Cosine: arXiv 1608.03983. The growing decay of the average is that of
+    TensorFlow's `ExponentialMovingAverage`.
+"""
 
 import math
 
@@ -10,7 +15,12 @@ from ursa.config import StageConfig
 
 
 def build_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
-    """Return AdamW over all parameters, one group (the paper decays every weight)."""
+    """Return AdamW over all parameters, one group (the paper decays every weight).
+
+    Args:
+        model: The network.
+        config: The stage: rate, betas, weight decay.
+    """
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -38,6 +48,10 @@ def build_average(model: nn.Module, config: StageConfig) -> AveragedModel:
 
     The decay grows from 0 to `ema_decay` as (1 + n) / (10 + n), so that the random start is soon
     forgotten in short stages.
+
+    Args:
+        model: The network; the average starts as a copy of it.
+        config: The stage: `ema_decay`.
     """
 
     def update(average: Tensor, value: Tensor, num_averaged: Tensor | int) -> Tensor:

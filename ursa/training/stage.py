@@ -40,7 +40,14 @@ _VALIDATION_SAMPLES = 32
 
 
 class FittedSchedule(FrozenModel):
-    """The path's schedule for a codebook, committed once and read by every later step."""
+    """The path's schedule for a codebook, committed once and read by every later step.
+
+    Attributes:
+        alpha: Exponent of beta_t = c (t / (1 - t)) ** alpha.
+        c: Its scale.
+        max_deviation: Largest deviation of the mean distance from its linear fall, relative to that
+            at t = 0.
+    """
 
     alpha: float
     c: float
@@ -48,7 +55,14 @@ class FittedSchedule(FrozenModel):
 
 
 def stage_fingerprint(request: StageRequest) -> str:
-    """Return what decides the stage: its settings, data, parent, tokenizers and the model."""
+    """Return what decides the stage: its settings, data, parent, tokenizers and the model.
+
+    Args:
+        request: The stage.
+
+    Returns:
+        sha256, 64 hexadecimal digits.
+    """
     config = request.config
     return fingerprint(
         SCHEMA_VERSION,
@@ -66,7 +80,15 @@ def stage_fingerprint(request: StageRequest) -> str:
 
 
 def find_stage(request: StageRequest) -> CheckpointRef | None:
-    """Return the committed result of the stage, if it is there."""
+    """Return the committed result of the stage, if it is there.
+
+    Args:
+        request: The stage.
+
+    Raises:
+        ManifestError: If its record is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
     return storage.load_record(_manifest_uri(request), CheckpointRef)
 
 
@@ -86,6 +108,9 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
 
     Raises:
         TrainingError: If the loss is not finite, there is no data, or a checkpoint is damaged.
+        ConfigError: If the batch cannot be divided evenly among the ranks.
+        StorageError: If the store refuses or does not answer.
+        SystemExit: With status 143, after SIGTERM.
     """
     group = current_group()
     done = find_stage(request)
@@ -166,7 +191,15 @@ def launch_local(
 
 
 def load_average(checkpoint: CheckpointRef, request: StageRequest) -> UrsaTransformer:
-    """Return the network with the averaged weights of a checkpoint, in evaluation mode."""
+    """Return the network with the averaged weights of a checkpoint, in evaluation mode.
+
+    Args:
+        checkpoint: A committed checkpoint.
+        request: The stage that made it.
+
+    Raises:
+        CheckpointError: If it is not committed or damaged.
+    """
     _, state = load_checkpoint(checkpoint.uri)
     model = UrsaTransformer(transformer_config(request))
     model.load_state_dict(
@@ -176,7 +209,14 @@ def load_average(checkpoint: CheckpointRef, request: StageRequest) -> UrsaTransf
 
 
 def transformer_config(request: StageRequest) -> TransformerConfig:
-    """Return the network's configuration for the tokenizers of a run."""
+    """Return the network's configuration for the tokenizers of a run.
+
+    Args:
+        request: Any stage of the run.
+
+    Raises:
+        ConfigError: If there is no text tokenizer where the request says.
+    """
     with storage.local_directory(request.text_tokenizer.directory_uri) as folder:
         bov_id = load_text_tokenizer(folder).bov_id
     model = request.config.model
@@ -202,7 +242,17 @@ def transformer_config(request: StageRequest) -> TransformerConfig:
 
 
 def build_path(request: StageRequest) -> MetricPath:
-    """Return the metric path of a run: its codebook with the fixed or the fitted schedule."""
+    """Return the metric path of a run: its codebook with the fixed or the fitted schedule.
+
+    Args:
+        request: Any stage of the run; a schedule that is fitted is committed below its output.
+
+    Returns:
+        The path on the CPU, in float32.
+
+    Raises:
+        ConfigError: If there is no visual tokenizer where the request says.
+    """
     codebook = load_codebook(request.visual_tokenizer)
     config = request.config.path
     if config.schedule == "fixed":
@@ -218,13 +268,27 @@ def build_path(request: StageRequest) -> MetricPath:
 
 
 def load_codebook(tokenizer: TokenizerRef) -> torch.Tensor:
-    """Return the codebook of a committed visual tokenizer, shape (V, D)."""
+    """Return the codebook of a committed visual tokenizer, shape (V, D).
+
+    Args:
+        tokenizer: The committed tokenizer.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     with storage.local_directory(tokenizer.directory_uri) as folder:
         return load_visual_tokenizer(folder).codebook
 
 
 def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
-    """Return a committed text tokenizer."""
+    """Return a committed text tokenizer.
+
+    Args:
+        tokenizer: The committed tokenizer.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     with storage.local_directory(tokenizer.directory_uri) as folder:
         return load_text_tokenizer(folder)
 

@@ -19,6 +19,11 @@ def fit_text_tokenizer(
 
     Returns:
         The committed tokenizer with its ids per caption (`tokens_per_caption`).
+
+    Raises:
+        ConfigError: If `directory_uri` holds no text tokenizer.
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
     """
     settings = config.text_tokenizer
     captions = {

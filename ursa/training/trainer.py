@@ -63,7 +63,19 @@ class Trainer:
         max_prompt_length: int,
         group: Group,
     ) -> None:
-        """Build optimizer and average around the model; nothing is read or written here."""
+        """Build optimizer and average around the model; nothing is read or written here.
+
+        Args:
+            stage: Name of the stage, part of the address of every draw.
+            config: Its settings.
+            seed: Of the run.
+            model: The network; its weights change.
+            path: The probability path.
+            text_tokenizer: Turns prompts into ids.
+            samples: Training samples.
+            max_prompt_length: Ids a prompt.
+            group: This process among all.
+        """
         self.stage = stage
         self.config = config
         self.seed = seed
@@ -77,7 +89,14 @@ class Trainer:
         self.average: AveragedModel = build_average(model, config)
 
     def noisy_batch(self, step: int) -> NoisyBatch:
-        """Return this rank's part of the batch of a step, a pure function of the step."""
+        """Return this rank's part of the batch of a step, a pure function of the step.
+
+        Args:
+            step: Step number from 0.
+
+        Raises:
+            ConfigError: If the batch cannot be divided evenly among the ranks.
+        """
         size = self.config.global_batch_size
         order_seed = address_seed(self.seed, self.stage, "order")
         indices = step_indices(len(self.samples), step=step, batch_size=size, seed=order_seed)
@@ -94,10 +113,19 @@ class Trainer:
         )
 
     def step(self, step: int) -> dict[str, float]:
-        """Do one optimizer step and return its metrics (means over all ranks).
+        """Do one optimizer step.
+
+        Args:
+            step: Step number from 0.
+
+        Returns:
+            `train/loss` in nats and `train/accuracy` in [0, 1], means over all ranks,
+            `train/grad_norm` before clipping, `train/lr`, `train/step_s` in seconds,
+            `train/tokens_per_s` and `train/samples_seen` over all ranks.
 
         Raises:
             NonFiniteLossError: On a NaN or infinite loss or gradient, before the update.
+            ConfigError: If the batch cannot be divided evenly among the ranks.
         """
         started = time.perf_counter()
         rate = learning_rate(self.config, step)
@@ -204,6 +232,17 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
     seed: int,
 ) -> dict[float, tuple[float, float]]:
     """Measure mean cross-entropy and accuracy at fixed times, the same noise for every model.
+
+    Args:
+        model: The network, left in evaluation mode.
+        path: The probability path.
+        text_tokenizer: Turns captions into ids.
+        samples: What is measured on.
+        timesteps: Times t in [0, 1].
+        batch_size: Samples at once.
+        max_samples: Samples used at most, evenly spread.
+        max_prompt_length: Ids a prompt.
+        seed: Decides the noise, together with t and the name of the sample.
 
     Returns:
         (loss in nats, accuracy in [0, 1]) by t.

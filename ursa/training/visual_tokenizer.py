@@ -71,14 +71,18 @@ def fit_visual_tokenizer(
         on_metrics: Called with (step, metrics).
 
     Returns:
-        The committed tokenizer with its PSNR in dB (`psnr_train`, `psnr_validation`), those of the
-        PCA start (`psnr_pca_train`, `psnr_pca_validation`) and its use of codes
-        (`codes_used`, `code_perplexity`).
+        The committed tokenizer. One that was fitted has its PSNR in dB (`psnr_train`,
+        `psnr_validation`), those of the PCA start (`psnr_pca_train`, `psnr_pca_validation`),
+        whether that start was kept (`kept_pca`, 0 or 1) and its use of codes (`codes_used`,
+        `code_perplexity`).
 
     Raises:
         ConfigError: If `directory_uri` holds no tokenizer of the configured strides.
         DataExhaustedError: If no training clip is long enough for one sample.
         NonFiniteLossError: If the fit diverges.
+        ShardFormatError: If a table of the clips is missing or damaged.
+        VideoDecodeError: If a clip cannot be read.
+        StorageError: If the store refuses or does not answer.
     """
     settings = config.visual_tokenizer
     source = settings.directory_uri
@@ -218,7 +222,15 @@ def start_from_pca(network: FittedAutoencoder, pixels: Tensor) -> None:
 
 
 def code_usage(tokenizer: AutoencoderTokenizer, windows: np.ndarray) -> dict[str, float]:
-    """Return how many codes some videos use, and the perplexity of that use."""
+    """Return how many codes some videos use, and the perplexity of that use.
+
+    Args:
+        tokenizer: The tokenizer.
+        windows: Videos, uint8, shape (B, 1 + 4k, H, W, 3).
+
+    Returns:
+        `codes_used`, and `code_perplexity` = exp(-sum_k p_k ln p_k), p_k the share of code k.
+    """
     ids = torch.cat([tokenizer.encode(part).flatten() for part in _batches(windows)])
     counts = torch.bincount(ids, minlength=len(tokenizer.codebook)).double()
     share = counts[counts > 0] / counts.sum()
