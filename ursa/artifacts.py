@@ -195,7 +195,12 @@ class TokenDatasets(FrozenModel):
     fingerprint: str
 
     def get(self, modality: Modality, split: Split) -> TokenDataset:
-        """Return the data set of a modality and split."""
+        """Return the data set of a modality and split.
+
+        Args:
+            modality: "image" or "video".
+            split: "train" or "validation".
+        """
         dataset: TokenDataset = getattr(self, f"{modality}_{split}")
         return dataset
 

@@ -314,7 +314,17 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> RunC
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
-    """Build a RunConfig from a complete mapping; raise ConfigError naming every bad key."""
+    """Build a RunConfig from a complete mapping.
+
+    Args:
+        values: All values by name, nested as in a preset.
+
+    Returns:
+        The complete, frozen configuration.
+
+    Raises:
+        ConfigError: If a key is missing or unknown or a value not allowed; it names every bad key.
+    """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

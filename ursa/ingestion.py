@@ -89,6 +89,9 @@ def discover_videos(source_uri: str) -> tuple[SourceVideo, ...]:
     Args:
         source_uri: A directory, a single file or an `s3://` prefix.
 
+    Returns:
+        The files; `etag` is the sha256 of a local file, or what the store says of an object.
+
     Raises:
         DataError: If it does not exist or holds no candidate file.
         StorageError: If the store refuses or does not answer.
@@ -134,7 +137,11 @@ def captions_digest(source_uri: str, sources: Sequence[SourceVideo]) -> str:
 
 
 def has_unstable_failures(clips: ClipSet) -> bool:
-    """Whether files are missing in a set only for now, so that the next run looks at them again."""
+    """Whether files are missing in a set only for now, so that the next run looks at them again.
+
+    Args:
+        clips: The committed set.
+    """
     return any(clips.failures.get(reason) for reason in _UNSTABLE_FAILURES)
 
 
@@ -148,6 +155,9 @@ def plan_ingestion(
         sources: Result of `discover_videos`.
         output_uri: Root of all intermediate data.
         config: Limits, and what clips shall be like.
+
+    Returns:
+        The set if it is committed, else the files that are done and those to do.
 
     Raises:
         StorageError: If the store refuses or does not answer.
@@ -322,6 +332,9 @@ def select_clips(
         config: Thresholds and share of clips to hold out.
         seed: Decides which sources are held out.
         output_uri: Root of all intermediate data.
+
+    Returns:
+        The committed selection.
 
     Raises:
         DataError: If no clip is kept.

@@ -46,17 +46,39 @@ class StoredFile(NamedTuple):
 
 
 def join(uri: str, *parts: str) -> str:
-    """Append path segments to a URI or local path."""
+    """Append path segments to a URI or local path.
+
+    Args:
+        uri: Where to begin; slashes at its end are dropped.
+        *parts: Segments; slashes at both of their ends are dropped.
+
+    Returns:
+        The longer URI or path.
+    """
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI names an object store."""
+    """Whether the URI names an object store.
+
+    Args:
+        uri: Any URI or local path.
+
+    Returns:
+        True for `s3://` alone.
+    """
     return uri.startswith("s3://")
 
 
 def local_path(uri: str) -> Path:
-    """Return the local path of a `file://` URI or plain path."""
+    """Return the local path of a `file://` URI or plain path.
+
+    Args:
+        uri: `file://` URI, percent-encoded, or plain path, taken as it is.
+
+    Raises:
+        StorageConfigurationError: If the URI is of another kind, `s3://` among them.
+    """
     if uri.startswith("file://"):
         return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))))
     if "://" in uri:
@@ -68,6 +90,9 @@ def local_path(uri: str) -> Path:
 
 def read_bytes(uri: str) -> bytes:
     """Return the whole content.
+
+    Args:
+        uri: A file or object.
 
     Raises:
         FileNotFoundError: If there is nothing at the URI.
@@ -81,7 +106,15 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write the whole content at once, replacing what is there."""
+    """Write the whole content at once, replacing what is there.
+
+    Args:
+        uri: A file or object; missing directories are made.
+        data: The content.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     if is_remote(uri):
         _s3_call("_pipe_file", uri, data, deadline_s=PUT_DEADLINE_S)
         return
@@ -90,10 +123,20 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def put_if_absent(uri: str, data: bytes) -> bytes:
-    """Write the content unless the URI is taken; return what stands there afterwards.
+    """Write the content unless the URI is taken.
 
     Of several writers exactly one wins. A lost answer is read back, so the caller only has to
     compare the returned bytes with its own.
+
+    Args:
+        uri: A file or object; missing directories are made.
+        data: The content.
+
+    Returns:
+        What stands at the URI afterwards.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
     """
     if is_remote(uri):
         with contextlib.suppress(FileExistsError):
@@ -110,7 +153,14 @@ def put_if_absent(uri: str, data: bytes) -> bytes:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or object stands at the URI."""
+    """Whether a file or object stands at the URI.
+
+    Args:
+        uri: A file or object; a local directory is none.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     if not is_remote(uri):
         with _local_errors(uri):
             return local_path(uri).is_file()
@@ -127,6 +177,9 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
     Args:
         uri: Directory or prefix.
         with_etag: Local files are hashed for their etag; False leaves it empty.
+
+    Returns:
+        Regular files with absolute URIs; of a URI that is itself a file, that file.
 
     Raises:
         FileNotFoundError: If the directory does not exist or the prefix holds nothing.
@@ -171,6 +224,12 @@ def list_irregular_files(uri: str) -> list[str]:
 
     They are never opened or followed. An object store holds none.
 
+    Args:
+        uri: Directory or prefix.
+
+    Returns:
+        Absolute URIs.
+
     Raises:
         StorageError: If a directory cannot be read.
     """
@@ -197,7 +256,18 @@ def _raise(error: OSError) -> None:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Yield a local path with the content: the file itself, or a download that is removed."""
+    """Yield a local path with the content: the file itself, or a download that is removed.
+
+    Args:
+        uri: A file or object.
+
+    Yields:
+        The path; it must not be written to.
+
+    Raises:
+        FileNotFoundError: If there is no such object; of a local file the reader learns it.
+        StorageError: If the store refuses or does not answer.
+    """
     if not is_remote(uri):
         yield local_path(uri)
         return
@@ -234,7 +304,16 @@ def scratch_directory(purpose: str) -> Iterator[Path]:
 
 
 def upload_file(path: Path, uri: str) -> None:
-    """Copy a local file to a URI, visible only when whole."""
+    """Copy a local file to a URI, visible only when whole.
+
+    Args:
+        path: The local file.
+        uri: Where it goes; what stands there is replaced.
+
+    Raises:
+        FileNotFoundError: If there is no such local file.
+        StorageError: If the store refuses or does not answer.
+    """
     if is_remote(uri):
         _s3_call("_put_file", uri, str(path), source_first=True, deadline_s=GET_DEADLINE_S)
         return
@@ -255,12 +334,27 @@ def unique_place(uri: str, *parts: str) -> str:
 
     What is uploaded there cannot be overwritten by another run; the record that names it decides
     which of several copies counts.
+
+    Args:
+        uri: Where to begin.
+        *parts: Segments below the place.
     """
     return join(uri, secrets.token_hex(4), *parts)
 
 
 def upload_directory(folder: Path, uri: str) -> dict[str, str]:
-    """Copy all files of a directory; return their sha256 by relative path."""
+    """Copy all files of a directory.
+
+    Args:
+        folder: Local directory.
+        uri: Where its files go; what stands there is replaced.
+
+    Returns:
+        sha256 of every file, 64 hexadecimal digits, by its path relative to the directory.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     hashes: dict[str, str] = {}
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         relative = path.relative_to(folder).as_posix()
@@ -271,7 +365,18 @@ def upload_directory(folder: Path, uri: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def local_directory(uri: str) -> Iterator[Path]:
-    """Yield a local directory with all files below the URI; remote ones are downloaded."""
+    """Yield a local directory with all files below the URI; remote ones are downloaded.
+
+    Args:
+        uri: Directory or prefix.
+
+    Yields:
+        The directory; it must not be written to.
+
+    Raises:
+        FileNotFoundError: If a prefix holds nothing; of a local directory the reader learns it.
+        StorageError: If the store refuses or does not answer.
+    """
     if not is_remote(uri):
         yield local_path(uri)
         return
@@ -284,7 +389,14 @@ def local_directory(uri: str) -> Iterator[Path]:
 
 
 def remove_directory(uri: str) -> None:
-    """Delete everything below a URI; nothing there is fine."""
+    """Delete everything below a URI; nothing there is fine.
+
+    Args:
+        uri: Directory or prefix.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     if is_remote(uri):
         with contextlib.suppress(FileNotFoundError):
             _s3_call("_rm", uri, recursive=True, deadline_s=GET_DEADLINE_S)
@@ -294,10 +406,18 @@ def remove_directory(uri: str) -> None:
 
 
 def load_record(uri: str, kind: type[Record]) -> Record | None:
-    """Read a committed record; None when it was never committed.
+    """Read a committed record.
+
+    Args:
+        uri: The manifest.
+        kind: Class of the record.
+
+    Returns:
+        The record; None when it was never committed.
 
     Raises:
-        ManifestError: If it is damaged, too large or of another schema version.
+        ManifestError: If it is damaged, too large, of another class or another schema version.
+        StorageError: If the store refuses or does not answer.
     """
     try:
         data = read_bytes(uri)
@@ -309,7 +429,19 @@ def load_record(uri: str, kind: type[Record]) -> Record | None:
 
 
 def commit_record(uri: str, record: Record) -> Record:
-    """Commit a record if there is none yet; return the one that stands there."""
+    """Commit a record if there is none yet.
+
+    Args:
+        uri: The manifest.
+        record: What to commit.
+
+    Returns:
+        The record that stands there, whoever committed it.
+
+    Raises:
+        ManifestError: If what stands there is damaged, of another class or another schema version.
+        StorageError: If the store refuses or does not answer.
+    """
     envelope = _Envelope(
         schema_version=SCHEMA_VERSION,
         kind=type(record).__name__,
@@ -322,8 +454,13 @@ def commit_record(uri: str, record: Record) -> Record:
 def check_store(uri: str, *, min_free_bytes: int = 256 << 20) -> None:
     """Refuse a place that cannot be written, has no room, or has no conditional writes.
 
+    Args:
+        uri: Directory, made if missing, or prefix.
+        min_free_bytes: Room that a local disk must have.
+
     Raises:
         StorageConfigurationError: With what is wrong and what to do.
+        StorageError: If the store does not answer.
     """
     if not is_remote(uri):
         with _local_errors(uri):
@@ -348,7 +485,15 @@ def check_store(uri: str, *, min_free_bytes: int = 256 << 20) -> None:
 
 
 def remove_file(uri: str) -> None:
-    """Delete one file or object."""
+    """Delete one file or object.
+
+    Args:
+        uri: A file or object.
+
+    Raises:
+        FileNotFoundError: If there is no such local file.
+        StorageError: If the store refuses or does not answer.
+    """
     if is_remote(uri):
         _s3_call("_rm_file", uri, deadline_s=30.0)
         return
@@ -357,7 +502,14 @@ def remove_file(uri: str) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a local file, 64 hexadecimal digits."""
+    """Return the sha256 of a local file, 64 hexadecimal digits.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -91,6 +91,13 @@ def plan_tokenization(
         visual_tokenizer: The committed tokenizer.
         config: The run; `tokenization` matters.
         output_uri: Root of all data of the run.
+
+    Returns:
+        The data sets if they are committed, else the units that are done and those to do.
+
+    Raises:
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
     """
     settings = config.tokenization
     print_ = fingerprint(
@@ -122,13 +129,28 @@ class ClipTokenizer:
     """The unit function, with the visual tokenizer loaded once a process."""
 
     def __init__(self, visual_tokenizer: TokenizerRef, config: RunConfig) -> None:
-        """Load the tokenizer; runs in the process that uses it."""
+        """Load the tokenizer; runs in the process that uses it.
+
+        Args:
+            visual_tokenizer: The committed tokenizer.
+            config: The run; `tokenization` matters.
+
+        Raises:
+            ConfigError: If there is no such tokenizer.
+            StorageError: If the store refuses or does not answer.
+        """
         with storage.local_directory(visual_tokenizer.directory_uri) as folder:
             self._tokenizer = load_visual_tokenizer(folder)
         self._settings = config.tokenization
 
     def __call__(self, unit: TokenizationUnit) -> TokenizedUnit:
         """Tokenize a unit and commit its record; a unit that is committed is returned as it is.
+
+        Args:
+            unit: A unit of the plan.
+
+        Returns:
+            The committed record.
 
         Raises:
             StorageError: If the store does not answer; a clip that cannot be read is not an
@@ -244,6 +266,9 @@ def commit_tokens(
         config: The run.
         output_uri: Root of all data of the run.
 
+    Returns:
+        The committed data sets; of several committers all get the first one's.
+
     Raises:
         FailureBudgetExceeded: If more clips failed than `tokenization.max_failed_fraction`.
     """
@@ -285,7 +310,12 @@ def commit_tokens(
 
 
 def latent_shape(config: RunConfig, modality: Modality) -> tuple[int, int, int]:
-    """Return (T, H, W) of a sample in latent units."""
+    """Return (T, H, W) of a sample in latent frames, rows and columns.
+
+    Args:
+        config: The run; `tokenization` and `visual_tokenizer` matter.
+        modality: An image is one latent frame.
+    """
     samples, strides = config.tokenization, config.visual_tokenizer
     frames = 1 if modality == "image" else 1 + (samples.num_frames - 1) // strides.temporal_stride
     return (

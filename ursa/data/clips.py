@@ -87,6 +87,9 @@ SELECTION_SCHEMA = pa.schema(
 def read_clips(clips: ClipSet) -> list[Clip]:
     """Return all clips of a committed set, in order of source and time.
 
+    Args:
+        clips: The committed set.
+
     Raises:
         ShardFormatError: If the table is damaged, incomplete or of another schema version.
         StorageError: If the store refuses or does not answer.
@@ -97,6 +100,9 @@ def read_clips(clips: ClipSet) -> list[Clip]:
 
 def read_selection(selection: ClipSelection) -> list[SelectedClip]:
     """Return the verdict on every clip, in the order of `read_clips`.
+
+    Args:
+        selection: The committed selection.
 
     Raises:
         ShardFormatError: If a table is damaged or does not belong to the clips.
@@ -114,6 +120,9 @@ def read_selection(selection: ClipSelection) -> list[SelectedClip]:
 
 def read_failures(clips: ClipSet) -> list[IngestedVideo]:
     """Return the quarantined files of a committed set with their reasons, in order of source.
+
+    Args:
+        clips: The committed set.
 
     Raises:
         ShardFormatError: If the table is missing, damaged or of another schema version.
@@ -161,14 +170,35 @@ def clip_windows(clip: Clip, samples: TokenizationConfig) -> Iterator[tuple[floa
 
 
 def clip_frames(clip: Clip, stride_s: float) -> Iterator[tuple[float, int]]:
-    """Yield (seconds, frame number) of single frames of a clip, `stride_s` apart."""
+    """Yield single frames of a clip.
+
+    Args:
+        clip: A normalised clip.
+        stride_s: Distance of two frames, seconds; less than a frame counts as one.
+
+    Yields:
+        Time in the clip in seconds, and frame number.
+    """
     stride = max(1.0, stride_s * clip.info.fps)
     for place in np.arange(0, clip.info.num_frames, stride):
         yield float(round(place) / clip.info.fps), round(float(place))
 
 
 def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> str:
-    """Write rows as one Parquet file whose name holds the hash of its bytes; return its URI."""
+    """Write rows as one Parquet file whose name holds the hash of its bytes.
+
+    Args:
+        folder_uri: Where the file goes.
+        name: What its name begins with: it becomes `<name>-<sha256[:16]>.parquet`.
+        schema: Columns and metadata of the table.
+        rows: Values by column name.
+
+    Returns:
+        URI of the file.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     buffer = io.BytesIO()
     table = pa.Table.from_pylist(list(rows), schema=schema)
     pq.write_table(table, buffer, compression="zstd")
@@ -179,13 +209,21 @@ def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict
 
 
 def clip_row(clip: Clip) -> dict[str, Any]:
-    """Return a clip as a row of `CLIP_SCHEMA`."""
+    """Return a clip as a row of `CLIP_SCHEMA`.
+
+    Args:
+        clip: A normalised clip.
+    """
     row = clip.model_dump(mode="json", exclude={"info", "scores"})
     return row | clip.info.model_dump() | clip.scores.model_dump()
 
 
 def failure_row(video: IngestedVideo) -> dict[str, Any]:
-    """Return a quarantined file as a row of `FAILURE_SCHEMA`."""
+    """Return a quarantined file as a row of `FAILURE_SCHEMA`.
+
+    Args:
+        video: A file with a `failure`.
+    """
     return {
         "source_uri": video.source.uri,
         "num_bytes": video.source.num_bytes,
@@ -196,7 +234,11 @@ def failure_row(video: IngestedVideo) -> dict[str, Any]:
 
 
 def selection_row(selected: SelectedClip) -> dict[str, Any]:
-    """Return a verdict as a row of `SELECTION_SCHEMA`."""
+    """Return a verdict as a row of `SELECTION_SCHEMA`.
+
+    Args:
+        selected: The verdict on one clip.
+    """
     return {
         "clip_id": selected.clip.clip_id,
         "source_uri": selected.clip.source_uri,

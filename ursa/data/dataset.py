@@ -37,14 +37,25 @@ class TokenBatch:
 
 
 class TokenSamples:
-    """All samples of a token data set, held in memory at 16 or 32 bits an id."""
+    """All samples of a token data set, held in memory at 16 or 32 bits an id.
+
+    Attributes:
+        captions: One caption a sample.
+        motion: Motion of the clip of each sample, px/s at 256 px width; None where not measured.
+        sample_ids: Names of the samples, ascending.
+        clip_ids: The clip of each sample.
+    """
 
     def __init__(self, dataset: TokenDataset) -> None:
         """Read and verify the shards.
 
+        Args:
+            dataset: The committed data set.
+
         Raises:
-            ShardFormatError: If a shard is damaged.
+            ShardFormatError: If a shard is missing, damaged or of another schema.
             DataExhaustedError: If there is no sample.
+            StorageError: If the store refuses or does not answer.
         """
         table = read_shards(dataset.shards, codebook_size=dataset.codebook_size)
         if not table.num_rows:
@@ -65,16 +76,31 @@ class TokenSamples:
         return len(self.sample_ids)
 
     def spread(self, limit: int) -> list[int]:
-        """Return at most `limit` positions, evenly spread, so that no clip fills them alone."""
+        """Return at most `limit` positions, evenly spread, so that no clip fills them alone.
+
+        Args:
+            limit: Greatest number of positions.
+        """
         count = min(len(self), limit)
         return [index * len(self) // count for index in range(count)]
 
     def code_counts(self, codebook_size: int) -> np.ndarray:
-        """Return how often each code occurs, shape (codebook_size,), int64."""
+        """Return how often each code occurs.
+
+        Args:
+            codebook_size: V.
+
+        Returns:
+            Counts, shape (V,), int64.
+        """
         return np.bincount(self._ids.ravel(), minlength=codebook_size)
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
-        """Return the samples at the given positions as one batch."""
+        """Return the samples at the given positions as one batch.
+
+        Args:
+            indices: Positions in [0, number of samples), in any order.
+        """
         return TokenBatch(
             visual_ids=torch.from_numpy(self._ids[list(indices)].astype(np.int64)),
             captions=tuple(self.captions[index] for index in indices),
@@ -101,6 +127,15 @@ def step_indices(num_samples: int, *, step: int, batch_size: int, seed: int) -> 
 
 @lru_cache(maxsize=4)
 def epoch_order(num_samples: int, epoch: int, seed: int) -> tuple[int, ...]:
-    """Return the permutation of an epoch."""
+    """Return the permutation of an epoch.
+
+    Args:
+        num_samples: Size of the data set.
+        epoch: Epoch number from 0.
+        seed: Decides the order, together with the epoch.
+
+    Returns:
+        Every sample position once.
+    """
     order = np.random.default_rng([seed, epoch]).permutation(num_samples)
     return tuple(int(index) for index in order)

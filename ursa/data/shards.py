@@ -26,6 +26,9 @@ def write_shard(
 
     Returns:
         Where the shard is, with its size and hash.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
     """
     table = pa.Table.from_pylist(list(rows), schema=token_schema(codebook_size))
     buffer = io.BytesIO()
@@ -40,8 +43,16 @@ def write_shard(
 def read_shard(shard: ShardInfo, *, codebook_size: int) -> pa.Table:
     """Read a shard after checking its hash, schema and number of rows.
 
+    Args:
+        shard: Where it is, and its hash and number of rows.
+        codebook_size: Number of codes of the visual tokenizer.
+
+    Returns:
+        A table of `token_schema`.
+
     Raises:
         ShardFormatError: If the shard is missing, damaged or of another schema.
+        StorageError: If the store refuses or does not answer.
     """
     try:
         data = storage.read_bytes(shard.uri)
@@ -67,6 +78,18 @@ def read_shard(shard: ShardInfo, *, codebook_size: int) -> pa.Table:
 
 
 def read_shards(shards: Iterable[ShardInfo], *, codebook_size: int) -> pa.Table:
-    """Read shards into one table, in their order."""
+    """Read shards into one table, in their order.
+
+    Args:
+        shards: Where they are, and their hashes and numbers of rows.
+        codebook_size: Number of codes of the visual tokenizer.
+
+    Returns:
+        A table of `token_schema`, without rows if there are no shards.
+
+    Raises:
+        ShardFormatError: If a shard is missing, damaged or of another schema.
+        StorageError: If the store refuses or does not answer.
+    """
     tables = [read_shard(shard, codebook_size=codebook_size) for shard in shards]
     return pa.concat_tables(tables) if tables else token_schema(codebook_size).empty_table()
