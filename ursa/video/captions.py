@@ -32,6 +32,9 @@ def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
     Keys are `path` (relative to the file), `caption` and, optional, `start_s` and `end_s`;
     others are passed over.
 
+    Args:
+        data: UTF-8 text; what is not is replaced.
+
     Returns:
         The rows, and the numbers (from 1) of the lines that cannot be used.
     """
@@ -48,7 +51,11 @@ def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
 
 
 def clean_caption(text: str) -> str:
-    """Return text in one line, without control characters and of bounded length."""
+    """Return text in one line, without control characters and of bounded length.
+
+    Args:
+        text: Any text; it is cut to `MAX_CAPTION_CHARACTERS`.
+    """
     printable = "".join(character if character.isprintable() else " " for character in text)
     return " ".join(printable.split())[:MAX_CAPTION_CHARACTERS].strip()
 
@@ -79,7 +86,14 @@ def caption_of(
 
 
 def template_caption(name: str) -> str:
-    """Make a caption of the words in a file name."""
+    """Make a caption of the words in a file name.
+
+    Args:
+        name: File name of the video.
+
+    Returns:
+        Such as "a video of red ball 2" for red_ball-2.mp4, or "a video" without words.
+    """
     stem = name.rsplit(".", 1)[0] or name
     words = " ".join(re.findall(r"[^\W\d_]+|\d+", stem)).lower()
     return clean_caption(f"a video of {words}") if words else "a video"

@@ -65,7 +65,14 @@ def detect_demuxer(head: bytes) -> Demuxer | None:
 
 
 def describe_content(head: bytes) -> str:
-    """Say in words what a refused file seems to be."""
+    """Say in words what a refused file seems to be.
+
+    Args:
+        head: The first `HEAD_BYTES` bytes of the file, or all of a shorter one.
+
+    Returns:
+        Such as "a PNG picture"; "no known video container" if it is nothing that is known.
+    """
     for prefix, words in _REFUSED:
         if head.startswith(prefix):
             return words

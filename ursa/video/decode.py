@@ -80,6 +80,9 @@ def fit_frames(frames: np.ndarray, *, height_px: int, width_px: int) -> np.ndarr
 def video_info(path: Path) -> VideoInfo:
     """Return size, frame rate and number of frames of a normalised clip.
 
+    Args:
+        path: Local file of a normalised clip.
+
     Raises:
         VideoDecodeError: If the file cannot be read.
     """
@@ -103,6 +106,12 @@ def video_info(path: Path) -> VideoInfo:
 
 def verify_clip(path: Path, *, num_frames: int, height_px: int, width_px: int) -> None:
     """Check that the reader sees exactly the frames that were written.
+
+    Args:
+        path: Local file of a normalised clip.
+        num_frames: Number of frames written.
+        height_px: Their height, pixels.
+        width_px: Their width, pixels.
 
     Raises:
         VideoDecodeError: If count or shape differ.

@@ -117,7 +117,12 @@ def plan_geometry(
 
 
 def upright_picture(frame: av.VideoFrame, geometry: Geometry) -> np.ndarray:
-    """Return a frame scaled and turned, RGB, shape (height_px, width_px, 3), uint8."""
+    """Return a frame scaled and turned, RGB, shape (height_px, width_px, 3), uint8.
+
+    Args:
+        frame: As it was decoded.
+        geometry: How it is scaled and turned.
+    """
     width_px, height_px = geometry.width_px, geometry.height_px
     quarter_turns = geometry.rotation_deg // 90
     if quarter_turns % 2:
@@ -133,6 +138,10 @@ class ForeignVideo:
 
     def __init__(self, container: av.container.InputContainer, config: IngestionConfig) -> None:
         """Look at the stream, before any frame is decoded.
+
+        Args:
+            container: The opened file.
+            config: Limits.
 
         Raises:
             QuarantinedError: If there is no usable stream, or what it claims exceeds the limits.
@@ -175,6 +184,9 @@ class ForeignVideo:
 
     def frames(self) -> Iterator[TimedFrame]:
         """Decode all frames; `duration_s` is right after the last one.
+
+        Yields:
+            Frames in display order, from time zero, whose times never fall.
 
         Raises:
             QuarantinedError: If a limit is exceeded.
@@ -271,7 +283,12 @@ class ClipSink:
     """Keeps the frames of the running shot on disk and writes its clips when it ends."""
 
     def __init__(self, folder: Path, config: IngestionConfig) -> None:
-        """Start before the first frame; clips are written to `folder`."""
+        """Start before the first frame.
+
+        Args:
+            folder: Where clips, the running shot and the progress are written.
+            config: Rate and length of clips.
+        """
         self._folder = folder
         self._fps = config.clip_fps
         self._shortest, self._longest = frame_limits(
@@ -294,7 +311,14 @@ class ClipSink:
         return self._shot_start + self._spooled
 
     def add(self, picture: np.ndarray) -> None:
-        """Take in the next frame of the running shot, shape (H, W, 3), uint8."""
+        """Take in the next frame of the running shot.
+
+        Args:
+            picture: RGB picture, shape (H, W, 3), uint8; the same shape throughout a shot.
+
+        Raises:
+            VideoDecodeError: If a long shot is cut and a clip does not read back as it was written.
+        """
         if self.num_frames >= self._next_report:
             finished_s = self.num_frames / self._fps
             # whole or not at all: the parent may read at any moment
@@ -309,7 +333,11 @@ class ClipSink:
             self._cut_block()
 
     def end_shot(self) -> None:
-        """Write the clips of the running shot and begin another one."""
+        """Write the clips of the running shot and begin another one.
+
+        Raises:
+            VideoDecodeError: If a clip does not read back as it was written.
+        """
         spans = cut_spans(self._spooled, self._shortest, self._longest)
         if self._spooled and not spans and not self._has_clips:
             self.num_dropped_shots += 1
@@ -375,7 +403,13 @@ class Sampler:
     """Turns frames at their own times into pictures at a constant rate, shot by shot."""
 
     def __init__(self, video: ForeignVideo, sink: ClipSink, config: IngestionConfig) -> None:
-        """Start before the first frame."""
+        """Start before the first frame.
+
+        Args:
+            video: Where frames come from.
+            sink: Where pictures go.
+            config: Rate and greatest height of clips, threshold of shots.
+        """
         self._video = video
         self._sink = sink
         self._config = config
@@ -385,7 +419,12 @@ class Sampler:
         self.first_geometry: Geometry | None = None
 
     def run(self) -> None:
-        """Decode the whole video into the sink."""
+        """Decode the whole video into the sink.
+
+        Raises:
+            QuarantinedError: If a limit is exceeded.
+            VideoDecodeError: If a clip does not read back as it was written.
+        """
         for frame, time_s, is_break in self._video.frames():
             self._flush(time_s)
             geometry = self._geometry_of(frame)
@@ -454,8 +493,18 @@ def _timestamps(frame: av.VideoFrame) -> tuple[float | None, float | None]:
 def normalise(folder: Path, request: ChildRequest) -> NormalisedVideo:
     """Decode `folder/input` and write its clips.
 
+    Args:
+        folder: Where the input is and the clips go.
+        request: Demuxer, limits, and what clips shall be like.
+
+    Returns:
+        What the file is, and its clips.
+
     Raises:
         QuarantinedError: With the reason why there are no clips.
+        VideoDecodeError: If a clip does not read back as it was written.
+        MemoryError: If memory, not the file, is the cause.
+        OSError: If the disk, not the file, is the cause.
     """
     config = request.config
     try:
@@ -514,7 +563,11 @@ def _check_outcome(video: ForeignVideo, sink: ClipSink, config: IngestionConfig)
 
 
 def limit_resources(config: IngestionConfig) -> None:
-    """Bound what this process can do, for good; what the platform lacks is left out."""
+    """Bound what this process can do, for good; what the platform lacks is left out.
+
+    Args:
+        config: Address space in bytes and times in seconds.
+    """
     # the caller watches the wall time and ends this process long before
     cpu_s = math.ceil(config.child_timeout_s + EARNED_S * config.max_duration_s) + 1
     for kind, value in (
@@ -537,7 +590,15 @@ def limit_resources(config: IngestionConfig) -> None:
 
 
 def answer(folder: Path, request: ChildRequest) -> ChildResult:
-    """Normalise a file; every way in which it can fail becomes a reason."""
+    """Normalise a file; every way in which it can fail becomes a reason.
+
+    Args:
+        folder: Where the input is and the clips go.
+        request: Demuxer, limits, and what clips shall be like.
+
+    Returns:
+        The video or a reason, and the greatest memory used, bytes.
+    """
     video: NormalisedVideo | None = None
     failure: str | None = None
     detail = ""

@@ -184,6 +184,9 @@ def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> 
         demuxer: FFmpeg demuxer to force.
         config: Limits, and what clips shall be like.
 
+    Returns:
+        What the file is, and its clips.
+
     Raises:
         QuarantinedError: If the file yields no clips.
         StorageConfigurationError: If there is no room for the clips.

@@ -2,6 +2,10 @@
 
 Frames are pushed one by one and only running sums are kept. Motion is measured on pictures of a
 fixed width, so that its unit, pixels a second, means the same for every clip.
+
+References:
+    Optical flow by dense inverse search: arXiv 1603.03590. Sharpness as the variance of the
+    Laplacian: Pech-Pacheco et al., ICPR 2000.
 """
 
 from typing import Any

@@ -11,6 +11,10 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectRe
     """Return for every clip the reason to reject it, or None to keep it.
 
     Of several clips with the same source bytes and span only the first is kept.
+
+    Args:
+        clips: All clips, in a fixed order.
+        config: Thresholds.
     """
     verdicts: list[RejectReason | None] = []
     seen: set[str] = set()
@@ -24,7 +28,12 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectRe
 
 
 def judge_scores(scores: ClipScores, config: SelectionConfig) -> RejectReason | None:
-    """Return the first threshold that the scores of a clip miss, or None."""
+    """Return the first threshold that the scores of a clip miss, or None.
+
+    Args:
+        scores: Measurements of a clip.
+        config: Thresholds; None is none. A score that is needed but not measured is a reason too.
+    """
     thresholds = (
         (scores.luminance, config.min_luminance, None, RejectReason.TOO_DARK),
         (scores.luminance, None, config.max_luminance, RejectReason.TOO_BRIGHT),
@@ -61,6 +70,9 @@ def choose_validation_sources(
         num_clips: Number of kept clips by sha256 of the source.
         fraction: Greatest share of clips to hold out, in [0, 1].
         seed: Decides the order.
+
+    Returns:
+        sha256 of the sources.
     """
     order = sorted(num_clips, key=lambda source: _rank(source, seed))
     if fraction == 0 or len(order) < 2:

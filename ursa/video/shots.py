@@ -40,7 +40,16 @@ class ShotDetector:
 
 
 def frame_limits(min_clip_s: float, max_clip_s: float, fps: float) -> tuple[int, int]:
-    """Return the least and the greatest number of frames of a clip at a frame rate."""
+    """Return the least and the greatest number of frames of a clip.
+
+    Args:
+        min_clip_s: Least length, seconds.
+        max_clip_s: Greatest length, seconds, at least `min_clip_s`.
+        fps: Frame rate, frames per second.
+
+    Returns:
+        Least, rounded up and at least 1, and greatest, rounded down and at least the least.
+    """
     shortest = max(1, math.ceil(min_clip_s * fps - _ROUNDING))
     longest = max(shortest, math.floor(max_clip_s * fps + _ROUNDING))
     return shortest, longest

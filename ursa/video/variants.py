@@ -54,7 +54,14 @@ def vary(frames: np.ndarray, *, seed: int) -> np.ndarray:
 
 
 def shrink(frames: np.ndarray) -> np.ndarray:
-    """Average ZOOM x ZOOM pixels: (..., ZOOM*H, ZOOM*W, 3) to uint8 (..., H, W, 3)."""
+    """Average ZOOM x ZOOM pixels.
+
+    Args:
+        frames: Shape (..., ZOOM*H, ZOOM*W, 3), uint8.
+
+    Returns:
+        Shape (..., H, W, 3), uint8, rounded.
+    """
     *outer, height, width, _ = frames.shape
     shape = (*outer, height // ZOOM, ZOOM, width // ZOOM, ZOOM, 3)
     small: np.ndarray = frames.reshape(shape).mean((-4, -2)).round().astype(np.uint8)
