@@ -22,6 +22,12 @@ def data_preparation(
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.
+
+    Returns:
+        The committed selection, tokenizers and token data sets.
+
+    Raises:
+        UrsaError: The first error of a task that did not go away.
     """
     with run_session(source_uri, preset, overrides, context) as run:
         prepared = find_prepared(run)

@@ -31,6 +31,12 @@ def full_training(
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         only_new: End as `NoNewData` when the newest version was made from the same files.
+
+    Returns:
+        Final state, named `Completed`, `NothingChanged` or `NoNewData`.
+
+    Raises:
+        UrsaError: The first error of a task that did not go away.
     """
     with run_session(source_uri, preset, overrides) as run:
         if only_new and not has_new_data(run):

@@ -27,6 +27,12 @@ def model_release(
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.
         trained: Likewise: the model to release.
+
+    Returns:
+        The registered version.
+
+    Raises:
+        UrsaError: The first error of a task that did not go away.
     """
     with run_session(source_uri, preset, overrides, context) as run:
         version = find_version(run)

@@ -34,6 +34,12 @@ def staged_training(
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.
         prepared: Likewise: the data to train on.
+
+    Returns:
+        The committed checkpoint of the last stage, and what it was made of.
+
+    Raises:
+        UrsaError: The first error of a task that did not go away.
     """
     with run_session(source_uri, preset, overrides, context) as run:
         trained = find_trained(run)

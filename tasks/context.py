@@ -29,7 +29,14 @@ from ursa.errors import UrsaError
 
 
 class SourceListing(FrozenModel):
-    """The files of a source, as they were when a run began."""
+    """The files of a source, as they were when a run began.
+
+    Attributes:
+        manifest_uri: Where the record itself is.
+        source_uri: The source, absolute.
+        sources: Its files, sorted by URI.
+        fingerprint: Hash of files and captions.
+    """
 
     manifest_uri: str
     source_uri: str
@@ -38,7 +45,18 @@ class SourceListing(FrozenModel):
 
 
 class RunContext(FrozenModel):
-    """What all steps of a run share."""
+    """What all steps of a run share.
+
+    Attributes:
+        source_uri: The source, absolute.
+        data_uri: Root of all data that runs make.
+        preset: Name of the preset.
+        config: Preset and overrides, merged.
+        sources_uri: Record of the source's files, a `SourceListing`.
+        source_fingerprint: Hash of files and captions of the source.
+        fingerprint: Hash of configuration and source.
+        run: Parent run in the tracking server.
+    """
 
     source_uri: str
     data_uri: str
@@ -95,7 +113,22 @@ def _code_fingerprint() -> str:
 
 @step(run_name="check and start", retries=1)
 def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None) -> RunContext:
-    """Check configuration, services, store and source; open the run in the tracking server."""
+    """Check configuration, services, store and source; open the run in the tracking server.
+
+    Args:
+        source_uri: A directory, a single file or an `s3://` prefix with videos.
+        preset: Name of a preset.
+        overrides: Values to change in it; None changes none.
+
+    Returns:
+        What all steps of the run share.
+
+    Raises:
+        ConfigError: If the environment, a key or a value is refused.
+        ServiceError: If the tracking server does not answer.
+        DataError: If the source does not exist or holds no video.
+        StorageError: If the store cannot be used.
+    """
     settings = RuntimeSettings.from_env()
     given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
     config = load_config(preset, given)
@@ -157,6 +190,19 @@ def run_session(
     """Yield the context of a flow: the given one of the larger flow, or a new one.
 
     The flow that made the context closes the tracking run with the right status and stops Ray.
+
+    Args:
+        source_uri: A directory, a single file or an `s3://` prefix with videos.
+        preset: Name of a preset.
+        overrides: Values to change in it; None changes none.
+        context: That of the larger flow; then the other arguments are not read.
+
+    Yields:
+        The context.
+
+    Raises:
+        UrsaError: What `start_run` raises.
+        ServiceError: If the tracking server does not answer when the run is closed.
     """
     if context is not None:
         yield context
@@ -178,7 +224,18 @@ def run_session(
 
 @step(run_name="look for finished data")
 def find_prepared(context: RunContext) -> PreparedData | None:
-    """Return the prepared data of the run if all of it is there."""
+    """Return the prepared data of the run if all of it is there.
+
+    Args:
+        context: The run.
+
+    Returns:
+        The record; None unless all of its parts are still committed.
+
+    Raises:
+        ManifestError: If the record is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
     found = storage.load_record(context.prepared_uri, PreparedData)
     if found is None:
         return None
@@ -193,7 +250,18 @@ def find_prepared(context: RunContext) -> PreparedData | None:
 
 @step(run_name="commit data")
 def commit_prepared(context: RunContext, prepared: PreparedData) -> PreparedData:
-    """Commit the prepared data of the run, unless files are missing in it only for now."""
+    """Commit the prepared data of the run, unless files are missing in it only for now.
+
+    Args:
+        context: The run.
+        prepared: The outcome of the data part.
+
+    Returns:
+        What is committed, or `prepared` as it is.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     if ingestion.has_unstable_failures(prepared.selection.clips):
         return prepared
     return storage.commit_record(context.prepared_uri, prepared)
@@ -201,7 +269,18 @@ def commit_prepared(context: RunContext, prepared: PreparedData) -> PreparedData
 
 @step(run_name="look for a finished model")
 def find_trained(context: RunContext) -> TrainedModel | None:
-    """Return the trained model of the run if it is there."""
+    """Return the trained model of the run if it is there.
+
+    Args:
+        context: The run.
+
+    Returns:
+        The record; None unless its checkpoint is still there.
+
+    Raises:
+        ManifestError: If the record is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
     found = storage.load_record(context.trained_uri, TrainedModel)
     if found is None or not _checkpoint_exists(found.checkpoint):
         return None
@@ -217,7 +296,18 @@ def _checkpoint_exists(checkpoint: CheckpointRef) -> bool:
 
 @step(run_name="commit model")
 def commit_trained(context: RunContext, trained: TrainedModel) -> TrainedModel:
-    """Commit the trained model of the run, unless files are missing in its data only for now."""
+    """Commit the trained model of the run, unless files are missing in its data only for now.
+
+    Args:
+        context: The run.
+        trained: The outcome of the training part.
+
+    Returns:
+        What is committed, or `trained` as it is.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
     if ingestion.has_unstable_failures(trained.selection.clips):
         return trained
     return storage.commit_record(context.trained_uri, trained)

@@ -10,7 +10,18 @@ SAMPLES = "samples"
 
 @step(run_name="export model")
 def export_model(context: RunContext, trained: TrainedModel) -> ExportedModel:
-    """See `ursa.release.export_model`."""
+    """See `ursa.release.export_model`.
+
+    Args:
+        context: The run.
+        trained: The outcome of the training part.
+
+    Returns:
+        The committed model directory.
+
+    Raises:
+        UrsaError: What that function raises.
+    """
     from ursa import release  # noqa: PLC0415  (torch: seconds)
 
     return release.export_model(trained.request, trained.checkpoint, output_uri=context.data_uri)
@@ -18,7 +29,20 @@ def export_model(context: RunContext, trained: TrainedModel) -> ExportedModel:
 
 @step(run_name="evaluate")
 def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedModel) -> EvalReport:
-    """See `ursa.evaluation.evaluate`; metrics and samples go to the tracking server."""
+    """See `ursa.evaluation.evaluate`; metrics and samples go to the tracking server.
+
+    Args:
+        context: The run.
+        trained: The outcome of the training part.
+        model: The exported model.
+
+    Returns:
+        The committed report.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+        UrsaError: What that function raises.
+    """
     from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
 
     config, datasets = context.config, trained.request.datasets

@@ -17,7 +17,21 @@ Unit = TypeVar("Unit")
 
 @step(run_name="ingest videos")
 def ingest_videos(context: RunContext) -> ClipSet:
-    """See `ursa.ingestion.ingest_video`; one unit a file, in parallel, then one commit."""
+    """See `ursa.ingestion.ingest_video`; one unit a file, in parallel, then one commit.
+
+    Args:
+        context: The run.
+
+    Returns:
+        The committed clips.
+
+    Raises:
+        ManifestError: If the record of the source's files is gone or damaged.
+        FailureBudgetExceeded: If too large a share of the files failed.
+        DataError: If there is no clip at all.
+        ServiceError: If Ray cannot be started or reached.
+        StorageError: If the store refuses or does not answer.
+    """
     listing = storage.load_record(context.sources_uri, SourceListing)
     if listing is None:
         raise ManifestError(f"{context.sources_uri} is gone; run again")
@@ -54,7 +68,20 @@ def _same(unit: Unit) -> Unit:
 
 @step(run_name="select clips")
 def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
-    """See `ursa.ingestion.select_clips`."""
+    """See `ursa.ingestion.select_clips`.
+
+    Args:
+        context: The run.
+        clips: The committed clips.
+
+    Returns:
+        The committed selection.
+
+    Raises:
+        DataError: If no clip is kept.
+        ServiceError: If the tracking server does not answer.
+        StorageError: If the store refuses or does not answer.
+    """
     selection = ingestion.select_clips(
         clips, context.config.selection, seed=context.config.seed, output_uri=context.data_uri
     )
@@ -80,7 +107,19 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
 
 @step(run_name="fit visual tokenizer")
 def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
-    """See `ursa.training.visual_tokenizer.fit_visual_tokenizer`."""
+    """See `ursa.training.visual_tokenizer.fit_visual_tokenizer`.
+
+    Args:
+        context: The run.
+        selection: The committed selection.
+
+    Returns:
+        The committed tokenizer.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+        UrsaError: What that function raises.
+    """
     from ursa.training import visual_tokenizer  # noqa: PLC0415  (torch: seconds)
 
     with (
@@ -99,7 +138,18 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
 
 @step(run_name="train text tokenizer")
 def fit_text_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
-    """See `ursa.training.text_tokenizer.fit_text_tokenizer`."""
+    """See `ursa.training.text_tokenizer.fit_text_tokenizer`.
+
+    Args:
+        context: The run.
+        selection: The committed selection.
+
+    Returns:
+        The committed tokenizer.
+
+    Raises:
+        UrsaError: What that function raises.
+    """
     from ursa.training import text_tokenizer  # noqa: PLC0415
 
     return text_tokenizer.fit_text_tokenizer(selection, context.config, output_uri=context.data_uri)

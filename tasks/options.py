@@ -26,7 +26,13 @@ ENGINE_LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.flow_engine
 
 
 def retry_if_transient(_task: Task[..., Any], _task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed task may succeed if repeated: only for errors that say so."""
+    """Whether a failed task may succeed if repeated: only for errors that say so.
+
+    Prefect calls it with the task, its run and its state; the state alone decides.
+
+    Args:
+        state: How the attempt ended.
+    """
     try:
         state.result()
     except UrsaError as error:
@@ -43,6 +49,13 @@ def step(
 
     Manifests decide what is done already, so Prefect caches nothing. Results are small records in
     JSON. Only transient errors are repeated, with growing and jittered delays.
+
+    Args:
+        run_name: Name of the task's runs, a template over its arguments; None is Prefect's own.
+        retries: Repetitions after a transient error.
+
+    Returns:
+        A decorator.
     """
     return task(
         task_run_name=run_name,
@@ -57,7 +70,12 @@ def step(
 
 
 def announce(message: str, *arguments: object) -> None:
-    """Log a line for the task that runs, and for the whole run that it belongs to."""
+    """Log a line for the task that runs, and for the whole run that it belongs to.
+
+    Args:
+        message: Format, as in `logging`.
+        *arguments: What goes into it.
+    """
     try:
         logger = get_run_logger()
     except MissingContextError:  # called without an orchestrator

@@ -55,13 +55,33 @@ class UrsaModel(PythonModel):
     """Generates one clip a prompt; clip number i uses seed + i."""
 
     def load_context(self, context: Any) -> None:
-        """Load the exported model."""
+        """Load the exported model.
+
+        Args:
+            context: MLflow's; `artifacts["model"]` is the local model directory.
+
+        Raises:
+            ConfigError: If it is no such directory, or its parts do not fit together.
+        """
         from ursa.generation import UrsaPipeline  # noqa: PLC0415
 
         self._pipeline = UrsaPipeline.from_pretrained(context.artifacts["model"])
 
     # no type hints on `predict`: MLflow would take the schema from them and lose the parameters
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ARG002, D102
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ARG002
+        """Generate one clip a prompt, one after another.
+
+        Args:
+            context: MLflow's; not read.
+            model_input: Data frame with the column "prompt", texts.
+            params: Those of `signature`; -1 or None means the model's own value, for `seed` 0.
+
+        Returns:
+            MP4 files as base64 texts, one a prompt.
+
+        Raises:
+            ConfigError: If a parameter does not fit.
+        """
         import torch  # noqa: PLC0415
 
         from ursa.video.encode import write_video  # noqa: PLC0415

@@ -14,7 +14,17 @@ from ursa.artifacts import EvalReport, ModelVersion
 
 @step(run_name="look for a registered version")
 def find_version(context: RunContext) -> ModelVersion | None:
-    """Return the version that this run has registered before, if it is whole."""
+    """Return the version that this run has registered before, if it is whole.
+
+    Args:
+        context: The run.
+
+    Returns:
+        The version, or None.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+    """
     return tracking.find_version(
         context.run.tracking_uri,
         context.config.release.model_name,
@@ -25,7 +35,17 @@ def find_version(context: RunContext) -> ModelVersion | None:
 
 @step(run_name="is there anything new")
 def has_new_data(context: RunContext) -> bool:
-    """Whether the source differs from the one of the newest registered version."""
+    """Whether the source differs from the one of the newest registered version.
+
+    Args:
+        context: The run.
+
+    Returns:
+        True also if there is no version yet.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+    """
     newest = tracking.newest_version_tags(
         context.run.tracking_uri, context.config.release.model_name
     )
@@ -34,7 +54,21 @@ def has_new_data(context: RunContext) -> bool:
 
 @step(run_name="register model")
 def register_model(context: RunContext, trained: TrainedModel, report: EvalReport) -> ModelVersion:
-    """See `tasks.tracking.register_version`; alias challenger, and champion if the gate holds."""
+    """See `tasks.tracking.register_version`; alias challenger, and champion if the gate holds.
+
+    Args:
+        context: The run.
+        trained: The outcome of the training part.
+        report: The evaluation of the exported model.
+
+    Returns:
+        The version, with its best alias.
+
+    Raises:
+        RegistrationError: If the stored files differ from the exported ones.
+        ServiceError: If the tracking server does not answer.
+        StorageError: If the store refuses or does not answer.
+    """
     datasets = trained.request.datasets
     version = tracking.register_version(
         context.run,
@@ -64,7 +98,20 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
 
 
 def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
-    """Return where a generated clip lies and the command that makes it again."""
+    """Return where a generated clip lies and the command that makes it again.
+
+    Args:
+        context: The run.
+        report: The evaluation with its samples.
+
+    Returns:
+        `ursa.samples_uri`, `ursa.model_directory` and, if there are samples, `ursa.sample` and
+        `ursa.generate_command`.
+
+    Raises:
+        FileNotFoundError: If the list of prompts is gone.
+        StorageError: If the store refuses or does not answer.
+    """
     from ursa.data.addresses import address_seed  # noqa: PLC0415  (torch: seconds)
 
     tags = {
@@ -87,7 +134,18 @@ def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
 
 
 def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:
-    """Note the outcome in the tracking run, write the summary and name the final state."""
+    """Note the outcome in the tracking run, write the summary and name the final state.
+
+    Args:
+        context: The run.
+        version: The version that was registered or found.
+
+    Returns:
+        Final state of the flow, named "Completed" or "NothingChanged".
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+    """
     url = f"{context.run.tracking_uri}/#/models/{version.name}/versions/{version.version}"
     tracking.tag_run(
         context.run,

@@ -62,7 +62,15 @@ def flow_run_tags() -> dict[str, str]:
 
 
 def start_progress(key: str, description: str) -> UUID | None:
-    """Create a progress artifact at 0 percent."""
+    """Create a progress artifact at 0 percent.
+
+    Args:
+        key: Key of the artifact: lower case, digits and dashes.
+        description: What is under way, in Markdown.
+
+    Returns:
+        Id of the artifact; None outside of a flow run or if the server does not take it.
+    """
     if not in_flow_run():
         return None
     with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError, OSError):
@@ -71,7 +79,13 @@ def start_progress(key: str, description: str) -> UUID | None:
 
 
 def set_progress(artifact_id: UUID | None, percent: float, description: str) -> None:
-    """Update a progress artifact."""
+    """Update a progress artifact.
+
+    Args:
+        artifact_id: What `start_progress` returned; with None nothing is done.
+        percent: Progress; more than 100 counts as 100.
+        description: What is under way, in Markdown.
+    """
     if artifact_id is None:
         return
     with _courtesy():
@@ -110,21 +124,40 @@ def progress(key: str, what: str, *, before: int = 0) -> Iterator[Callable[[int,
 
 
 def table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
-    """Store a table."""
+    """Store a table.
+
+    Args:
+        key: Key of the artifact: lower case, digits and dashes.
+        rows: Values by column name.
+        description: What it shows, in Markdown.
+    """
     if in_flow_run():
         with _courtesy():
             create_table_artifact([dict(row) for row in rows], key=key, description=description)
 
 
 def markdown(key: str, text: str, description: str) -> None:
-    """Store a page of markdown."""
+    """Store a page of markdown.
+
+    Args:
+        key: Key of the artifact: lower case, digits and dashes.
+        text: The page.
+        description: What it shows, in Markdown.
+    """
     if in_flow_run():
         with _courtesy():
             create_markdown_artifact(text, key=key, description=description)
 
 
 def link(key: str, url: str, text: str, description: str) -> None:
-    """Store a link."""
+    """Store a link.
+
+    Args:
+        key: Key of the artifact: lower case, digits and dashes.
+        url: Where it leads.
+        text: What is shown of it.
+        description: What it leads to, in Markdown.
+    """
     if in_flow_run():
         with _courtesy():
             create_link_artifact(url, link_text=text, key=key, description=description)
@@ -133,7 +166,13 @@ def link(key: str, url: str, text: str, description: str) -> None:
 def data_funnel(
     clips: ClipSet, selection: ClipSelection, failures: Sequence[IngestedVideo]
 ) -> None:
-    """Store how many files and clips went where, with every quarantined file and its reason."""
+    """Store how many files and clips went where, with every quarantined file and its reason.
+
+    Args:
+        clips: The committed clips.
+        selection: The selection among them.
+        failures: The quarantined files.
+    """
     rows: list[dict[str, Any]] = [
         _funnel_row("files found", clips.num_videos, clips.num_videos),
         *(
@@ -169,7 +208,11 @@ def _funnel_row(step: str, count: int, total: int) -> dict[str, Any]:
 
 
 def clip_examples(selected: Sequence[SelectedClip]) -> None:
-    """Store some kept and some rejected clips with their scores."""
+    """Store some kept and some rejected clips with their scores.
+
+    Args:
+        selected: The verdict on every clip; the first `EXAMPLES` of each kind are shown.
+    """
     kept = [item for item in selected if item.kept][:EXAMPLES]
     rejected = [item for item in selected if not item.kept][:EXAMPLES]
     lines = ["| verdict | caption | motion px/s | source | span |", "|---|---|---|---|---|"]
@@ -186,7 +229,11 @@ def clip_examples(selected: Sequence[SelectedClip]) -> None:
 
 
 def token_shards(datasets: TokenDatasets) -> None:
-    """Store the list of shards."""
+    """Store the list of shards.
+
+    Args:
+        datasets: The four data sets; the first 250 shards of each are listed.
+    """
     rows = [
         {
             "data set": f"{dataset.modality} {dataset.split}",
@@ -204,7 +251,13 @@ def token_shards(datasets: TokenDatasets) -> None:
 
 
 def stage_summary(stage: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> None:
-    """Store what came out of a training stage."""
+    """Store what came out of a training stage.
+
+    Args:
+        stage: Name of the stage.
+        metrics: Those of its last step.
+        facts: Further rows: name and Markdown.
+    """
     lines = ["| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
     lines += [f"| `{key}` | {value:.5g} |" for key, value in sorted(metrics.items())]
@@ -212,7 +265,13 @@ def stage_summary(stage: str, metrics: Mapping[str, float], facts: Mapping[str, 
 
 
 def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
-    """Store the metrics, the gate and a link to the samples."""
+    """Store the metrics, the gate and a link to the samples.
+
+    Args:
+        report: The evaluation.
+        pictures_url: Page with all samples.
+        strip_url: Address of the picture that shows them side by side.
+    """
     rows: list[dict[str, Any]] = [
         {"metric": key, "value": f"{value:.5g}"} for key, value in sorted(report.metrics.items())
     ]
@@ -223,35 +282,61 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
 
 
 def model_version(version: ModelVersion, url: str) -> None:
-    """Store a link to the registered version."""
+    """Store a link to the registered version.
+
+    Args:
+        version: The version.
+        url: Its page.
+    """
     alias = f" ({version.alias})" if version.alias else ""
     text = f"{version.name} version {version.version}{alias}"
     link("model-version", url, text, f"Load it as `{version.model_uri}`.")
 
 
 def run_summary(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Store the summary of a run."""
+    """Store the summary of a run.
+
+    Args:
+        title: Headline, and description of the artifact.
+        rows: Name, any text, and value in Markdown.
+    """
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     lines += [f"| {cell(key)} | {value} |" for key, value in rows]
     markdown("run-summary", "\n".join(lines), title)
 
 
 def artifact_links(*keys: str) -> str:
-    """Return links, in Markdown, to the newest artifacts of some keys."""
+    """Return links, in Markdown, to the newest artifacts of some keys.
+
+    Args:
+        *keys: Keys of artifacts.
+    """
     base = str(runtime.flow_run.ui_url or "").partition("/runs/")[0]
     return ", ".join(f"[{key}]({base}/artifacts/key/{key})" for key in keys)
 
 
 def slug(text: str) -> str:
-    """Return a text in lower case with dashes, as artifact keys must be."""
+    """Return a text in lower case with dashes, as artifact keys must be.
+
+    Args:
+        text: Such as the name of a stage.
+    """
     return text.lower().replace("_", "-")
 
 
 def printable(text: str) -> str:
-    """Return a text without what cannot be stored as UTF-8 or would break a line."""
+    """Return a text without what cannot be stored as UTF-8 or would break a line.
+
+    Args:
+        text: Any text, with surrogates too.
+    """
     return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def cell(text: str) -> str:
-    """Return a text that fits into a markdown table and stays a text there."""
+    """Return a text that fits into a markdown table and stays a text there.
+
+    Args:
+        text: Any text, with surrogates too.
+    """
     return re.sub(r"([`\[\]<>|])", r"\\\1", printable(text))

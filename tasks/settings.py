@@ -16,7 +16,11 @@ from ursa.errors import ConfigError
 
 
 def absolute_uri(uri: str) -> str:
-    """Return a URI as it is, and a local path made absolute."""
+    """Return a URI as it is, and a local path made absolute.
+
+    Args:
+        uri: URI or local path; `~` is expanded.
+    """
     if "://" in uri:
         return uri
     return str(Path(uri).expanduser().absolute())
@@ -62,6 +66,9 @@ class RuntimeSettings(BaseSettings):
     def from_env(cls) -> Self:
         """Read the environment.
 
+        Returns:
+            The settings.
+
         Raises:
             ConfigError: If a variable has a value that is not allowed; names the variable.
         """
@@ -78,5 +85,9 @@ class RuntimeSettings(BaseSettings):
         return settings
 
     def uri(self, *parts: str) -> str:
-        """Return a place below `data_uri`."""
+        """Return a place below `data_uri`.
+
+        Args:
+            *parts: Path segments.
+        """
         return storage.join(self.data_uri, *parts)

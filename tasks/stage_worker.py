@@ -19,6 +19,12 @@ class StageProgress:
     """Writes the progress of a stage to its Prefect artifact over HTTP."""
 
     def __init__(self, artifact_url: str, max_steps: int) -> None:
+        """Begin to measure the time.
+
+        Args:
+            artifact_url: Address of the artifact; with "" nothing is written.
+            max_steps: Steps of the stage.
+        """
         self._url = artifact_url
         self._max_steps = max_steps
         self._began = time.monotonic()
@@ -26,7 +32,15 @@ class StageProgress:
         self._first_step: int | None = None
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a step."""
+        """Take the metrics of a step; they are written at most every `PROGRESS_EVERY_S` seconds.
+
+        Args:
+            step: Steps done, from 1.
+            metrics: `train/loss` in nats is shown, if it is there.
+
+        Raises:
+            OSError: If the server does not take it.
+        """
         now = time.monotonic()
         if self._first_step is None:
             self._first_step = step
@@ -52,6 +66,13 @@ class LocalSink:
     """Sends metrics from whichever local process calls it first; survives pickling."""
 
     def __init__(self, run: TrackedRun, progress: StageProgress, config: StageConfig) -> None:
+        """Keep what `stage_sink` takes; it is opened by the first call.
+
+        Args:
+            run: Where metrics go.
+            progress: Where the progress goes.
+            config: The stage: how often values are logged and checkpoints written.
+        """
         self._run = run
         self._progress = progress
         self._config = config
@@ -61,7 +82,12 @@ class LocalSink:
         return {**self.__dict__, "_sink": None}
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a step."""
+        """Take the metrics of a step.
+
+        Args:
+            step: Steps done, from 1.
+            metrics: Values by name.
+        """
         if self._sink is None:
             self._sink = stage_sink(self._run, self._progress, self._config).__enter__()
             # child processes of multiprocessing run finalizers, not `atexit`
@@ -75,7 +101,13 @@ class LocalSink:
 
 
 def stage_sink(run: TrackedRun, progress: StageProgress, config: StageConfig) -> MetricSink:
-    """Return what takes the metrics of a stage; they are stored before a checkpoint is."""
+    """Return what takes the metrics of a stage; they are stored before a checkpoint is.
+
+    Args:
+        run: Where metrics go.
+        progress: Where the progress goes.
+        config: The stage: how often values are logged and checkpoints written.
+    """
     flush_at = before_checkpoint(config.log_every, config.checkpoint_every)
     return MetricSink(
         run,
@@ -89,6 +121,9 @@ def run_stage(arguments: dict[str, Any]) -> None:
 
     Args:
         arguments: `request` and `run` as JSON texts, `progress_url` of the artifact or "".
+
+    Raises:
+        UrsaError: What `ursa.training.stage.train_stage` raises.
     """
     from ursa.training.stage import train_stage  # noqa: PLC0415  (torch)
 

@@ -13,7 +13,21 @@ from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
 def tokenize_clips(
     context: RunContext, selection: ClipSelection, visual_tokenizer: TokenizerRef
 ) -> TokenDatasets:
-    """See `ursa.tokenization.ClipTokenizer`; one unit a shard, then one commit."""
+    """See `ursa.tokenization.ClipTokenizer`; one unit a shard, then one commit.
+
+    Args:
+        context: The run.
+        selection: The committed selection.
+        visual_tokenizer: The committed tokenizer.
+
+    Returns:
+        The four committed data sets.
+
+    Raises:
+        FailureBudgetExceeded: If more clips failed than `tokenization.max_failed_fraction`.
+        ServiceError: If Ray or the tracking server cannot be reached.
+        StorageError: If the store refuses or does not answer.
+    """
     from ursa import tokenization  # noqa: PLC0415  (torch: seconds)
 
     config = context.config

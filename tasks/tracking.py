@@ -40,7 +40,13 @@ METRICS_PER_BATCH = 500
 
 
 class TrackedRun(FrozenModel):
-    """A run in the tracking server."""
+    """A run in the tracking server.
+
+    Attributes:
+        tracking_uri: Address of the tracking server.
+        experiment_id: Experiment of the run.
+        run_id: Id of the run.
+    """
 
     tracking_uri: str
     experiment_id: str
@@ -53,7 +59,14 @@ class TrackedRun(FrozenModel):
 
 
 class DatasetInput(NamedTuple):
-    """A data set that a run has used."""
+    """A data set that a run has used.
+
+    Attributes:
+        name: Shown on the page of the run.
+        uri: Address of its manifest.
+        digest: Its fingerprint; MLflow keeps 36 characters, a tag the whole.
+        context: What it was used for, such as "training".
+    """
 
     name: str
     uri: str
@@ -63,6 +76,10 @@ class DatasetInput(NamedTuple):
 
 def check_service(tracking_uri: str, *, timeout_s: float = 5.0) -> None:
     """Make sure that the tracking server answers.
+
+    Args:
+        tracking_uri: Address of the tracking server; only http and https are asked.
+        timeout_s: How long to wait, seconds.
 
     Raises:
         ServiceError: With the address and what to do.
@@ -133,8 +150,16 @@ def open_run(
 def child_run(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
     """Open the child run of a step, new or taken up again, and close it with the right status.
 
+    Args:
+        parent: The run that it belongs to.
+        stage: Name of the step; together with the parent it decides which runs are the same.
+        tags: Set on the run, new values replace old ones.
+
     Yields:
         The run, while it is under way.
+
+    Raises:
+        ServiceError: If the server does not answer.
     """
     child = _open_child(parent, stage, tags)
     try:
@@ -148,13 +173,29 @@ def child_run(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> Iterat
 
 
 def close_run(run: TrackedRun, status: str) -> None:
-    """Set the final status of a run: FINISHED, FAILED or KILLED."""
+    """Set the final status of a run.
+
+    Args:
+        run: The run.
+        status: "FINISHED", "FAILED" or "KILLED".
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
     with _service(run.tracking_uri) as client:
         client.set_terminated(run.run_id, status)
 
 
 def tag_run(run: TrackedRun, tags: Mapping[str, str]) -> None:
-    """Set tags of a run."""
+    """Set tags of a run.
+
+    Args:
+        run: The run.
+        tags: New values replace old ones.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
     from mlflow.entities import RunTag  # noqa: PLC0415
 
     with _service(run.tracking_uri) as client:
@@ -162,7 +203,15 @@ def tag_run(run: TrackedRun, tags: Mapping[str, str]) -> None:
 
 
 def log_config(run: TrackedRun, config: RunConfig) -> None:
-    """Log the configuration: flattened dotted parameters and the whole as config.yaml."""
+    """Log the configuration: flattened dotted parameters and the whole as config.yaml.
+
+    Args:
+        run: The run; parameters that it has already are not logged again.
+        config: Its configuration.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
     from mlflow.entities import Param  # noqa: PLC0415
 
     with _service(run.tracking_uri) as client:
@@ -176,7 +225,15 @@ def log_config(run: TrackedRun, config: RunConfig) -> None:
 
 
 def log_inputs(run: TrackedRun, datasets: Sequence[DatasetInput]) -> None:
-    """Log the data sets that a run has used: manifest address and digest, no data is read."""
+    """Log the data sets that a run has used: manifest address and digest, no data is read.
+
+    Args:
+        run: The run.
+        datasets: What it has used.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
     with _service(run.tracking_uri) as client:
         from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: PLC0415
         from mlflow.data.meta_dataset import MetaDataset  # noqa: PLC0415
@@ -205,13 +262,31 @@ def log_inputs(run: TrackedRun, datasets: Sequence[DatasetInput]) -> None:
 
 
 def log_metrics(run: TrackedRun, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Log final values at once; a value that is there already is not logged again."""
+    """Log final values at once; a value that is there already is not logged again.
+
+    Args:
+        run: The run.
+        metrics: Values by name.
+        step: Step that they belong to.
+    """
     with MetricSink(run) as sink:
         sink(step, metrics)
 
 
 def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_path: str) -> None:
-    """Log files below a URI as artifacts; images are logged with a step as well."""
+    """Log files below a URI as artifacts; those that are there already are passed over.
+
+    Args:
+        run: The run.
+        folder_uri: Where the files are.
+        names: Their names below it; the artifact has the last part alone.
+        artifact_path: Folder of the run.
+
+    Raises:
+        ServiceError: If the server does not answer.
+        FileNotFoundError: If a file is missing.
+        StorageError: If the store refuses or does not answer.
+    """
     with _service(run.tracking_uri) as client:
         present = {
             Path(item.path).name for item in client.list_artifacts(run.run_id, artifact_path)
@@ -229,7 +304,19 @@ def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_p
 
 
 def log_image_step(run: TrackedRun, image_uri: str, key: str, step: int) -> None:
-    """Log a picture under a key with a step, which gives a slider on the page of the run."""
+    """Log a picture under a key with a step, which gives a slider on the page of the run.
+
+    Args:
+        run: The run; a picture that it has of the same key and step is not logged again.
+        image_uri: The picture, in any format that PIL reads.
+        key: Name of the series, without "/".
+        step: Step that it belongs to.
+
+    Raises:
+        ServiceError: If the server does not answer.
+        FileNotFoundError: If the picture is missing.
+        StorageError: If the store refuses or does not answer.
+    """
     from PIL import Image  # noqa: PLC0415
 
     with _service(run.tracking_uri) as client, storage.local_copy(image_uri) as path:
@@ -241,7 +328,12 @@ def log_image_step(run: TrackedRun, image_uri: str, key: str, step: int) -> None
 
 
 def artifact_url(run: TrackedRun, path: str) -> str:
-    """Return an address at which a browser gets an artifact of a run."""
+    """Return an address at which a browser gets an artifact of a run.
+
+    Args:
+        run: The run.
+        path: Path of the artifact inside the run.
+    """
     return f"{run.tracking_uri}/get-artifact?path={path}&run_uuid={run.run_id}"
 
 
@@ -263,6 +355,15 @@ class MetricSink:
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
         flush_at: Callable[[int], bool] | None = None,
     ) -> None:
+        """Keep the settings; the thread begins with the context.
+
+        Args:
+            run: Where metrics go.
+            on_step: Called in the thread with the newest step and its metrics before values are
+                sent; what it raises is passed over.
+            flush_at: Whether a step is waited for, for `FLUSH_LIMIT_S` seconds at most; None waits
+                for none.
+        """
         self._run = run
         self._on_step = on_step
         self._flush_at = flush_at
@@ -285,7 +386,12 @@ class MetricSink:
         self._thread.join(CLOSE_LIMIT_S + 5)
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take metrics of a step; returns at once, or when they are sent (see `flush_at`)."""
+        """Take metrics of a step; returns at once, or when they are sent (see `flush_at`).
+
+        Args:
+            step: Step number.
+            metrics: Values by name.
+        """
         self._queue.put((int(time.time() * 1000), step, dict(metrics)))
         if self._flush_at is not None and self._flush_at(step):
             flushed = threading.Event()
@@ -389,12 +495,32 @@ def source_version() -> dict[str, str]:
 
 
 def registration_key(model: ExportedModel) -> str:
-    """Return what makes two registrations the same: the exported files, byte for byte."""
+    """Return what makes two registrations the same: the exported files, byte for byte.
+
+    Args:
+        model: The exported model.
+
+    Returns:
+        sha256, 64 hexadecimal digits.
+    """
     return fingerprint(model.sha256)
 
 
 def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVersion | None:
-    """Return the newest version with a tag, if it was registered as a whole."""
+    """Return the newest version with a tag, if it was registered as a whole.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+        tag: Name of the tag.
+        value: Its value.
+
+    Returns:
+        The version with its best alias, or None.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
     with _service(tracking_uri) as client:
         found = _versions(client, name, tag, value)
         if not found or found[-1].tags.get("ursa.aliased") is None:
@@ -403,7 +529,15 @@ def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVer
 
 
 def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
-    """Return the tags of the newest version of a model; empty when there is none."""
+    """Return the tags of the newest version of a model; empty when there is none.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
     with _service(tracking_uri) as client:
         found = [
             item
@@ -421,6 +555,15 @@ def champion_metrics(
 
     A model is not compared with itself: it may be champion already when a kill came before its
     registration was complete.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+        data_fingerprint: That of the token data sets.
+        model: The model that is to be compared.
+
+    Raises:
+        ServiceError: If the server does not answer.
     """
     with _service(tracking_uri) as client:
         found = client.search_model_versions(f"name = '{name}'")

@@ -15,7 +15,17 @@ from ursa.config import StageName
 def stage_request(
     context: RunContext, prepared: PreparedData, stage: StageName, init_from: CheckpointRef | None
 ) -> StageRequest:
-    """Put together everything that decides a stage."""
+    """Put together everything that decides a stage.
+
+    Args:
+        context: The run.
+        prepared: The outcome of its data part.
+        stage: Name of the stage.
+        init_from: Checkpoint that it starts from; None starts anew.
+
+    Returns:
+        The request.
+    """
     return StageRequest(
         stage=stage,
         config=context.config,
@@ -29,7 +39,21 @@ def stage_request(
 
 @step(run_name="train {request.stage}")
 def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
-    """See `ursa.training.stage.train_stage`; returns at once when the stage is committed."""
+    """See `ursa.training.stage.train_stage`; returns at once when the stage is committed.
+
+    Args:
+        context: The run.
+        request: Everything that decides the stage.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        TrainingError: If the loss is not finite, there is no data, or a checkpoint is damaged.
+        ConfigError: If the batch cannot be divided evenly among the workers.
+        ServiceError: If Ray or the tracking server cannot be reached.
+        StorageError: If the store refuses or does not answer.
+    """
     from ursa.training import stage  # noqa: PLC0415  (torch: seconds)
 
     name = reports.slug(request.stage)
