@@ -148,10 +148,23 @@ class ModelConfig(FrozenModel):
 
 
 class PathConfig(FrozenModel):
-    """The metric path beta_t = c (t / (1 - t)) ** alpha over the codebook."""
+    """The metric path over the codebook and its schedule."""
 
-    schedule: Literal["fitted", "fixed"] = Field(
-        description="fitted: alpha and c make the mean distance fall linearly; fixed: as given"
+    schedule: Literal["fitted", "tabulated", "fixed"] = Field(
+        description="fitted: the alpha and c under which the mean distance falls linearly, or a "
+        "table where the best deviate by more than max_deviation; tabulated: the table in any "
+        "case; fixed: alpha and c as given"
+    )
+    max_deviation: Fraction = Field(
+        description="from the straight line, relative to the mean distance at t = 0"
+    )
+    distance: Literal["squared", "euclidean"] = Field(description="what is to fall linearly")
+    weights: Literal["uniform", "frequency"] = Field(
+        description="the mean is over codes, or over the tokens of the training videos"
+    )
+    metric: Literal["normalized", "product"] = Field(
+        description="normalized: distances of L2-normalised codes, as in the paper; product: of "
+        "FSQ codes as they are, which is another path"
     )
     alpha: float = Field(gt=0, description="exponent, used when fixed")
     c: float = Field(gt=0, description="scale, used when fixed")

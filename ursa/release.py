@@ -4,10 +4,11 @@ from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
 from ursa.config import fingerprint
 from ursa.data.dataset import TokenSamples
-from ursa.generation import SampleDefaults, SchedulerConfig, UrsaPipeline
+from ursa.generation import SampleDefaults, UrsaPipeline
 from ursa.tokenizers.text import load_text_tokenizer
 from ursa.tokenizers.visual import load_visual_tokenizer
-from ursa.training.stage import build_path, load_average
+from ursa.training.schedule import scheduler_config
+from ursa.training.stage import load_average
 
 _LAYOUT_VERSION = 2
 """Of the model directory; a directory of another layout is written again, not taken for done."""
@@ -41,7 +42,6 @@ def export_model(
     if done is not None:
         return done
     samples = request.config.tokenization
-    path = build_path(request)
     motion = [m for m in TokenSamples(request.datasets.video_train).motion if m is not None]
     with (
         storage.local_directory(request.visual_tokenizer.directory_uri) as visual,
@@ -50,7 +50,7 @@ def export_model(
     ):
         pipeline = UrsaPipeline(
             transformer=load_average(checkpoint, request),
-            scheduler=SchedulerConfig(alpha=path.alpha, c=path.c, shift=sampling.timestep_shift),
+            scheduler=scheduler_config(request, shift=sampling.timestep_shift),
             visual_tokenizer=load_visual_tokenizer(visual),
             text_tokenizer=load_text_tokenizer(text),
             defaults=SampleDefaults(

@@ -28,28 +28,40 @@ _LEAST_EXPONENT = -80.0
 """exp of less is a denormal number, ten times as slow on a CPU; exp(-80) is nothing beside 1."""
 _LARGE_BETA = 20.0
 """Above it exponents can be less, as distances reach 4."""
-_SAME = 1e-10
+SAME_DISTANCE = 1e-10
+"""Codes on one ray differ by rounding: their distance is 0."""
 Numbers = Callable[[], Tensor]
 """Random numbers in [0, 1), as many calls as it takes."""
 
 
 class Moments(NamedTuple):
-    """Mean and variance of the distance under p_b(x | x_1), averaged over x_1."""
+    """The mean distance under p_b(x | x_1), averaged over x_1, and how fast it falls with beta.
+
+    Attributes:
+        mean: E[f(d)] with f(d) = d, or sqrt(d) for the Euclidean distance.
+        fall: -d mean / d beta = E_{x_1} Cov(f(d), d): for f(d) = d the mean variance.
+    """
 
     mean: Tensor
-    variance: Tensor
+    fall: Tensor
 
 
 class DenseCodebook:
     """Any codebook: every code is compared with every token, part by part."""
 
-    def __init__(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    has_fast_moments = False
+    """Whether `moments` costs less than a look at every pair of codes."""
+
+    def __init__(
+        self, codes: Tensor, dtype: torch.dtype = torch.float32, *, normalize: bool = True
+    ) -> None:
         """Normalise the codes.
 
         Args:
             codes: Embeddings, shape (V, D), any float type, finite.
             dtype: In what to compute: float32, or float64 for checks; never half, whose distances
                 are off by 0.1 late in the path.
+            normalize: Divide every code by its length, as the paper does; else take it as it is.
 
         Raises:
             ConfigError: If codes or dtype are not as stated.
@@ -62,7 +74,7 @@ class DenseCodebook:
             raise ConfigError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if not bool(torch.isfinite(codes).all()):
             raise ConfigError("codebook must be finite, got NaN or infinite entries")
-        self.codes = normalize_codebook(codes, dtype)
+        self.codes = normalize_codebook(codes, dtype) if normalize else codes.to(dtype)
         # |x|^2 + |y|^2 - 2 x y as one product: (-2x, |x|^2, 1) (y, 1, |y|^2)
         square, one = self.codes.square().sum(-1, keepdim=True), torch.ones(len(codes), 1).to(codes)
         self._left = torch.cat([-2 * self.codes, square, one.to(dtype)], dim=-1)
@@ -70,6 +82,11 @@ class DenseCodebook:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it computes in."""
+        return self.codes.dtype
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same codebook, bit for bit, on a device."""
@@ -111,6 +128,30 @@ class DenseCodebook:
         for ids, b, u, out in self._parts(x_1, beta, uniform, result):
             out.copy_(draw(self._weights(ids, b), u))
         return result
+
+    def flow(self, x_t: Tensor, x_1: Tensor, beta: Tensor) -> Tensor:
+        """Return the rate of jumping from x_t to every code a unit of beta: the plain formula.
+
+        u(x) = p_b(x | x_1) relu(d(x_t, x_1) - d(x, x_1)), 0 on x_t. `rate` is its sum and `jump`
+        a draw in proportion to it, without a tensor of this shape for all tokens.
+
+        Args:
+            x_t: Current token ids, shape (...), int64.
+            x_1: Clean token ids, shape (...), int64.
+            beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
+
+        Returns:
+            Rates in [0, 4], shape (..., V).
+
+        Raises:
+            ConfigError: If the shapes differ.
+            DataError: If an id is not in [0, V).
+        """
+        x_t = check_like("x_t", x_t, x_1, len(self))
+        distance = self.distance(x_1)
+        current = distance.gather(-1, x_t.unsqueeze(-1))
+        probs = law(distance, beta)
+        return (probs * torch.relu(current - distance)).scatter(-1, x_t.unsqueeze(-1), 0.0)
 
     def rate(self, x_t: Tensor, x_1: Tensor, beta: Tensor) -> Tensor:
         """Return the rate of leaving x_t per unit of beta: E_p[relu(d(x_t, x_1) - d(x, x_1))].
@@ -204,29 +245,49 @@ class DenseCodebook:
             moves &= distance > 0
         return x
 
-    def moments(self, beta: Tensor, weights: Tensor | None = None) -> Moments:
-        """Return mean and variance of d(x, x_1) under p_b(x | x_1), averaged over x_1.
+    def moments(
+        self, beta: Tensor, weights: Tensor | None = None, *, euclidean: bool = False
+    ) -> Moments:
+        """Return the mean distance under p_b(x | x_1), averaged over x_1, and its fall by beta.
 
         Args:
             beta: Inverse temperatures >= 0, shape (M,).
             weights: How often each code is x_1, not negative, shape (V,); None is uniformly.
+            euclidean: Of the Euclidean distance sqrt(d) instead of d.
 
         Returns:
             Moments, shape (M,) each, float64.
+
+        Raises:
+            ConfigError: If the weights are not as stated, or all zero.
         """
-        share = torch.ones(len(self), dtype=torch.float64) if weights is None else weights.double()
-        share = share / share.sum()
+        share = weighted_share(weights, len(self))
         ids = share.nonzero().squeeze(-1)
         totals = torch.zeros(2, len(beta), dtype=torch.float64)
         for rows, part in zip(self._split(ids), self._split(share[ids]), strict=True):
             distance = self._distance(rows)
+            # what rounding leaves of a distance of 0 would count as its square root
+            distance.masked_fill_(distance < self._nearest, 0)
+            length = distance.sqrt() if euclidean else distance
             for place, b in enumerate(beta.tolist()):
                 probs = torch.softmax(-b * distance, dim=-1)
-                first = torch.linalg.vecdot(probs, distance)
-                second = torch.linalg.vecdot(probs, (distance - first.unsqueeze(-1)).square())
+                first = torch.linalg.vecdot(probs, length)
+                product = probs * (length - first.unsqueeze(-1))
+                second = torch.linalg.vecdot(product, distance)
                 totals[0, place] += part @ first.double()
                 totals[1, place] += part @ second.double()
         return Moments(totals[0], totals[1])
+
+    def collisions(self) -> int:
+        """Return how many codes are at distance 0 of another, where p_b never becomes a point."""
+        ids = torch.arange(len(self), device=self.codes.device)
+        parts = ((self._distance(rows) < self._nearest).sum(-1) > 1 for rows in self._split(ids))
+        return int(sum(int(part.sum()) for part in parts))
+
+    @property
+    def _nearest(self) -> float:
+        """Distances below it are rounding: |x|^2 + |y|^2 - 2 x y of equal codes is not quite 0."""
+        return 1e-6 if self.codes.dtype == torch.float32 else SAME_DISTANCE
 
     def _distance(self, ids: Tensor) -> Tensor:
         return (self._left[ids] @ self._right).clamp_(min=0)
@@ -234,8 +295,7 @@ class DenseCodebook:
     def _between(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the squared distance of codes x and y, shape (...); 0 where they are the same."""
         distance = (self.codes[x] - self.codes[y]).square().sum(-1)
-        # codes on one ray differ by rounding
-        return torch.where(distance < _SAME, torch.zeros_like(distance), distance)
+        return torch.where(distance < SAME_DISTANCE, torch.zeros_like(distance), distance)
 
     def _weights(self, ids: Tensor, beta: Tensor) -> Tensor:
         """Return exp(-b d) of every code, shape (R, V); their sum is about 1 or more."""
@@ -268,6 +328,36 @@ def _exponential(exponents: Tensor, beta: Tensor) -> Tensor:
     if beta.numel() and float(beta.max()) > _LARGE_BETA:
         exponents.clamp_(min=_LEAST_EXPONENT, max=0)
     return exponents.exp_()
+
+
+def law(distance: Tensor, beta: Tensor) -> Tensor:
+    """Return p_b = softmax(-b d) over the last axis of distances (..., V), in their type."""
+    weights = torch.softmax(-beta.to(distance.dtype).unsqueeze(-1) * distance, dim=-1)
+    # softmax adds float32 in a row and is 1e-5 off for 64,000 codes
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def weighted_share(weights: Tensor | None, num_codes: int) -> Tensor:
+    """Return what share of x_1 each code is, shape (V,), float64, sum 1.
+
+    Args:
+        weights: Not negative, finite, not all zero, shape (V,); None is uniformly.
+        num_codes: V.
+
+    Returns:
+        Shares on the CPU.
+
+    Raises:
+        ConfigError: If the weights are not as stated.
+    """
+    if weights is None:
+        return torch.full((num_codes,), 1 / num_codes, dtype=torch.float64)
+    share = weights.double().cpu()
+    if share.shape != (num_codes,):
+        raise ConfigError(f"weights must have shape {(num_codes,)}, got {tuple(share.shape)}")
+    if not bool(torch.isfinite(share).all() & (share >= 0).all() & (share > 0).any()):
+        raise ConfigError("weights must be finite, not negative and not all zero")
+    return share / share.sum()
 
 
 def normalize_codebook(codebook: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,7 +4,7 @@ Dimensions: V = number of weights or codes. A draw has exactly one source of ran
 numbers, one a token, or a generator. Nothing here keeps a generator for a later call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Indices in [0, V), shape (...), int64.
     """
-    weights = weights.to(torch.promote_types(weights.dtype, uniform.dtype))
+    uniform = uniform.to(weights.dtype)
     size = weights.shape[-1]
     if size <= _BLOCK:
         sums = weights.cumsum(-1)
@@ -73,6 +73,41 @@ def draw_multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(rows, 1, generator=generator).view(weights.shape[:-1])
 
 
+def hashed_numbers(seeds: Tensor) -> Iterator[Tensor]:
+    """Yield uniform numbers in [0, 1) without end, a sequence of its own for each seed.
+
+    For draws that take a number of tries nobody knows: a token's sequence depends on its seed
+    alone, so its neighbours, and how tokens are taken together, change nothing. The numbers are a
+    counter's, mixed by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+
+    Args:
+        seeds: Uniform numbers in [0, 1), shape (...), float64: all 53 bits count. float32 has only
+            2**24 values, each with one sequence.
+
+    Yields:
+        Numbers in [0, 1), shape (...), float64, multiples of 2**-53.
+    """
+    state = (seeds.double() * 2.0**53).long()
+    while True:
+        state = state + _as_int64(0x9E3779B97F4A7C15)
+        mixed = state ^ _shift_right(state, 30)
+        mixed = mixed * _as_int64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ _shift_right(mixed, 27)) * _as_int64(0x94D049BB133111EB)
+        mixed = mixed ^ _shift_right(mixed, 31)
+        yield _shift_right(mixed, 11).double() * 2.0**-53
+
+
+def _as_int64(value: int) -> int:
+    """Return the signed number of the same 64 bits: products of int64 wrap around."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift zeros in from the left, where >> of a signed number repeats the sign."""
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
+
+
 def uniform_codes(
     shape: Sequence[int],
     codebook_size: int,
@@ -103,7 +138,11 @@ def uniform_codes(
 
 
 def uniform_numbers(
-    shape: Sequence[int], *, generator: torch.Generator | None, uniform: Tensor | None
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None,
+    uniform: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return uniform numbers in [0, 1) from the one source that is given.
 
@@ -111,15 +150,18 @@ def uniform_numbers(
         shape: Shape of the tokens: one number each.
         generator: Drawn from on its own device, so that a CPU seed means the same everywhere.
         uniform: The numbers themselves, of that shape.
+        dtype: Type of the numbers of the generator.
 
     Returns:
-        Numbers, of the shape, float32 or the type of uniform, on the device of the source.
+        Numbers, of the shape, of that type or that of uniform, on the device of the source.
 
     Raises:
         ConfigError: If not exactly one source is given, or the shape differs.
     """
     if generator is not None and uniform is None:
-        return torch.rand(torch.Size(shape), generator=generator, device=generator.device)
+        return torch.rand(
+            torch.Size(shape), generator=generator, dtype=dtype, device=generator.device
+        )
     if uniform is None or generator is not None:
         given = "neither" if uniform is None else "both"
         raise ConfigError(f"give exactly one of generator= and uniform=, got {given}")

@@ -10,7 +10,9 @@ Every path has the same interface and moves every token on its own:
 - `sample(x_1, t)`: x_t drawn from it;
 - `velocity(x_t, x_1, t)`: rates u_t(x; x_t, x_1) of the jump process that carries p_t, so that
   d/dt p_t(x) = sum_y p_t(y) u_t(x; y) - p_t(x) sum_z u_t(z; x) (Kolmogorov's forward equation);
-- `rate(x_t, x_1, t)`: their sum, and `jump(x_t, x_1, t)`: a draw in proportion to them.
+- `rate(x_t, x_1, t)`: their sum, and `jump(x_t, x_1, t)`: a draw in proportion to them;
+- `rate_over(x_t, x_1, t, t_next)`: the rate of t in the path's own time, times that time;
+- `rests_at_start`: whether all rates are 0 at t = 0.
 
 `probs` and `velocity` are the readable reference and hold (..., S) tensors; the others do not.
 
@@ -29,41 +31,66 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ursa.diffusion.codebook import DenseCodebook, Numbers
+from ursa.diffusion.codebook import DenseCodebook, Numbers, law
 from ursa.diffusion.draws import check_ids, check_like, uniform_codes, uniform_numbers
+from ursa.diffusion.product import ProductCodebook
+from ursa.diffusion.schedule import PowerSchedule, Schedule
 from ursa.diffusion.timesteps import expand_time
 from ursa.errors import ConfigError
+
+Codebook = DenseCodebook | ProductCodebook
+"""What a metric path measures distances on; `GridCodebook` is a `DenseCodebook`."""
 
 
 class MetricPath:
     """Probability path p_t(x | x_1) proportional to exp(-beta_t * d(x, x_1)).
 
-    d is the squared Euclidean distance between L2-normalised codebook rows and
-    beta_t = c * (t / (1 - t)) ** alpha. t = 0 is uniform noise, t -> 1 a point mass on the codes at
-    distance 0 of x_1.
+    d is the squared Euclidean distance between L2-normalised codebook rows (of a `ProductCodebook`
+    between rows as they are), and beta_t = c * (t / (1 - t)) ** alpha or another schedule. t = 0 is
+    uniform noise, t -> 1 a point mass on the codes at distance 0 of x_1.
     """
 
     def __init__(
-        self, codebook: Tensor, *, alpha: float, c: float, dtype: torch.dtype = torch.float32
+        self,
+        codebook: Tensor | Codebook,
+        *,
+        alpha: float | None = None,
+        c: float | None = None,
+        schedule: Schedule | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Keep the normalised codebook.
+        """Keep codebook and schedule.
 
         Args:
-            codebook: Code embeddings, shape (V, D), any float type, finite.
+            codebook: Code embeddings, shape (V, D), any float type, finite; or a codebook that
+                knows a faster way.
             alpha: Exponent of the schedule, > 0.
             c: Scale of the schedule, > 0.
+            schedule: Instead of alpha and c.
             dtype: In what to compute: float32, or float64 for checks. Never half, whatever the
-                type of the codebook: beta' is 50,000 at t = 0.99 and overflows there.
+                type of the codebook: beta' is 50,000 at t = 0.99 and overflows there. Not used if
+                codebook is no tensor: it has a type.
 
         Raises:
-            ConfigError: If the codebook, alpha, c or dtype are not as stated.
+            ConfigError: If the codebook, alpha, c or dtype are not as stated, or a schedule is
+                given beside alpha and c, or neither.
         """
-        if not (alpha > 0 and c > 0):
-            raise ConfigError(f"alpha and c must be positive, got alpha={alpha}, c={c}")
-        self.alpha = alpha
-        self.c = c
-        self.dtype = dtype
-        self.codebook = DenseCodebook(codebook, dtype)
+        if (schedule is None) == (alpha is None) or (alpha is None) != (c is None):
+            raise ConfigError(
+                f"give alpha and c, or schedule, got alpha={alpha}, c={c}, schedule={schedule}"
+            )
+        if alpha is not None and c is not None:
+            schedule = PowerSchedule(alpha, c)
+        assert schedule is not None
+        self.schedule: Schedule = schedule
+        self.codebook: Codebook = (
+            DenseCodebook(codebook, dtype) if isinstance(codebook, Tensor) else codebook
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it computes in."""
+        return self.codebook.dtype
 
     @property
     def codebook_size(self) -> int:
@@ -75,6 +102,11 @@ class MetricPath:
         """Number of states of a token: the V codes."""
         return self.codebook_size
 
+    @property
+    def rests_at_start(self) -> bool:
+        """Whether beta' is taken as 0 at t = 0, so that an Euler step from there moves nothing."""
+        return float(self.beta_rate(torch.zeros((), dtype=torch.float64))) == 0
+
     def to(self, device: torch.device | str) -> "MetricPath":
         """Return the same path with its codebook, bit for bit, on a device."""
         moved = copy.copy(self)
@@ -82,13 +114,12 @@ class MetricPath:
         return moved
 
     def beta(self, t: Tensor) -> Tensor:
-        """Return beta_t = c * (t / (1 - t)) ** alpha, same shape as t, t in [0, 1)."""
-        return self.c * (t / (1 - t)) ** self.alpha
+        """Return beta_t of the schedule, same shape as t, t in [0, 1)."""
+        return self.schedule.beta(t)
 
     def beta_rate(self, t: Tensor) -> Tensor:
-        """Return the time derivative of beta, taken as 0 at t = 0; same shape as t."""
-        rate = self.c * self.alpha * t ** (self.alpha - 1) / (1 - t) ** (self.alpha + 1)
-        return torch.where(t > 0, rate, torch.zeros_like(rate))
+        """Return the time derivative of beta, same shape as t; see the schedule for t = 0."""
+        return self.schedule.rate(t)
 
     def source(
         self,
@@ -118,7 +149,7 @@ class MetricPath:
             ConfigError: If t is out of range or does not fit x_1.
             DataError: If an id is not in [0, V).
         """
-        return self._softmax(_time(t, x_1, self.dtype), self.distance(x_1))
+        return law(self.distance(x_1), self.beta(_time(t, x_1, self.dtype)))
 
     def sample(
         self,
@@ -133,9 +164,10 @@ class MetricPath:
         Args:
             x_1: Clean token ids, shape (...), int64.
             t: Times in [0, 1), a number or a shape that `expand_time` takes.
-            generator: Gives the uniform numbers, drawn on its own device.
-            uniform: Random numbers in [0, 1), shape of x_1, float32: the draw of a token depends
-                on nothing but its own number. Give exactly one of the two.
+            generator: Gives the uniform numbers, float64, drawn on its own device.
+            uniform: Random numbers in [0, 1), shape of x_1, float64 (a grid takes all their bits):
+                the draw of a token depends on nothing but its own number. Give exactly one of the
+                two.
 
         Returns:
             Noisy token ids, shape of x_1, int64.
@@ -145,7 +177,9 @@ class MetricPath:
             DataError: If an id is not in [0, V).
         """
         beta = self.beta(_time(t, x_1, self.dtype))
-        uniform = uniform_numbers(x_1.shape, generator=generator, uniform=uniform)
+        uniform = uniform_numbers(
+            x_1.shape, generator=generator, uniform=uniform, dtype=torch.float64
+        )
         return self.codebook.noise(x_1, beta, uniform)
 
     def velocity(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
@@ -166,12 +200,8 @@ class MetricPath:
             DataError: If an id is not in [0, V).
         """
         t = _time(t, x_1, self.dtype)
-        x_t = check_like("x_t", x_t, x_1, self.num_states)
-        distance = self.distance(x_1)
-        current = distance.gather(-1, x_t.unsqueeze(-1))
-        probs = self._softmax(t, distance)
-        rate = self.beta_rate(t).to(self.dtype).unsqueeze(-1) * probs
-        return (rate * torch.relu(current - distance)).scatter(-1, x_t.unsqueeze(-1), 0.0)
+        flow = self.codebook.flow(x_t, x_1, self.beta(t))
+        return self.beta_rate(t).to(self.dtype).unsqueeze(-1) * flow
 
     def rate(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return the rate of leaving x_t, the sum of `velocity` over the codes.
@@ -183,6 +213,30 @@ class MetricPath:
         """
         t = _time(t, x_1, self.dtype)
         return self.beta_rate(t).to(self.dtype) * self.codebook.rate(x_t, x_1, self.beta(t))
+
+    def rate_over(
+        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor
+    ) -> Tensor:
+        """Return the rate of leaving x_t a unit of beta, at t, times the beta that passes.
+
+        `rate` times (t_next - t) holds the derivative of beta over the step as well: it is 0 at
+        t = 0, and too little where beta' rises.
+
+        Args:
+            x_t: Current token ids, shape (...), int64.
+            x_1: Clean token ids, shape (...), int64.
+            t: Start in [0, 1), a number or a shape that `expand_time` takes.
+            t_next: End in [t, 1), likewise.
+
+        Returns:
+            Mean numbers of jumps, shape (...).
+
+        Raises:
+            ConfigError: If t or t_next are out of range, or shapes do not fit.
+            DataError: If an id is not in [0, V).
+        """
+        start, end = (self.beta(_time(each, x_1, self.dtype)) for each in (t, t_next))
+        return self.codebook.rate(x_t, x_1, start) * (end - start).to(self.dtype)
 
     def jump(self, x_t: Tensor, x_1: Tensor, t: float | Tensor, uniform: Tensor) -> Tensor:
         """Draw where a jump goes, in proportion to `velocity`; x_t where nothing is closer to x_1.
@@ -201,18 +255,21 @@ class MetricPath:
         start, end = (self.beta(_time(each, x_1, self.dtype)) for each in (t, t_next))
         return self.codebook.exact_step(x_t, x_1, start, end, numbers)
 
-    def _softmax(self, t: Tensor, distance: Tensor) -> Tensor:
-        """Return p_t; t is aligned with the tokens."""
-        weights = torch.softmax(-self.beta(t).to(self.dtype).unsqueeze(-1) * distance, dim=-1)
-        # softmax adds float32 in a row and is 1e-5 off for 64,000 codes
-        return weights / weights.sum(-1, keepdim=True)
-
 
 class _ToClean:
     """What the baselines share: a jump goes to x_1, at a rate of 1 / (1 - t)."""
 
     codebook_size: int
     dtype: torch.dtype
+    rests_at_start = False
+
+    def rate_over(
+        self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor
+    ) -> Tensor:
+        """Return the integral of the rate from t to t_next: log((1 - t) / (1 - t_next))."""
+        start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
+        passed = torch.log((1 - start) / (1 - end)).to(self.dtype)
+        return torch.where(self.rate(x_t, x_1, t) > 0, passed, torch.zeros_like(passed))
 
     def rate(self, x_t: Tensor, x_1: Tensor, t: float | Tensor) -> Tensor:
         """Return the rates of leaving x_t, shape (...)."""

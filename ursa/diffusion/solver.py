@@ -38,6 +38,7 @@ def euler_step(
     t: float | Tensor,
     t_next: float | Tensor,
     uniforms: Tensor,
+    in_beta: bool = False,
 ) -> Tensor:
     """Move every token once: jump with probability 1 - exp(-rate dt), else stay.
 
@@ -49,6 +50,8 @@ def euler_step(
             metric path moves nothing, because its beta' is taken as 0 there.
         t_next: End of the step in [t, 1], likewise; equal to t for a token that must not move.
         uniforms: Random numbers in [0, 1), shape (2, ...): whether to jump, and where to.
+        in_beta: Count the path's own time, beta(t_next) - beta(t), instead of beta'(t) dt as the
+            paper does: the rates of the start are then held over the step, but not beta' as well.
 
     Returns:
         Token ids at t_next, shape (...), int64.
@@ -63,7 +66,7 @@ def euler_step(
             f"got {tuple(uniforms.shape)}"
         )
     uniforms = uniforms.to(x_t.device)
-    jumps = uniforms[0] < jump_threshold(path, x_t, x_1, t, t_next)
+    jumps = uniforms[0] < jump_threshold(path, x_t, x_1, t, t_next, in_beta=in_beta)
     moved = x_t.long().clone()
     start = expand_time(t, x_1).expand(x_1.shape)
     moved[jumps] = path.jump(x_t[jumps], x_1[jumps], start[jumps], uniforms[1][jumps])
@@ -109,7 +112,13 @@ def exact_step(
 
 
 def jump_threshold(
-    path: ProbabilityPath, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor
+    path: ProbabilityPath,
+    x_t: Tensor,
+    x_1: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    *,
+    in_beta: bool = False,
 ) -> Tensor:
     """Return the probability of a jump in a step: 1 - exp(-dt * sum_x u_t(x; x_t, x_1)).
 
@@ -119,7 +128,10 @@ def jump_threshold(
     Returns:
         Probabilities in [0, 1], shape (...), in the type of the path.
     """
-    return _jump_probability(path.rate(x_t, x_1, t), x_1, t, t_next)
+    if not in_beta:
+        return _jump_probability(path.rate(x_t, x_1, t), x_1, t, t_next)
+    _ordered(expand_time(t, x_1), expand_time(t_next, x_1))
+    return -torch.expm1(-path.rate_over(x_t, x_1, t, t_next))
 
 
 def draw_from_head(
@@ -294,12 +306,16 @@ def _jump_probability(
 ) -> Tensor:
     """Return 1 - exp(-rate * (t_next - t)), shape of rate."""
     start, end = expand_time(t, x_1), align_time("t_next", t_next, x_1)
+    _ordered(start, end)
+    return -torch.expm1(-rate * (end - start).to(rate.dtype))
+
+
+def _ordered(start: Tensor, end: Tensor) -> None:
     if not bool(((end >= start) & (end <= 1)).all()):
         raise ConfigError(
             "t_next must be in [t, 1] (t_next = t holds a token), got "
             f"{float(end.min())} to {float(end.max())} for t from {float(start.min())}"
         )
-    return -torch.expm1(-rate * (end - start).to(rate.dtype))
 
 
 def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -15,6 +15,7 @@ from ursa.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SOLVERS = "exact, euler or euler_beta"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -143,7 +144,7 @@ def check_sampler(
         ("flow_shift", flow_shift, flow_shift > 0, "positive; 1 is none"),
         ("temperature", temperature, temperature >= 0, "at least 0; 1 is the model's own law"),
         ("cond_noise_scale", cond_noise_scale, 0 <= cond_noise_scale <= 1, "in [0, 1]"),
-        ("solver", solver, solver in {"exact", "euler"}, "exact or euler"),
+        ("solver", solver, solver in {"exact", "euler", "euler_beta"}, _SOLVERS),
         (
             "draw_order",
             draw_order,

@@ -23,7 +23,11 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from ursa.config import FrozenModel
-from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.diffusion.codebook import DenseCodebook
+from ursa.diffusion.grid import GridCodebook, match_grid
+from ursa.diffusion.path import Codebook, MetricPath, MixturePath
+from ursa.diffusion.product import ProductCodebook
+from ursa.diffusion.schedule import PowerSchedule, Schedule, TabulatedSchedule
 from ursa.errors import ConfigError
 from ursa.model.pretrained import load_transformer, save_transformer
 from ursa.model.transformer import UrsaTransformer
@@ -58,7 +62,15 @@ class SampleDefaults(FrozenModel):
     guidance_scale: float = Field(default=7.0, ge=0)
     guidance_trunc: float = Field(default=0.9, ge=0)
     temperature: float = Field(default=1.0, ge=0, description="of the draw of codes")
-    solver: Literal["exact", "euler"] = Field(default="euler", description="of the jump process")
+    solver: Literal["exact", "euler", "euler_beta"] = Field(
+        default="euler", description="of the jump process"
+    )
+    clock: Literal["official", "linear", "entropy"] = Field(
+        default="official", description="grid of the sampler"
+    )
+    loss_curve: tuple[tuple[float, float], ...] = Field(
+        default=(), description="(t, held-out loss in nats): what the entropy clock follows"
+    )
     flow_shift: float | None = Field(default=None, description="None: the scheduler's")
     motion_score: float | None = Field(
         default=None, description="median motion of the training clips, px/s at 256 px width"
@@ -67,12 +79,24 @@ class SampleDefaults(FrozenModel):
 
 
 class SchedulerConfig(FrozenModel):
-    """The path and its schedule beta_t = c (t / (1 - t)) ** alpha; alpha None: mixture path."""
+    """The path and its schedule beta_t = c (t / (1 - t)) ** alpha; alpha None: mixture path.
+
+    A tabulated schedule stands beside the alpha and c that are closest to it, which is what the
+    official code reads.
+    """
 
     alpha: float | None = None
     c: float | None = None
     shift: float = Field(default=1.0, gt=0)
     eps: float = 1e-5
+    metric: Literal["normalized", "product"] = Field(
+        default="normalized",
+        description="distances of L2-normalised codes, or the product path of an FSQ grid",
+    )
+    log_beta: tuple[float, ...] | None = Field(
+        default=None, description="log beta at even logits of t from -max_logit to max_logit"
+    )
+    max_logit: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -87,23 +111,69 @@ class SchedulerConfig(FrozenModel):
     def _check(self) -> "SchedulerConfig":
         if (self.alpha is None) != (self.c is None):
             raise ValueError(f"alpha and c go together, got alpha={self.alpha}, c={self.c}")
+        if (self.log_beta is None) != (self.max_logit is None):
+            raise ValueError("log_beta and max_logit go together")
         return self
 
-    def path(self, codebook: Tensor) -> MetricPath | MixturePath:
-        """Return the path over a codebook, shape (V, D).
+    def unused_fields(self) -> set[str]:
+        """Return the fields of ours that say nothing here."""
+        fields = {"metric": "normalized", "log_beta": None, "max_logit": None}
+        return {name for name, default in fields.items() if getattr(self, name) == default}
+
+    def schedule(self) -> Schedule:
+        """Return beta as a function of t.
+
+        Raises:
+            ConfigError: If there is none, or its numbers do not fit.
+        """
+        if self.log_beta is not None and self.max_logit is not None:
+            return TabulatedSchedule(self.log_beta, max_logit=self.max_logit)
+        if self.alpha is None or self.c is None:
+            raise ConfigError("the mixture path has no schedule; give alpha and c")
+        return PowerSchedule(self.alpha, self.c)
+
+    def codebook(self, codes: Tensor, levels: tuple[int, ...] | None) -> Codebook:
+        """Return what the path measures distances on, in the form that costs least.
 
         Args:
-            codebook: Code embeddings, shape (V, D), any float type, finite.
+            codes: Code embeddings, shape (V, D), any float type, finite.
+            levels: Levels of the FSQ tokenizer that they are of; None if it is another.
+
+        Returns:
+            The grid if the codes are those of the levels, else a codebook of any codes.
+
+        Raises:
+            ConfigError: If the codes are not as stated, or the product path is asked for and they
+                are no FSQ grid.
+        """
+        is_grid = levels is not None and match_grid(codes, levels)
+        if self.metric == "product":
+            if not is_grid or levels is None:
+                raise ConfigError(
+                    "metric 'product' needs the codes of an FSQ grid of at most 65,536 codes; "
+                    "take 'normalized' for others"
+                )
+            return ProductCodebook(levels)
+        return GridCodebook(levels) if is_grid and levels is not None else DenseCodebook(codes)
+
+    def path(
+        self, codes: Tensor, levels: tuple[int, ...] | None = None
+    ) -> MetricPath | MixturePath:
+        """Return the path over codes.
+
+        Args:
+            codes: Code embeddings, shape (V, D), any float type, finite.
+            levels: Levels of the FSQ tokenizer that they are of; None if it is another.
 
         Returns:
             The path, computing in float32.
 
         Raises:
-            ConfigError: If alpha or c is not positive, or the codebook is not as stated.
+            ConfigError: As `codebook` and `schedule`.
         """
-        if self.alpha is None or self.c is None:
-            return MixturePath(len(codebook))
-        return MetricPath(codebook, alpha=self.alpha, c=self.c)
+        if self.alpha is None and self.log_beta is None:
+            return MixturePath(len(codes))
+        return MetricPath(self.codebook(codes, levels), schedule=self.schedule())
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +292,8 @@ def write_directory(
     scheduler = {
         "_class_name": "KineticOptimalScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
-        **parts.scheduler.model_dump(mode="json"),
+        # what the official code does not know stands there only where it is used
+        **parts.scheduler.model_dump(mode="json", exclude=parts.scheduler.unused_fields()),
     }
     _write_json(root / "scheduler" / SCHEDULER_FILE, scheduler)
     if codebook_file:

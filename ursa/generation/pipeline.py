@@ -22,7 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ursa.diffusion.clocks import checked_times, equal_drops, linear_times
 from ursa.diffusion.draws import check_ids
+from ursa.diffusion.path import MetricPath
+from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError
 from ursa.generation.arguments import (
     check_output,
@@ -66,6 +69,7 @@ from ursa.tokenizers.text import TextTokenizer, motion_prompt
 from ursa.tokenizers.visual import AutoencoderTokenizer
 
 _Value = TypeVar("_Value")
+Clock = Literal["official", "linear", "entropy"]
 OutputType = Literal["pil", "np", "pt", "latent"]
 OnStepEnd = Callable[["UrsaPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
@@ -121,7 +125,7 @@ class UrsaPipeline:
         self.text_tokenizer = text_tokenizer
         self.defaults = defaults
         self.codebook = visual_tokenizer.codebook if codebook is None else codebook
-        self.path = scheduler.path(self.codebook).to(self.device)
+        self.path = scheduler.path(self.codebook, visual_tokenizer.levels).to(self.device)
         self.interrupt = False
         self._progress: dict[str, Any] = {"disable": None}  # shown on terminals only
 
@@ -264,6 +268,7 @@ class UrsaPipeline:
         guidance_scale: float | None = None,
         guidance_trunc: float | None = None,
         flow_shift: float | None = None,
+        clock: Clock | Sequence[float] | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -306,7 +311,10 @@ class UrsaPipeline:
             num_inference_steps: Steps of the sampler.
             guidance_scale: Classifier-free guidance; up to 1 is off.
             guidance_trunc: From this t on guidance is off.
-            flow_shift: Timestep shift of the sampler, 1 is none.
+            flow_shift: Timestep shift of the official clock, 1 is none.
+            clock: When steps start. "official": even times, shifted; "linear": equal falls of the
+                mean distance from x_1; "entropy": equal falls of the held-out loss; or the times
+                themselves, rising from 0 to below 1, as many as steps.
             temperature: The guided logits are divided by it before x_1 is drawn; 1 is the model's
                 own law, less gives fewer wrong codes and less variety, 0 the likeliest code.
             top_k: Draw among the k likeliest codes.
@@ -331,7 +339,8 @@ class UrsaPipeline:
             max_sequence_length: diffusers' name of it.
             vae_batch_size: Videos decoded at once.
             solver: "exact" carries every token by the jump process of its x_1 without an error of
-                time, so that few steps do; "euler" is the step of the paper.
+                time, so that few steps do; "euler" is the step of the paper; "euler_beta" holds the
+                rates over a step as that does, but in the path's own time.
             draw_order: "official" draws in the order of the official code: on a CPU the same seed
                 gives the same tokens; it takes one generator and no temperature.
             output_type: See `UrsaOutput`.
@@ -356,11 +365,13 @@ class UrsaPipeline:
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         asked = self.defaults
+        shift = _or(_or(flow_shift, asked.flow_shift), self.scheduler.shift)
+        given_times = None if clock is None or isinstance(clock, str) else list(clock)
+        num_steps = _or(num_inference_steps, len(given_times or ()) or asked.num_inference_steps)
         sampling = Sampling(
-            steps=_or(num_inference_steps, asked.num_inference_steps),
+            times=(),
             scale=_or(guidance_scale, asked.guidance_scale),
             trunc=_or(guidance_trunc, asked.guidance_trunc),
-            shift=_or(_or(flow_shift, asked.flow_shift), self.scheduler.shift),
             temperature=_or(temperature, 1.0 if draw_order == "official" else asked.temperature),
             top_k=top_k,
             top_p=top_p,
@@ -368,14 +379,16 @@ class UrsaPipeline:
             solver=_or(solver, "euler" if draw_order == "official" else asked.solver),
         )
         check_sampler(
-            num_inference_steps=sampling.steps,
+            num_inference_steps=num_steps,
             guidance_scale=sampling.scale,
-            flow_shift=sampling.shift,
+            flow_shift=shift,
             temperature=sampling.temperature,
             cond_noise_scale=cond_noise_scale,
             solver=sampling.solver,
             draw_order=sampling.draw_order,
         )
+        times = self._times(_or(clock, asked.clock), num_steps, shift)
+        sampling = replace(sampling, times=tuple(times.tolist()))
         copies = _or(num_images_per_prompt, num_videos_per_prompt)
         text_ids, negative_ids = self._prompts(
             prompt,
@@ -427,6 +440,33 @@ class UrsaPipeline:
         )
         frames = self._decode(codes, output_type, vae_batch_size)
         return UrsaOutput(frames)
+
+    def _times(self, clock: Clock | Sequence[float], num_steps: int, shift: float) -> Tensor:
+        """Return the start times of the steps, shape (n,)."""
+        if not isinstance(clock, str):
+            if len(clock) != num_steps:
+                raise ConfigError(
+                    f"clock has {len(clock)} times for {num_steps} num_inference_steps; leave the "
+                    "number out, or give as many times"
+                )
+            return checked_times(clock)
+        match clock:
+            case "official":
+                return inference_times(num_steps, shift)
+            case "linear":
+                if not isinstance(self.path, MetricPath):
+                    raise ConfigError("clock 'linear' needs a metric path; take 'official'")
+                return linear_times(num_steps, self.path)
+            case "entropy":
+                curve = self.defaults.loss_curve
+                if not curve:
+                    raise ConfigError(
+                        "clock 'entropy' follows the held-out loss by t (loss_curve of "
+                        "generation_config.json), which this model does not bring; take "
+                        "'official', or give the times"
+                    )
+                return equal_drops(num_steps, *zip(*curve, strict=True))
+        raise ConfigError(f"clock must be official, linear, entropy or times; got {clock}")
 
     def _callback(self, on_step_end: OnStepEnd | None) -> OnStep:
         """Return what the sampler calls after a step: it gives codes, and whether to stop."""

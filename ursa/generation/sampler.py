@@ -16,25 +16,26 @@ from torch import Tensor
 from ursa.diffusion.draws import draw_multinomial
 from ursa.diffusion.path import MetricPath, MixturePath
 from ursa.diffusion.solver import draw_from_head, euler_step, exact_step, guide, official_step
-from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError
 from ursa.generation.conditions import frame_clock
 from ursa.model.transformer import UrsaTransformer
 
 DrawOrder = Literal["per_token", "official"]
-Solver = Literal["exact", "euler"]
+Solver = Literal["exact", "euler", "euler_beta"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 OnStep = Callable[[int, float, Tensor], tuple[Tensor, bool]]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The numbers of one call; `UrsaPipeline.__call__` says what they mean."""
+    """The numbers of one call; `UrsaPipeline.__call__` says what they mean.
 
-    steps: int
+    `times` are the start times of the steps.
+    """
+
+    times: tuple[float, ...]
     scale: float
     trunc: float
-    shift: float
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -85,16 +86,18 @@ class Draws:
         """The one generator: torch's own if none was given."""
         return torch.default_generator if self._single is None else self._single
 
-    def uniform(self) -> Tensor:
+    def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return numbers in [0, 1), one a token, shape (B, T, h, w), on the generators' device."""
         if self._generators:
             return torch.stack(
                 [
-                    torch.rand(self._shape[1:], generator=item, device=item.device)
+                    torch.rand(self._shape[1:], generator=item, dtype=dtype, device=item.device)
                     for item in self._generators
                 ]
             )
-        return torch.rand(self._shape, generator=self.single, device=self.single.device)
+        return torch.rand(
+            self._shape, generator=self.single, dtype=dtype, device=self.single.device
+        )
 
     def numbers(self) -> Callable[[], Tensor]:
         """Return a source of three numbers a token, shape (3, B, T, h, w), for one step.
@@ -111,7 +114,8 @@ class Draws:
 
         def more() -> Tensor:
             drawn = [
-                torch.rand((3, *shape), generator=each, device=each.device) for each in streams
+                torch.rand((3, *shape), generator=each, dtype=torch.float64, device=each.device)
+                for each in streams
             ]
             return torch.stack(drawn, dim=1) if self._generators else drawn[0]
 
@@ -150,7 +154,7 @@ class Draws:
             probs = path.probs(codes[:, given.to(codes.device)], t)
             result[:, given.to(codes.device)] = draw_multinomial(probs, self.single)
             return result
-        return path.sample(codes, t, uniform=self.uniform().to(codes.device))
+        return path.sample(codes, t, uniform=self.uniform(torch.float64).to(codes.device))
 
 
 def sample(  # noqa: PLR0913  (what the steps read)
@@ -184,16 +188,17 @@ def sample(  # noqa: PLR0913  (what the steps read)
     Returns:
         Codes, shape (B, T, h, w), int64.
     """
-    times = [*inference_times(sampling.steps, sampling.shift).tolist(), 1.0]
-    for step in progress(range(sampling.steps)):
-        t, t_next, is_last = times[step], times[step + 1], step + 1 == sampling.steps
+    times = [*sampling.times, 1.0]
+    rests = sampling.solver == "euler" and path.rests_at_start
+    for step in progress(range(len(sampling.times))):
+        t, t_next, is_last = times[step], times[step + 1], step + 1 == len(sampling.times)
         begin, end = (each.expand(len(codes), -1) for each in frame_clock(begins, t, t_next))
         if sampling.draw_order == "official":
             logits = _official_logits(transformer, codes, text_ids, negative_ids, t, sampling)
             moved = official_step(
                 path, codes, logits, begin, end, is_last=is_last, generator=draws.single
             )
-        elif sampling.solver == "euler" and not is_last and bool((begin[end > begin] == 0).all()):
+        elif rests and not is_last and bool((begin[end > begin] == 0).all()):
             moved = codes  # no rate at t = 0: what the network says would change nothing
         else:
             hidden = _hidden_states(transformer, codes, text_ids, negative_ids, t, sampling)
@@ -227,7 +232,8 @@ def _carry(
     if solver == "exact":
         return exact_step(path, codes, clean, t=begin, t_next=end, numbers=draws.numbers())
     numbers = torch.stack([draws.uniform(), draws.uniform()])
-    return euler_step(path, codes, clean, t=begin, t_next=end, uniforms=numbers)
+    in_beta = solver == "euler_beta"
+    return euler_step(path, codes, clean, t=begin, t_next=end, uniforms=numbers, in_beta=in_beta)
 
 
 def _hidden_states(

@@ -16,6 +16,7 @@ from ursa.errors import DataError
 from ursa.tokenizers.cosmos import CosmosAutoencoder
 from ursa.tokenizers.fitted import FittedAutoencoder
 from ursa.tokenizers.ibq import ImageAutoencoder
+from ursa.tokenizers.quantizers import FSQuantizer
 from ursa.tokenizers.weights import read_network, write_network
 
 VisualNetwork = FittedAutoencoder | CosmosAutoencoder | ImageAutoencoder
@@ -85,6 +86,12 @@ class AutoencoderTokenizer:
     def codebook(self) -> Tensor:
         """Code embeddings, shape (V, C), float32, on the network's device."""
         return self.network.quantizer.codebook
+
+    @property
+    def levels(self) -> tuple[int, ...] | None:
+        """Levels of an FSQ tokenizer; None of another."""
+        quantizer = self.network.quantizer
+        return quantizer.levels if isinstance(quantizer, FSQuantizer) else None
 
     @property
     def device(self) -> torch.device:

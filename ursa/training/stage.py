@@ -15,11 +15,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, TokenizerRef
-from ursa.config import FrozenModel, StageConfig, fingerprint
+from ursa.config import StageConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
-from ursa.diffusion.linearization import fit_schedule
-from ursa.diffusion.path import MetricPath
 from ursa.errors import CheckpointError, TrainingError
 from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
@@ -32,26 +30,12 @@ from ursa.training.checkpoint import (
     training_state,
 )
 from ursa.training.distributed import Group, current_group
+from ursa.training.schedule import build_path
 from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_SAMPLES = 32
-
-
-class FittedSchedule(FrozenModel):
-    """The path's schedule for a codebook, committed once and read by every later step.
-
-    Attributes:
-        alpha: Exponent of beta_t = c (t / (1 - t)) ** alpha.
-        c: Its scale.
-        max_deviation: Largest deviation of the mean distance from its linear fall, relative to that
-            at t = 0.
-    """
-
-    alpha: float
-    c: float
-    max_deviation: float
 
 
 def stage_fingerprint(request: StageRequest) -> str:
@@ -239,32 +223,6 @@ def transformer_config(request: StageRequest) -> TransformerConfig:
         head_dim=model.head_dim,
         rms_norm_eps=model.rms_norm_eps,
     )
-
-
-def build_path(request: StageRequest) -> MetricPath:
-    """Return the metric path of a run: its codebook with the fixed or the fitted schedule.
-
-    Args:
-        request: Any stage of the run; a schedule that is fitted is committed below its output.
-
-    Returns:
-        The path on the CPU, in float32.
-
-    Raises:
-        ConfigError: If there is no visual tokenizer where the request says.
-    """
-    codebook = load_codebook(request.visual_tokenizer)
-    config = request.config.path
-    if config.schedule == "fixed":
-        return MetricPath(codebook, alpha=config.alpha, c=config.c)
-    uri = storage.join(
-        request.output_uri, "schedules", f"{request.visual_tokenizer.fingerprint[:32]}.json"
-    )
-    fitted = storage.load_record(uri, FittedSchedule)
-    if fitted is None:
-        fit = fit_schedule(codebook)
-        fitted = storage.commit_record(uri, FittedSchedule(**fit._asdict()))
-    return MetricPath(codebook, alpha=fitted.alpha, c=fitted.c)
 
 
 def load_codebook(tokenizer: TokenizerRef) -> torch.Tensor:

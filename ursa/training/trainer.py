@@ -203,7 +203,8 @@ def make_noisy_batch(
         generator = torch.Generator().manual_seed(seed)
         drop, prefix, together = torch.rand(3, generator=generator).tolist()
         uniform = torch.rand(num_frames, generator=generator)
-        noises.append(torch.rand(num_frames, rows, columns, generator=generator))
+        noise = torch.rand(num_frames, rows, columns, generator=generator, dtype=torch.float64)
+        noises.append(noise)
         if config.timesteps == "synchronous" or together < config.synchronous_fraction:
             uniform = uniform[:1].expand(num_frames)
         times.append(training_times(uniform, config.timestep_shift))
@@ -260,6 +261,7 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
                 [
                     torch.rand(
                         batch.visual_ids.shape[1:],
+                        dtype=torch.float64,
                         generator=torch.Generator().manual_seed(
                             address_seed(seed, "validation", str(t), batch.sample_ids[index])
                         ),
