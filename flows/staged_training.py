@@ -13,7 +13,7 @@ from tasks.context import (
     run_session,
 )
 from tasks.options import ConfigOverrides
-from tasks.training import stage_request, train_stage
+from tasks.training import fit_schedule, stage_request, train_stage
 from ursa.artifacts import CheckpointRef
 from ursa.config import STAGES, Preset
 
@@ -47,6 +47,7 @@ def staged_training(
             return trained
         if prepared is None:
             prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
+        fit_schedule(run, prepared)
         checkpoint: CheckpointRef | None = None
         for stage in STAGES:
             request = stage_request(run, prepared, stage, checkpoint)

@@ -37,6 +37,42 @@ def stage_request(
     )
 
 
+@step(run_name="fit the schedule")
+def fit_schedule(context: RunContext, prepared: PreparedData) -> None:
+    """See `ursa.training.schedule.fit_path`; figures and picture go to the tracking server.
+
+    Args:
+        context: The run.
+        prepared: The outcome of the data part.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+        UrsaError: What that function raises.
+    """
+    from ursa.training import schedule  # noqa: PLC0415  (torch: seconds)
+
+    committed = schedule.fit_path(
+        context.config.path,
+        prepared.visual_tokenizer,
+        prepared.datasets,
+        output_uri=context.data_uri,
+    )
+    if committed is None:
+        return
+    fitted = committed.fitted
+    numbers = fitted.model_dump(exclude={"kind", "log_beta", "max_logit", "curve"})
+    tracking.log_metrics(context.run, {f"path/{key}": value for key, value in numbers.items()})
+    tracking.log_files(context.run, committed.folder_uri, [schedule.PICTURE], "path")
+    announce(
+        "schedule: alpha %.3g, c %.3g off the line by %.1g, table by %.1g; the path takes the %s",
+        fitted.alpha,
+        fitted.c,
+        fitted.power_deviation,
+        fitted.table_deviation,
+        fitted.kind,
+    )
+
+
 @step(run_name="train {request.stage}")
 def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
     """See `ursa.training.stage.train_stage`; returns at once when the stage is committed.

@@ -213,6 +213,9 @@ class CheckpointRef(FrozenModel):
     step: int
     num_samples_seen: int
     metrics: dict[str, float]
+    loss_curve: tuple[tuple[float, float], ...] = Field(
+        default=(), description="(t, held-out loss in nats) of the averaged weights; may be empty"
+    )
     fingerprint: str
     parent_uri: str | None
 

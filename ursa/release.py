@@ -10,7 +10,7 @@ from ursa.tokenizers.visual import load_visual_tokenizer
 from ursa.training.schedule import scheduler_config
 from ursa.training.stage import load_average
 
-_LAYOUT_VERSION = 2
+_LAYOUT_VERSION = 3
 """Of the model directory; a directory of another layout is written again, not taken for done."""
 
 
@@ -64,6 +64,7 @@ def export_model(
                 temperature=sampling.temperature,
                 flow_shift=sampling.timestep_shift,
                 motion_score=sorted(motion)[len(motion) // 2] if motion else None,
+                loss_curve=checkpoint.loss_curve,
                 max_prompt_length=request.config.text_tokenizer.max_prompt_length,
             ),
         )

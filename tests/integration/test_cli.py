@@ -46,6 +46,30 @@ def test_help_is_quick_and_loads_no_torch(command):
     assert min(seconds) < 0.8
 
 
+def test_a_schedule_is_fitted_and_drawn_and_a_models_is_shown(model, tmp_path):
+    drawn = tmp_path / "schedule.png"
+    done = ursa("path", "fit", "--levels", "5,4,3", "--out", drawn)
+    assert done.returncode == 0, done.stderr
+    assert "codes      60" in done.stdout
+    assert "table      129 knots" in done.stdout
+    assert Image.open(drawn).size[0] > 500
+    done = ursa("path", "show", "--model", model)
+    assert done.returncode == 0, done.stderr
+    assert "alpha 1.0, c 5.0" in done.stdout
+    assert "euclidean  off the straight line" in done.stdout
+    for arguments, message in (
+        ((), "give --levels or --tokenizer"),
+        (("--levels", "8,x"), "got 8,x"),
+        (("--levels", "8,1"), "at least 2 each"),
+        (("--levels", "5,4", "--out", tmp_path / "a.jpg"), "must be a .png"),
+        (("--tokenizer", tmp_path), "config.json"),
+    ):
+        done = ursa("path", "fit", *arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_plan_needs_no_torch():
     code = (
         "import sys; from ursa.cli import app;"

@@ -119,6 +119,7 @@ class ScheduleFit(NamedTuple):
         power_linearity: Of `power`, on rows that the fit has not seen if not all were taken.
         table_linearity: Of `table`, likewise.
         num_rows: Codes over which the mean was taken.
+        curve: (beta, mean distance relative to that at beta = 0) where it was measured.
     """
 
     power: PowerSchedule
@@ -126,6 +127,7 @@ class ScheduleFit(NamedTuple):
     power_linearity: Linearity
     table_linearity: Linearity
     num_rows: int
+    curve: tuple[tuple[float, float], ...]
 
 
 def fit_schedule(
@@ -153,7 +155,8 @@ def fit_schedule(
         measure_linearity(codebook, schedule, others, euclidean=euclidean)
         for schedule in (power, table)
     )
-    return ScheduleFit(power, table, power_linearity, table_linearity, num_rows)
+    points = tuple(zip(curve.betas.tolist(), (curve.means / curve.start).tolist(), strict=True))
+    return ScheduleFit(power, table, power_linearity, table_linearity, num_rows, points)
 
 
 def measure_linearity(

@@ -1,7 +1,9 @@
 """The schedule of a run: fitted to its codebook, committed once and read by every later step."""
 
-from typing import Literal, Self
+import io
+from typing import Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 
 from ursa import storage
@@ -10,9 +12,11 @@ from ursa.config import FrozenModel, PathConfig, fingerprint
 from ursa.data.dataset import TokenSamples
 from ursa.diffusion.linearization import fit_schedule
 from ursa.diffusion.path import Codebook, MetricPath
-from ursa.diffusion.schedule import TabulatedSchedule
+from ursa.diffusion.schedule import PowerSchedule, Schedule, TabulatedSchedule
 from ursa.generation import SchedulerConfig
 from ursa.tokenizers.visual import load_visual_tokenizer
+
+PICTURE = "schedule.png"
 
 
 class FittedSchedule(FrozenModel):
@@ -31,6 +35,7 @@ class FittedSchedule(FrozenModel):
         num_codes: Codes V.
         num_rows: Codes over which the mean was taken.
         collisions: Codes that another equals.
+        curve: (beta, mean distance relative to that at beta = 0).
     """
 
     kind: Literal["power", "table"]
@@ -45,6 +50,7 @@ class FittedSchedule(FrozenModel):
     num_codes: int
     num_rows: int
     collisions: int
+    curve: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(
@@ -79,28 +85,57 @@ class FittedSchedule(FrozenModel):
             num_codes=len(codebook),
             num_rows=fit.num_rows,
             collisions=codebook.collisions(),
+            curve=fit.curve,
         )
 
     def table(self) -> TabulatedSchedule:
         """Return the tabulated schedule."""
         return TabulatedSchedule(self.log_beta, max_logit=self.max_logit)
 
+    def picture(self) -> bytes:
+        """Return a PNG: how the mean distance falls in t, and beta, beside the published ones."""
+        from matplotlib.figure import Figure  # noqa: PLC0415  (half a second, rarely needed)
 
-class _Scheduled(FrozenModel):
-    """What decides a schedule, and where it is committed."""
+        t = np.linspace(0, 1, 257)[1:-1]
+        betas, means = np.array(self.curve).T
+        schedules: dict[str, tuple[Schedule, str]] = {
+            "alpha 0.9, c 3 (official default)": (PowerSchedule(0.9, 3.0), "-"),
+            "alpha 1, c 5 (paper, FSQ)": (PowerSchedule(1.0, 5.0), "-"),
+            f"alpha {self.alpha:.3g}, c {self.c:.3g}: off by {self.power_deviation:.1g}": (
+                PowerSchedule(self.alpha, self.c),
+                "-",
+            ),
+            f"table: off by {self.table_deviation:.1g}": (self.table(), ":"),
+        }
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(t, 1 - t, color="0.7", linewidth=4, label="straight line")
+        for label, (schedule, style) in schedules.items():
+            beta = schedule.beta(torch.from_numpy(t)).numpy()
+            # below the first beta measured the mean is a straight line in beta
+            falls = np.interp(beta, np.append(0, betas), np.append(1, means))
+            left.plot(t, falls, style, label=label)
+            right.semilogy(t, beta, style, label=label)
+        left.set(
+            xlabel="t", ylabel="mean distance from x_1, relative", title=f"{self.num_codes} codes"
+        )
+        right.set(xlabel="t", ylabel="beta")
+        left.legend(fontsize=8)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+        return picture.getvalue()
 
-    config: PathConfig
-    tokenizer_fingerprint: str
-    data_fingerprint: str | None
 
-    def uri(self, output_uri: str) -> str:
-        name = fingerprint("schedule", SCHEMA_VERSION, self)
-        return storage.join(output_uri, "schedules", f"{name[:32]}.json")
+class CommittedSchedule(NamedTuple):
+    """A fit and the directory of its record and its picture, schedule.png."""
+
+    fitted: FittedSchedule
+    folder_uri: str
 
 
 def fit_path(
     config: PathConfig, tokenizer: TokenizerRef, datasets: TokenDatasets, *, output_uri: str
-) -> FittedSchedule | None:
+) -> CommittedSchedule | None:
     """Fit the schedule of a run to its codebook, or return the committed fit.
 
     Args:
@@ -119,18 +154,20 @@ def fit_path(
         return None
     counts = config.weights == "frequency"
     data = datasets.video_train.fingerprint if counts else None
-    uri = _Scheduled(
-        config=config, tokenizer_fingerprint=tokenizer.fingerprint, data_fingerprint=data
-    ).uri(output_uri)
+    name = fingerprint("schedule", SCHEMA_VERSION, config, tokenizer.fingerprint, data)
+    folder_uri = storage.join(output_uri, "schedules", name[:32])
+    uri = storage.join(folder_uri, "manifest.json")
     done = storage.load_record(uri, FittedSchedule)
     if done is not None:
-        return done
+        return CommittedSchedule(done, folder_uri)
     codebook = load_path_codebook(tokenizer, config)
     weights = None
     if counts:
         found = TokenSamples(datasets.video_train).code_counts(len(codebook))
         weights = torch.from_numpy(found)
-    return storage.commit_record(uri, FittedSchedule.of(codebook, config, weights))
+    fitted = FittedSchedule.of(codebook, config, weights)
+    storage.write_bytes(storage.join(folder_uri, PICTURE), fitted.picture())
+    return CommittedSchedule(storage.commit_record(uri, fitted), folder_uri)
 
 
 def scheduler_config(request: StageRequest, *, shift: float = 1.0) -> SchedulerConfig:
@@ -147,11 +184,12 @@ def scheduler_config(request: StageRequest, *, shift: float = 1.0) -> SchedulerC
         ConfigError: As `fit_path`.
     """
     config = request.config.path
-    fitted = fit_path(
+    committed = fit_path(
         config, request.visual_tokenizer, request.datasets, output_uri=request.output_uri
     )
-    if fitted is None:
+    if committed is None:
         return SchedulerConfig(alpha=config.alpha, c=config.c, shift=shift, metric=config.metric)
+    fitted = committed.fitted
     scheduler = SchedulerConfig(alpha=fitted.alpha, c=fitted.c, shift=shift, metric=config.metric)
     if fitted.kind == "power":
         return scheduler

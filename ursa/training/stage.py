@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -36,6 +36,8 @@ from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
 logger = logging.getLogger(__name__)
 
 _VALIDATION_SAMPLES = 32
+_CURVE_TIMES = (*(i / 10 for i in range(10)), 0.95, 0.98, 0.99, 0.995, 0.999)
+"""Close where the loss falls most, up to the end of what training draws."""
 
 
 def stage_fingerprint(request: StageRequest) -> str:
@@ -128,12 +130,14 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
             if termination.requested:
                 logger.warning("SIGTERM: saved step %d of stage %s", step + 1, request.stage)
                 raise SystemExit(143)
+    curve = validation.curve() if group.is_main else ()
     result = CheckpointRef(
         uri=uri,
         stage=request.stage,
         step=config.max_steps,
         num_samples_seen=config.max_steps * config.global_batch_size,
         metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
+        loss_curve=curve,
         fingerprint=stage_fingerprint(request),
         parent_uri=request.init_from.uri if request.init_from else None,
     )
@@ -312,6 +316,16 @@ class _Validation:
     def measure(self) -> dict[str, float]:
         if self.samples is None:
             return {}
+        losses = self._losses(self.request.config.evaluation.timesteps)
+        named = {f"val/loss_t{t:g}": loss for t, loss in losses.items()}
+        return named | {"val/loss": sum(losses.values()) / len(losses)}
+
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """Return (t, loss): what the entropy clock of a sampler follows."""
+        return tuple(self._losses(_CURVE_TIMES).items()) if self.samples is not None else ()
+
+    def _losses(self, timesteps: Sequence[float]) -> dict[float, float]:
+        assert self.samples is not None
         evaluation = self.request.config.evaluation
         average = self.trainer.average.module
         assert isinstance(average, UrsaTransformer)
@@ -320,15 +334,13 @@ class _Validation:
             self.trainer.path,
             self.trainer.text_tokenizer,
             self.samples,
-            timesteps=evaluation.timesteps,
+            timesteps=timesteps,
             batch_size=evaluation.batch_size,
             max_samples=min(_VALIDATION_SAMPLES, evaluation.max_samples),
             max_prompt_length=self.trainer.max_prompt_length,
             seed=address_seed(self.request.config.seed, "validation"),
         )
-        losses = [loss for loss, _ in measured.values()]
-        named = {f"val/loss_t{t:g}": loss for t, (loss, _) in measured.items()}
-        return named | {"val/loss": sum(losses) / len(losses)}
+        return {t: loss for t, (loss, _) in measured.items()}
 
 
 class _Termination:

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import inspect
 import json
 import threading
@@ -541,8 +542,47 @@ def test_weights_that_do_not_fit_are_named(pipeline, tmp_path):
         UrsaPipeline.from_pretrained(tmp_path / "copy")
 
 
-@pytest.mark.parametrize("solver", ["euler", "exact"])
-def test_forwards_that_change_nothing_are_not_run(pipeline, solver):
+def test_clocks_say_when_steps_start(pipeline):
+    def times(**options):
+        seen = []
+        pipeline(
+            "a tree",
+            generator=seeded(),
+            output_type="latent",
+            callback_on_step_end=lambda _pipe, _step, t, _state: seen.append(t) or {},
+            **options,
+        )
+        return seen
+
+    own = [0.0, 0.5, 0.9]
+    assert times(clock=own) == own
+    even = inference_times(6, 1.0).tolist()
+    assert times(clock="official", num_inference_steps=6, flow_shift=1.0) == even
+    # this model's schedule is the paper's, under which distances fall early
+    linear = times(clock="linear", num_inference_steps=6)
+    assert all(one < other for one, other in zip(linear[1:], even[1:], strict=True))
+    # an untrained network has lost nothing before the end
+    entropy = times(clock="entropy", num_inference_steps=6)
+    assert entropy == sorted(entropy)
+    assert entropy[1] > 0.5
+
+
+def test_clocks_that_do_not_fit_are_named(pipeline):
+    for clock, steps, message in (
+        ([0.0, 0.5], 3, "clock has 2 times for 3 num_inference_steps"),
+        ([0.1, 0.5], None, "must rise from 0 to below 1"),
+        ("moon", None, "clock must be official, linear, entropy or times; got moon"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipeline("a tree", clock=clock, num_inference_steps=steps)
+    bare = copy.copy(pipeline)
+    bare.defaults = pipeline.defaults.model_copy(update={"loss_curve": ()})
+    with pytest.raises(ConfigError, match="which this model does not bring"):
+        bare("a tree", clock="entropy")
+
+
+@pytest.mark.parametrize(("solver", "count"), [("euler", 93), ("exact", 95), ("euler_beta", 95)])
+def test_forwards_that_change_nothing_are_not_run(pipeline, solver, count):
     def ids(**options):
         with forwards(pipeline) as seen:
             pipeline(
@@ -551,9 +591,7 @@ def test_forwards_that_change_nothing_are_not_run(pipeline, solver):
         return sum(len(each) for each in seen)
 
     # of 100 for 50 steps: at t = 0 nothing moves, from guidance_trunc on one branch is enough
-    assert (
-        ids(solver=solver, flow_shift=1.0, guidance_trunc=0.9) == {"euler": 93, "exact": 95}[solver]
-    )
+    assert ids(solver=solver, flow_shift=1.0, guidance_trunc=0.9) == count
     assert ids(draw_order="official", flow_shift=1.0) == 100
 
 
