@@ -3,14 +3,13 @@
 Dimensions: B = videos, T = latent frames, h, w = rows and columns of codes.
 """
 
-import difflib
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
-from ursa.errors import ConfigError
+from ursa.errors import ConfigError, name_hint
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,7 @@ def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **given)  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                hint = name_hint(name, known)
                 raise TypeError(f"the pipeline has no argument {name!r}; {hint}")
         return function(*args, **kwargs)
 
