@@ -13,7 +13,7 @@ from ursa.errors import ConfigError, name_hint
 
 logger = logging.getLogger(__name__)
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -194,12 +194,13 @@ def parse_size(size: int | str) -> int:
         ConfigError: If it is neither, or below 1.
     """
     text = str(size).strip().upper()
-    factor = next((f for unit, f in _UNITS.items() if text.endswith(unit)), 1)
-    number = text.rstrip("KMGB")
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
     try:
-        found = int(float(number) * factor)
-    except ValueError as error:
-        raise ConfigError(f"max_shard_size must be bytes or such as '5GB', got {size!r}") from error
+        found = int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"max_shard_size must be bytes or such as '5GB' (KB, MB or GB), got {size!r}"
+        ) from error
     if found < 1:
         raise ConfigError(f"max_shard_size must be positive, got {size!r}")
     return found
