@@ -173,6 +173,7 @@ def data_funnel(
         selection: The selection among them.
         failures: The quarantined files.
     """
+    num_shots = clips.num_clips + clips.num_dropped_shots
     rows: list[dict[str, Any]] = [
         _funnel_row("files found", clips.num_videos, clips.num_videos),
         *(
@@ -180,7 +181,7 @@ def data_funnel(
             for reason, count in sorted(clips.failures.items())
         ),
         _funnel_row("clips made", clips.num_clips, clips.num_clips),
-        _funnel_row("shots too short", clips.num_dropped_shots, clips.num_clips),
+        _funnel_row("shots too short", clips.num_dropped_shots, num_shots),
         *(
             _funnel_row(f"rejected: {reason}", count, clips.num_clips)
             for reason, count in sorted(selection.rejections.items())

@@ -12,9 +12,18 @@ from importlib import resources
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from ursa.errors import ConfigError
+from ursa.errors import ConfigError, name_hint
 
 Preset = Literal["tiny", "small"]
 PRESETS: tuple[Preset, ...] = ("tiny", "small")
@@ -30,7 +39,36 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class IngestionConfig(FrozenModel):
+class ConfigSection(FrozenModel):
+    """A part of the configuration; the error of an unknown key names the nearest known one."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_known_keys(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return build(values)
+        except ValidationError as error:
+            lines = [
+                InitErrorDetails(
+                    type=PydanticCustomError(
+                        item["type"], _explained(item, list(cls.model_fields))
+                    ),
+                    loc=item["loc"],
+                    input=item["input"],
+                )
+                for item in error.errors()
+            ]
+            raise ValidationError.from_exception_data(error.title, lines) from error
+
+
+def _explained(item: ErrorDetails, known: list[str]) -> str:
+    """Return the message of an error in a section; those of sections inside are explained."""
+    if item["type"] != "extra_forbidden" or len(item["loc"]) > 1:
+        return item["msg"]
+    return f"unknown key; {name_hint(str(item['loc'][0]), known)}"
+
+
+class IngestionConfig(ConfigSection):
     """From foreign files to normalised, measured clips."""
 
     max_file_bytes: int = Field(gt=0, description="larger files are quarantined, bytes")
@@ -57,7 +95,7 @@ class IngestionConfig(FrozenModel):
         return self
 
 
-class SelectionConfig(FrozenModel):
+class SelectionConfig(ConfigSection):
     """Thresholds over stored scores; `None` switches a threshold off."""
 
     min_motion_px_per_s: float | None = Field(description="slower clips are rejected, px/s")
@@ -70,7 +108,7 @@ class SelectionConfig(FrozenModel):
     validation_fraction: Fraction = Field(description="share of clips held out, by source video")
 
 
-class VisualTokenizerConfig(FrozenModel):
+class VisualTokenizerConfig(ConfigSection):
     """A causal FSQ autoencoder fitted to the selected clips, or one that exists already."""
 
     directory_uri: str | None = Field(description="an existing tokenizer; None fits one")
@@ -98,7 +136,7 @@ class VisualTokenizerConfig(FrozenModel):
         return size
 
 
-class TokenizationConfig(FrozenModel):
+class TokenizationConfig(ConfigSection):
     """How clips are cut into samples for the visual tokenizer."""
 
     fps: float = Field(gt=0, description="frame rate of a sample, frames per second")
@@ -117,7 +155,7 @@ class TokenizationConfig(FrozenModel):
     max_failed_fraction: Fraction = Field(description="more failed clips stop the run")
 
 
-class TextTokenizerConfig(FrozenModel):
+class TextTokenizerConfig(ConfigSection):
     """A byte-level BPE trained on the captions, or one that exists already."""
 
     directory_uri: str | None = Field(description="an existing tokenizer; None trains one")
@@ -125,7 +163,7 @@ class TextTokenizerConfig(FrozenModel):
     max_prompt_length: int = Field(gt=0, description="prompts are padded or cut to it, tokens")
 
 
-class ModelConfig(FrozenModel):
+class ModelConfig(ConfigSection):
     """The transformer: Qwen3 blocks with full attention, 3-D RoPE and a visual head."""
 
     hidden_size: int = Field(gt=0)
@@ -147,7 +185,7 @@ class ModelConfig(FrozenModel):
         return self
 
 
-class PathConfig(FrozenModel):
+class PathConfig(ConfigSection):
     """The metric path over the codebook and its schedule."""
 
     schedule: Literal["fitted", "tabulated", "fixed"] = Field(
@@ -170,7 +208,7 @@ class PathConfig(FrozenModel):
     c: float = Field(gt=0, description="scale, used when fixed")
 
 
-class StageConfig(FrozenModel):
+class StageConfig(ConfigSection):
     """One training stage; the three stages differ only in these values."""
 
     modality: Literal["image", "video"]
@@ -212,7 +250,7 @@ class StageConfig(FrozenModel):
         return self
 
 
-class StagesConfig(FrozenModel):
+class StagesConfig(ConfigSection):
     """The three stages in their fixed order."""
 
     image_pretrain: StageConfig
@@ -220,7 +258,7 @@ class StagesConfig(FrozenModel):
     async_finetune: StageConfig
 
 
-class SamplingConfig(FrozenModel):
+class SamplingConfig(ConfigSection):
     """How samples are drawn for evaluation."""
 
     num_inference_steps: int = Field(gt=0)
@@ -233,7 +271,7 @@ class SamplingConfig(FrozenModel):
     num_prompts: int = Field(gt=0, description="training captions sampled, most frequent first")
 
 
-class EvaluationConfig(FrozenModel):
+class EvaluationConfig(ConfigSection):
     """What is measured on held-out clips."""
 
     timesteps: tuple[float, ...] = Field(min_length=1, description="t at which loss is measured")
@@ -242,7 +280,7 @@ class EvaluationConfig(FrozenModel):
     sampling: SamplingConfig
 
 
-class ReleaseConfig(FrozenModel):
+class ReleaseConfig(ConfigSection):
     """What a version must reach to become champion."""
 
     model_name: str = Field(min_length=1)
@@ -250,7 +288,7 @@ class ReleaseConfig(FrozenModel):
     max_regression: float = Field(ge=0, description="nats by which the champion may be missed")
 
 
-class RunConfig(FrozenModel):
+class RunConfig(ConfigSection):
     """Everything that decides the result of a run."""
 
     seed: int = Field(ge=0)
@@ -296,9 +334,7 @@ def _partial(model: type[BaseModel]) -> type[BaseModel]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             annotation = _partial(annotation)
         fields[name] = (annotation, Field(default=None, description=info.description))
-    return create_model(
-        f"{model.__name__}Overrides", __config__=ConfigDict(extra="forbid", frozen=True), **fields
-    )
+    return create_model(f"{model.__name__}Overrides", __base__=ConfigSection, **fields)
 
 
 ConfigOverrides = _partial(RunConfig)

@@ -205,7 +205,7 @@ def open_page(pipeline: UrsaPipeline, folder: Path) -> "gradio.Blocks":
                         max(_MAX_MOTION_PX_S, defaults.motion_score or 0),
                         value=round(defaults.motion_score or _PUBLISHED_MOTION_PX_S, 1),
                         step=0.1,
-                        label="Motion, px/s",
+                        label="Motion, px/s at 256 px width",
                         elem_id="motion",
                     ),
                     gr.Slider(

@@ -19,6 +19,8 @@ UrsaError
 Every class takes one positional message, so that it survives pickling between processes.
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -88,3 +90,14 @@ class CheckpointError(TrainingError):
 
 class RegistrationError(UrsaError):
     """A model version could not be registered as a whole."""
+
+
+def name_hint(name: str, known: Sequence[str]) -> str:
+    """Return what to write instead of an unknown name: the nearest known one, else all of them.
+
+    Args:
+        name: The unknown name.
+        known: What may stand in its place.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"

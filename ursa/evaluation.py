@@ -27,7 +27,7 @@ from ursa.artifacts import (
 from ursa.config import RunConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.data.dataset import TokenSamples
+from ursa.data.dataset import TokenSamples, spread
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import build_transformer
 from ursa.tokenizers.visual import psnr_db
@@ -223,7 +223,7 @@ def tokenizer_metrics(
 
     Args:
         pipeline: Holds the tokenizer.
-        selected: Clips; some windows of each split, evenly spread, are measured.
+        selected: Clips; at most 32 windows of each split, evenly spread, are measured.
         config: The run; `tokenization` matters.
 
     Returns:
@@ -241,8 +241,8 @@ def tokenizer_metrics(
             if item.split == split
             for _, indices in clip_windows(item.clip, config.tokenization)
         ]
-        chosen = windows[:: max(1, len(windows) // _PSNR_WINDOWS)]
-        if chosen:
+        if windows:
+            chosen = [windows[place] for place in spread(len(windows), _PSNR_WINDOWS)]
             real = np.stack([_read(item, indices, config) for item, indices in chosen])
             decoded = pipeline.visual_tokenizer.decode(pipeline.visual_tokenizer.encode(real))
             metrics[f"eval/tokenizer_psnr_{split}"] = psnr_db(real, decoded)
@@ -303,19 +303,21 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     frame to the last.
 
     Args:
-        samples: Clips of at least two frames.
+        samples: Clips.
 
     Returns:
         `eval/<kind>_temporal_flicker` and `eval/<kind>_dynamic_degree`, both in [0, 1], kind
-        generated or real; nothing without samples.
+        generated or real; nothing without samples, and no flicker of clips of one frame.
     """
     metrics = {}
     for kind in ("generated", "real"):
         videos = [getattr(sample, kind).astype(np.float32) for sample in samples]
-        if videos:
+        moving = [video for video in videos if len(video) > 1]
+        if moving:
             metrics[f"eval/{kind}_temporal_flicker"] = float(
-                np.mean([1 - np.abs(np.diff(video, axis=0)).mean() / 255 for video in videos])
+                np.mean([1 - np.abs(np.diff(video, axis=0)).mean() / 255 for video in moving])
             )
+        if videos:
             metrics[f"eval/{kind}_dynamic_degree"] = float(
                 np.mean([(np.abs(video[-1] - video[0]).mean(-1) > 8).mean() for video in videos])
             )

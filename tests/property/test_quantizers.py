@@ -140,3 +140,9 @@ def test_wavelets_are_orthonormal_and_keep_the_mean_first():
     matrix = haar()
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(4))
     torch.testing.assert_close(matrix[0], torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("size", [-2, 0, 3, 6])
+def test_wavelets_of_other_sizes_are_refused(size):
+    with pytest.raises(ConfigError, match=f"must be a power of 2 .*, got {size}"):
+        haar(size)

@@ -36,6 +36,17 @@ class TokenBatch:
     sample_ids: tuple[str, ...]
 
 
+def spread(length: int, limit: int) -> list[int]:
+    """Return at most `limit` positions of a sequence, evenly spread.
+
+    Args:
+        length: Length of the sequence.
+        limit: Greatest number of positions.
+    """
+    count = min(length, limit)
+    return [index * length // count for index in range(count)]
+
+
 class TokenSamples:
     """All samples of a token data set, held in memory at 16 or 32 bits an id.
 
@@ -81,8 +92,7 @@ class TokenSamples:
         Args:
             limit: Greatest number of positions.
         """
-        count = min(len(self), limit)
-        return [index * len(self) // count for index in range(count)]
+        return spread(len(self), limit)
 
     def code_counts(self, codebook_size: int) -> np.ndarray:
         """Return how often each code occurs.

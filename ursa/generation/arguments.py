@@ -3,18 +3,17 @@
 Dimensions: B = videos, T = latent frames, h, w = rows and columns of codes.
 """
 
-import difflib
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
-from ursa.errors import ConfigError
+from ursa.errors import ConfigError, name_hint
 
 logger = logging.getLogger(__name__)
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 _SOLVERS = "exact, euler or euler_beta"
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,8 +41,7 @@ def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **given)  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                hint = name_hint(name, known)
                 raise TypeError(f"the pipeline has no argument {name!r}; {hint}")
         return function(*args, **kwargs)
 
@@ -197,12 +195,13 @@ def parse_size(size: int | str) -> int:
         ConfigError: If it is neither, or below 1.
     """
     text = str(size).strip().upper()
-    factor = next((f for unit, f in _UNITS.items() if text.endswith(unit)), 1)
-    number = text.rstrip("KMGB")
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
     try:
-        found = int(float(number) * factor)
-    except ValueError as error:
-        raise ConfigError(f"max_shard_size must be bytes or such as '5GB', got {size!r}") from error
+        found = int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"max_shard_size must be bytes or such as '5GB' (KB, MB or GB), got {size!r}"
+        ) from error
     if found < 1:
         raise ConfigError(f"max_shard_size must be positive, got {size!r}")
     return found

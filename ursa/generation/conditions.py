@@ -67,8 +67,9 @@ def given_codes(
     """Place codes among the latent frames.
 
     Args:
-        codes: Shape (1, prompts or videos; T', h, w). Without indices they are the first T' frames;
-            with them frame i of the codes is latent frame i of the clip, as in the official call.
+        codes: Integers, shape (1, prompts or videos; T', h, w). Without indices they are the first
+            T' frames; with them frame i of the codes is latent frame i of the clip, as in the
+            official call.
         indices: Latent frames that are given; negative ones count from the end.
         num_videos: B.
         shape: (T, h, w).
@@ -77,12 +78,13 @@ def given_codes(
         The codes and which frames they are, on the CPU.
 
     Raises:
-        ConfigError: If the shapes do not fit.
+        ConfigError: If the shapes do not fit or codes are no integers.
     """
-    if codes.ndim != 4 or tuple(codes.shape[2:]) != shape[1:] or codes.is_floating_point():
+    integer = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
+    if not integer or codes.ndim != 4 or tuple(codes.shape[2:]) != shape[1:]:
         raise ConfigError(
             f"cond_latents must be codes of shape (1 or {num_videos}, frames, {shape[1]}, "
-            f"{shape[2]}), got {codes.dtype} {tuple(codes.shape)}"
+            f"{shape[2]}), integers, got {codes.dtype} {tuple(codes.shape)}"
         )
     if codes.shape[1] > shape[0]:
         raise ConfigError(

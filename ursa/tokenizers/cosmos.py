@@ -224,12 +224,14 @@ class CosmosAutoencoder(nn.Module):
     def latents(self, video: Tensor) -> Tensor:
         """Encode pixels to latents before quantization.
 
+        With t = `temporal_stride` and s = `spatial_stride`, by default 4 and 8:
+
         Args:
-            video: Pixels in [-1, 1], shape (B, 3, 1 + 4k, H, W), H and W divisible by 8, in the
+            video: Pixels in [-1, 1], shape (B, 3, 1 + t k, H, W), H and W divisible by s, in the
                 dtype of the weights.
 
         Returns:
-            Latents, shape (B, 1 + k, H / 8, W / 8, 6).
+            Latents, shape (B, 1 + k, H / s, W / s, 6).
         """
         size = 1 + (self._tile_latents - 1) * self.temporal_stride
         tiles = [
@@ -242,11 +244,13 @@ class CosmosAutoencoder(nn.Module):
     def pixels(self, codes: Tensor) -> Tensor:
         """Decode codes to pixels.
 
+        With t = `temporal_stride` and s = `spatial_stride`, by default 4 and 8:
+
         Args:
             codes: Shape (B, 1 + k, h, w, 6), in the dtype of the weights.
 
         Returns:
-            Pixels in about [-1, 1], shape (B, 3, 1 + 4k, 8h, 8w).
+            Pixels in about [-1, 1], shape (B, 3, 1 + t k, s h, s w).
         """
         z = self.post_quant_conv(codes.movedim(-1, 1))
         tiles = [

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ursa.config import FrozenModel
+from ursa.errors import ConfigError
 from ursa.tokenizers.quantizers import FSQuantizer
 
 PATCH = 4
@@ -48,7 +49,12 @@ def haar(size: int = PATCH) -> Tensor:
 
     Args:
         size: Values of a patch along one axis, a power of 2.
+
+    Raises:
+        ConfigError: If it is none.
     """
+    if size < 1 or size & (size - 1):
+        raise ConfigError(f"the size of a Haar matrix must be a power of 2 (1, 2, 4), got {size}")
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         low = torch.kron(matrix, torch.tensor([[1.0, 1.0]]))

@@ -60,7 +60,7 @@ class TextTokenizer:
         """Encode prompts to ids, cut at the right and padded at the left.
 
         Args:
-            prompts: Texts; "" gives pads alone.
+            prompts: Texts, none too; "" gives pads alone.
             max_length: Number of ids of every prompt.
 
         Returns:
@@ -70,7 +70,8 @@ class TextTokenizer:
             encoding.ids[:max_length]
             for encoding in self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
         ]
-        return torch.tensor([[self.pad_id] * (max_length - len(row)) + row for row in rows])
+        padded = [[self.pad_id] * (max_length - len(row)) + row for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).view(len(rows), max_length)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens.

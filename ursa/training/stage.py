@@ -186,13 +186,10 @@ def load_average(checkpoint: CheckpointRef, request: StageRequest) -> UrsaTransf
         request: The stage that made it.
 
     Raises:
-        CheckpointError: If it is not committed or damaged.
+        CheckpointError: If it is not committed, damaged, or of another model than the request's.
     """
-    _, state = load_checkpoint(checkpoint.uri)
     model = UrsaTransformer(transformer_config(request))
-    model.load_state_dict(
-        {key.removeprefix("ema."): value for key, value in state.items() if key[:4] == "ema."}
-    )
+    _take_average(model, checkpoint)
     return model.eval()
 
 
@@ -264,15 +261,8 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         codebook=load_codebook(request.visual_tokenizer),
     )
     if request.init_from is not None:
-        _, state = load_checkpoint(request.init_from.uri)
         # a stage starts from the average of the one before: less noise than the last weights
-        weights = {k.removeprefix("ema."): v for k, v in state.items() if k[:4] == "ema."}
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{request.init_from.uri} does not fit the model of this run: {error}"
-            ) from error
+        _take_average(model, request.init_from)
     return Trainer(
         stage=request.stage,
         config=stage,
@@ -284,6 +274,19 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         max_prompt_length=request.config.text_tokenizer.max_prompt_length,
         group=group,
     )
+
+
+def _take_average(model: UrsaTransformer, checkpoint: CheckpointRef) -> None:
+    """Load the averaged weights of a checkpoint into a network."""
+    _, state = load_checkpoint(checkpoint.uri)
+    weights = {k.removeprefix("ema."): v for k, v in state.items() if k[:4] == "ema."}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.uri} does not fit the model of this run; give the model settings and "
+            f"tokenizers that it was trained with: {error}"
+        ) from error
 
 
 def _is_due(count: int, every: int, config: StageConfig) -> bool:

@@ -1,6 +1,10 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tasks import reports
+from tests import factories
 
 
 def test_outside_of_a_flow_run_nothing_is_stored() -> None:
@@ -10,6 +14,19 @@ def test_outside_of_a_flow_run_nothing_is_stored() -> None:
     reports.table("key", [{"a": 1}], "nothing")
     with reports.progress("key", "things") as advance:
         advance(1, 2)
+
+
+def test_shots_that_are_too_short_are_a_share_of_all_shots(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    selection = factories.commit_selection(str(tmp_path), [])
+    clips = selection.clips.model_copy(update={"num_clips": 3, "num_dropped_shots": 9})
+    tables: dict[str, list[dict[str, Any]]] = {}
+    monkeypatch.setattr(reports, "table", lambda key, rows, _: tables.update({key: rows}))
+    reports.data_funnel(clips, selection, [])
+    percent = {row["step"]: row["percent"] for row in tables["data-funnel"]}
+    assert percent["clips made"] == "100.0"
+    assert percent["shots too short"] == "75.0"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -50,10 +51,37 @@ def test_unknown_key_is_named_with_its_place():
         load_config("tiny", {"stages": {"video_pretrain": {"max_stepz": 3}}})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"stages": {"video_pretrian": {"max_steps": 3}}},
+            "stages.video_pretrian: unknown key; did you mean 'video_pretrain'?",
+        ),
+        (
+            {"stages": {"video_pretrain": {"max_stepz": 3}}},
+            "stages.video_pretrain.max_stepz: unknown key; did you mean 'max_steps'?",
+        ),
+        ({"sead": 1}, "sead: unknown key; did you mean 'seed'?"),
+        ({"path": {"zzz": 1}}, "path.zzz: unknown key; it takes schedule, alpha, c"),
+    ],
+)
+def test_mistyped_key_names_the_nearest(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config("tiny", overrides)
+    with pytest.raises(ValidationError) as refused:
+        ConfigOverrides.model_validate(overrides)
+    (item,) = refused.value.errors()
+    assert f"{'.'.join(item['loc'])}: {item['msg']}" == message
+
+
 def test_every_bad_key_is_in_one_message():
     with pytest.raises(ConfigError) as error:
-        load_config("tiny", {"seed": -1, "model": {"head_dim": 24}, "nonsense": 1})
-    for part in ("seed", "model.head_dim", "nonsense", "'24'"):
+        load_config(
+            "tiny",
+            {"seed": -1, "model": {"head_dim": 24}, "nonsense": 1, "path": {"schedule": "{x}"}},
+        )
+    for part in ("seed", "model.head_dim", "nonsense", "'24'", "path.schedule", "'{x}'"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -6,8 +6,18 @@ from PIL import Image
 
 from tests import factories, media
 from ursa import storage
-from ursa.evaluation import Sample, evaluate, failed_gates, sample_metrics, unigram_metrics
-from ursa.video.decode import video_info
+from ursa.artifacts import SelectedClip
+from ursa.data.clips import clip_windows
+from ursa.evaluation import (
+    Sample,
+    evaluate,
+    failed_gates,
+    sample_metrics,
+    tokenizer_metrics,
+    unigram_metrics,
+)
+from ursa.generation import UrsaPipeline
+from ursa.video.decode import read_frames, video_info
 
 CONFIG = factories.tiny_config()
 TIMES = CONFIG.evaluation.timesteps
@@ -124,3 +134,32 @@ def test_flicker_and_dynamics_of_known_videos():
     assert metrics["eval/generated_temporal_flicker"] == pytest.approx(1 - 10 / 255)
     assert metrics["eval/generated_dynamic_degree"] == 1.0
     assert sample_metrics([]) == {}
+
+
+def test_clips_of_one_frame_have_no_flicker():
+    frame = media.still(1, height=16, width=24)
+    assert sample_metrics([Sample("a", "p", frame, frame, frame)]) == {
+        "eval/generated_dynamic_degree": 0.0,
+        "eval/real_dynamic_degree": 0.0,
+    }
+
+
+def test_at_most_32_windows_of_a_split_are_reconstructed(exported_model, tmp_path, monkeypatch):
+    frames = media.panning(60, step=1, height=48, width=64)
+    path = media.save_video(tmp_path / "long.mp4", frames, 12.0)
+    clip = factories.clip_of(path, caption="a", info=video_info(path))
+    config = factories.tiny_config({"tokenization": {"window_stride_s": 0.09}})
+    windows = [indices for _, indices in clip_windows(clip, config.tokenization)]
+    assert 32 < len(windows) < 64
+    read = []
+    monkeypatch.setattr(
+        "ursa.evaluation.read_frames",
+        lambda path, indices, **sizes: read.append(indices) or read_frames(path, indices, **sizes),
+    )
+    pipeline = UrsaPipeline.from_pretrained(exported_model.directory_uri)
+    selected = [SelectedClip(clip=clip, kept=True, reason=None, split="train")]
+    assert list(tokenizer_metrics(pipeline, selected, config)) == ["eval/tokenizer_psnr_train"]
+    places = [windows.index(indices) for indices in read]
+    assert len(places) == 32
+    assert set(np.diff(places)) == {1, 2}
+    assert places[-1] >= len(windows) - 2

@@ -15,6 +15,8 @@ from tests import media
 from ursa.diffusion.timesteps import inference_times
 from ursa.errors import ConfigError, DataError
 from ursa.generation import UrsaPipeline
+from ursa.generation.arguments import parse_size
+from ursa.generation.conditions import given_codes
 from ursa.model.pretrained import WEIGHTS_FILE
 from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
 from ursa.tokenizers.visual import AutoencoderTokenizer
@@ -526,6 +528,13 @@ def test_what_does_not_fit_is_refused(pipeline, arguments, message):
         pipeline("a tree", **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+def test_given_codes_are_integers(dtype):
+    codes = torch.zeros(1, 1, 2, 3, dtype=dtype)
+    with pytest.raises(ConfigError, match=rf"cond_latents must be .*, integers, got {dtype}"):
+        given_codes(codes, None, num_videos=1, shape=(2, 2, 3))
+
+
 def test_a_directory_without_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"model_index.json is missing"):
         UrsaPipeline.from_pretrained(tmp_path)
@@ -619,7 +628,15 @@ def test_the_calls_of_the_official_examples_work(pipeline, tmp_path):
     assert torch.equal(codes, expected)
 
 
-@pytest.mark.parametrize("size", ["5 apples", "", 0])
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [(7, 7), ("7", 7), ("7B", 7), ("20kb", 20_000), ("1.5 MB", 1_500_000), ("5GB", 5 * 10**9)],
+)
+def test_a_shard_size_in_bytes(size, num_bytes):
+    assert parse_size(size) == num_bytes
+
+
+@pytest.mark.parametrize("size", ["5 apples", "", 0, "5G", "5KMB", "inf", "nan"])
 def test_a_shard_size_that_is_none_is_refused(pipeline, tmp_path, size):
     with pytest.raises(ConfigError, match="max_shard_size must be"):
         pipeline.save_pretrained(tmp_path, max_shard_size=size)

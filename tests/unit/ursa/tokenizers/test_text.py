@@ -37,6 +37,12 @@ def test_prompts_are_padded_left_and_cut_right(tokenizer):
     assert ids.max() < tokenizer.vocab_size
 
 
+def test_no_prompts_are_no_rows(tokenizer):
+    ids = tokenizer.encode([], max_length=3)
+    assert ids.shape == (0, 3)
+    assert ids.dtype == torch.int64
+
+
 def test_captions_become_shorter_than_their_bytes(tokenizer):
     ids = tokenizer.encode(["the night city"], max_length=60)[0]
     assert int((ids != tokenizer.pad_id).sum()) < len("the night city")

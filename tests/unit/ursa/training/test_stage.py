@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 
@@ -106,8 +107,9 @@ def test_a_stage_starts_from_the_average_of_its_parent(make_request):
 def test_parent_of_another_model_is_refused(make_request):
     parent = train_stage(make_request("image_pretrain", max_steps=1))
     request = make_request(init_from=parent, config={"model": {"num_layers": 3}})
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        train_stage(request)
+    for use in (train_stage, functools.partial(load_average, parent)):
+        with pytest.raises(CheckpointError, match="does not fit the model of this run; give the"):
+            use(request)
 
 
 def test_changed_settings_do_not_resume(make_request):
