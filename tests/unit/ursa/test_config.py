@@ -63,7 +63,10 @@ def test_unknown_key_is_named_with_its_place():
             "stages.video_pretrain.max_stepz: unknown key; did you mean 'max_steps'?",
         ),
         ({"sead": 1}, "sead: unknown key; did you mean 'seed'?"),
-        ({"path": {"zzz": 1}}, "path.zzz: unknown key; it takes schedule, alpha, c"),
+        (
+            {"path": {"zzz": 1}},
+            "path.zzz: unknown key; it takes schedule, max_deviation, distance, weights, metric, alpha, c",
+        ),
     ],
 )
 def test_mistyped_key_names_the_nearest(overrides, message):
