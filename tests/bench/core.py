@@ -1,14 +1,16 @@
 """Benchmark of the core: our operations against the plain arithmetic of the official code.
 
-    python tests/bench/core.py                 # all rows, one thread, a fresh process each
-    python tests/bench/core.py --rows P1 P4    # some of them
+    python tests/bench/core.py                 # everything: a quarter of an hour on one core
+    python tests/bench/core.py --rows P1 P4    # some rows
     python tests/bench/core.py --scale 4       # a quarter of the tokens
 
-Every row makes the same inputs, measures seconds of processor time and the peak of memory over
-what is there before, once the plain way and once ours, and prints their ratio. The plain way is
-the formula as it stands (URSA, arXiv 2510.24717, section 3.1 and algorithm 2) on tensors of all
-tokens times all codes, which is what the official code computes. K = 64,000 codes (FSQ levels
-8, 8, 8, 5, 5, 5), hidden size 1024, float32.
+Every row makes the same inputs in a fresh process with one thread, measures seconds of processor
+time and the peak of memory over what is there before, once the plain way, once ours for any
+codebook and once ours for an FSQ grid, and prints the ratios to the plain way. The plain way is the
+formula as it stands (URSA, arXiv 2510.24717, section 3.1 and algorithm 2) on tensors of all tokens
+times all codes, which is what the official code computes. K = 64,000 codes (FSQ levels
+8, 8, 8, 5, 5, 5), hidden size 1024, float32. The tables of the grid (230 MB, made once and mapped
+from the user's cache) count as there before.
 """
 
 import argparse
@@ -18,14 +20,20 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ursa.diffusion.codebook import DenseCodebook
+from ursa.diffusion.grid import GridCodebook, grid_tables
+from ursa.diffusion.linearization import fit_schedule, measure_linearity
 from ursa.diffusion.loss import linear_posterior_loss
-from ursa.diffusion.path import MetricPath
+from ursa.diffusion.path import Codebook, MetricPath
+from ursa.diffusion.product import ProductCodebook
+from ursa.diffusion.schedule import PowerSchedule
 from ursa.diffusion.solver import draw_from_head, draw_posterior, euler_step, guide
 from ursa.model.size import num_sequences
 from ursa.tokenizers.quantizers import FSQuantizer
@@ -39,14 +47,20 @@ Timed = Callable[[], Tensor]
 class Inputs:
     """Tensors of one row, functions of the number of tokens alone."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, side: str) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.codes = FSQuantizer(LEVELS).codebook
         self.size = len(self.codes)
-        self.path = MetricPath(self.codes, alpha=ALPHA, c=C)
+        book = GridCodebook(LEVELS) if side == "grid" else DenseCodebook(self.codes)
+        if isinstance(book, GridCodebook):
+            grid_tables(LEVELS, None).order.sum()  # reads the mapped file
+        self.path = MetricPath(book, alpha=ALPHA, c=C)
         self.x_1 = torch.randint(self.size, (num_tokens,), generator=self.generator)
-        self.uniforms = torch.rand(4, num_tokens, generator=self.generator)
-        self.x_t = self.path.sample(self.x_1, T, uniform=self.uniforms[3])
+        self.uniforms = torch.rand(4, num_tokens, generator=self.generator, dtype=torch.float64)
+        source = torch.randint(self.size, (num_tokens,), generator=self.generator)
+        half = torch.rand(num_tokens, generator=self.generator) < 0.5
+        # between noise and data, as on the way
+        self.x_t = torch.where(half, source, self.x_1)
 
     def logits(self) -> Tensor:
         return torch.randn(len(self.x_1), self.size, generator=self.generator)
@@ -86,47 +100,44 @@ def our_jump(inputs: Inputs, x_1: Tensor) -> Tensor:
     )
 
 
-def jump(inputs: Inputs, *, plain: bool) -> Timed:
-    """P1: one step with x_1 given."""
-    return lambda: (plain_jump if plain else our_jump)(inputs, inputs.x_1)
+def jump(inputs: Inputs, side: str) -> Timed:
+    """P1: jump, x_1 given."""
+    return lambda: (plain_jump if side == "plain" else our_jump)(inputs, inputs.x_1)
 
 
-def step(inputs: Inputs, *, plain: bool) -> Timed:
-    """P2: one step from logits."""
+def step(inputs: Inputs, side: str) -> Timed:
+    """P2: step from logits."""
     logits = inputs.logits()
-    if plain:
+    if side == "plain":
         return lambda: plain_jump(inputs, plain_draw(inputs, logits))
 
     def ours() -> Tensor:
-        parts = zip(logits.split(64), inputs.uniforms[2].split(64), strict=True)
+        parts = zip(logits.split(64), inputs.uniforms[2].float().split(64), strict=True)
         return our_jump(inputs, torch.cat([draw_posterior(*part) for part in parts]))
 
     return ours
 
 
-def hidden_step(inputs: Inputs, *, plain: bool) -> Timed:
-    """P3: guidance, head, draw and step from the hidden states of both branches."""
+def hidden_step(inputs: Inputs, side: str) -> Timed:
+    """P3: hidden states of both branches to next tokens."""
     states, weight = inputs.hidden(2)
-    if plain:
+    if side == "plain":
         return lambda: plain_jump(inputs, plain_draw(inputs, guide(*(states @ weight.T), SCALE)))
     return lambda: our_jump(
-        inputs, draw_from_head(guide(*states, SCALE), weight, inputs.uniforms[2])
+        inputs, draw_from_head(guide(*states, SCALE), weight, inputs.uniforms[2].float())
     )
 
 
-def head(inputs: Inputs, *, plain: bool) -> Timed:
-    """P3, for comparison: one product with the head and nothing else, in parts of 64 tokens."""
+def head(inputs: Inputs, side: str) -> Timed:
+    """P3, for comparison: one product with the head, in parts."""
     states, weight = inputs.hidden(1)
-
-    def product() -> Tensor:
-        return torch.stack([(part @ weight.T).sum() for part in states[0].split(64)])
-
-    return product
+    rows = 131  # as draw_from_head takes them
+    return lambda: torch.stack([(part @ weight.T).sum() for part in states[0].split(rows)])
 
 
-def noise(inputs: Inputs, *, plain: bool) -> Timed:
-    """P4: x_t of clean tokens."""
-    if plain:
+def noise(inputs: Inputs, side: str) -> Timed:
+    """P4: noising, one t."""
+    if side == "plain":
         beta = float(inputs.path.beta(torch.tensor(T)))
         return lambda: plain_draw(
             inputs, -beta * plain_distance(inputs.path.codebook.codes, inputs.x_1)
@@ -134,12 +145,19 @@ def noise(inputs: Inputs, *, plain: bool) -> Timed:
     return lambda: inputs.path.sample(inputs.x_1, T, uniform=inputs.uniforms[0])
 
 
-def loss(inputs: Inputs, *, plain: bool) -> Timed:
-    """P5: cross-entropy and its gradients, from hidden states."""
+def noise_video(inputs: Inputs, side: str) -> Timed:
+    """P4: noising a video, one t a frame."""
+    t = torch.rand(13, generator=inputs.generator, dtype=torch.float64)
+    x_1, uniform = (each.view(13, -1) for each in (inputs.x_1, inputs.uniforms[0]))
+    return lambda: inputs.path.sample(x_1, t, uniform=uniform)
+
+
+def loss(inputs: Inputs, side: str) -> Timed:
+    """P5: cross-entropy and its gradients."""
     states, weight = (each.requires_grad_() for each in inputs.hidden(1))
 
     def run() -> Tensor:
-        if plain:
+        if side == "plain":
             logits = (states[0] @ weight.T).float()
             result = torch.nn.functional.cross_entropy(logits, inputs.x_1)
             (logits.argmax(-1) == inputs.x_1).float().mean()
@@ -151,14 +169,28 @@ def loss(inputs: Inputs, *, plain: bool) -> Timed:
     return run
 
 
-ROWS: dict[str, tuple[Callable[..., Timed], int]] = {
-    "P1": (jump, 8192),
-    "P2": (step, 8192),
-    "P3": (hidden_step, 8192),
-    "head": (head, 8192),
-    "P4": (noise, 8192),
-    "P5": (loss, 4096),
+class Row(NamedTuple):
+    """A benchmark, its tokens and the sides that it has."""
+
+    make: Callable[[Inputs, str], Timed]
+    num_tokens: int
+    sides: tuple[str, ...]
+
+
+EVERY = ("plain", "any", "grid")
+ROWS = {
+    "P1": Row(jump, 8192, EVERY),
+    "P2": Row(step, 8192, EVERY),
+    "P3": Row(hidden_step, 8192, EVERY),
+    "head": Row(head, 8192, ("any",)),
+    "P4": Row(noise, 8192, EVERY),
+    "P4-video": Row(noise_video, 33_280, ("grid",)),
+    "P5": Row(loss, 4096, ("plain", "any")),
+    "P8": Row(hidden_step, 33_280, ("grid",)),
 }
+GROWTH = {"P3": hidden_step, "P4": noise, "P5": loss}
+"""What must not need memory in proportion to tokens times codes."""
+GROWTH_TOKENS = (2048, 8192, 33_280)
 
 
 def peak_bytes() -> int:
@@ -171,11 +203,10 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(name: str, num_tokens: int, *, plain: bool) -> dict[str, float]:
+def measure(name: str, num_tokens: int, side: str) -> dict[str, float]:
     """Run one side of a row in this process."""
     torch.set_num_threads(1)
-    make, _ = ROWS[name]
-    run = make(Inputs(num_tokens), plain=plain)
+    run = ROWS[name].make(Inputs(num_tokens, side), side)
     reset_peak()
     before, wall, cpu = peak_bytes(), time.perf_counter(), time.process_time()
     run()
@@ -186,45 +217,102 @@ def measure(name: str, num_tokens: int, *, plain: bool) -> dict[str, float]:
     }
 
 
-def in_fresh_process(name: str, num_tokens: int, *, plain: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", name, str(num_tokens), str(int(plain))]
+def in_fresh_process(name: str, num_tokens: int, side: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", name, str(num_tokens), side]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def cell(found: dict[str, float], plain: dict[str, float] | None) -> str:
+    """Return seconds and memory, with how many times the plain way needs."""
+    seconds, megabytes = found["cpu_s"], found["extra_mb"]
+    text = f"{seconds:.3g} s, {megabytes:,.0f} MB"
+    if plain is None:
+        return text
+    less = plain["extra_mb"] / max(megabytes, 1)
+    return f"{text} (**{plain['cpu_s'] / seconds:.3g}x, {less:.3g}x**)"
+
+
+def print_rows(names: Sequence[str], scale: int) -> None:
+    print("| | tokens | plain | ours, any codebook | ours, FSQ grid |\n|---|---|---|---|---|")
+    for name in names:
+        row = ROWS[name]
+        count = row.num_tokens // scale
+        what = str(row.make.__doc__).partition(": ")[2].rstrip(".")
+        cells, plain = [f"{name}: {what}", f"{count:,}"], None
+        for side in EVERY:
+            found = in_fresh_process(name, count, side) if side in row.sides else None
+            cells.append("" if found is None else cell(found, plain))
+            plain = found if side == "plain" else plain
+        print("| " + " | ".join(cells) + " |", flush=True)
+    for steps in (25, 50):
+        run = num_sequences(steps, shift=1.0, guidance_trunc=0.9)
+        print(f"| P6: sequences of {steps} guided steps | | {2 * steps} | {run} | {run} |")
+
+
+def print_growth(scale: int) -> None:
+    counts = [count // scale for count in GROWTH_TOKENS]
+    print(
+        "\nExtra memory against the number of tokens, MB (the plain way: 4 bytes x tokens x codes,"
+    )
+    print("twice or more; the loss holds 262 MB of gradients of the head)\n")
+    print("| | " + " | ".join(f"{count:,} tokens" for count in counts) + " |")
+    print("|---|" + "---|" * len(counts))
+    for name, make in GROWTH.items():
+        for side in ("any", "grid") if name != "P5" else ("any",):
+            cells = [f"{in_fresh_process(name, count, side)['extra_mb']:.0f}" for count in counts]
+            what = str(make.__doc__).partition(": ")[2].rstrip(".")
+            print(f"| {what}, {side} | " + " | ".join(cells) + " |", flush=True)
+    print(
+        "| one tensor of tokens x codes | "
+        + " | ".join(f"{4 * count * 64_000 / 1e6:,.0f}" for count in counts)
+        + " |"
+    )
+
+
+def print_linearity() -> None:
+    """P9: how far the mean distance is from a straight line in t."""
+    print("\n| P9: largest deviation | (0.9, 3) | best (alpha, c) | table |\n|---|---|---|---|")
+    random = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
+    large = torch.randn(16_384, 256, generator=torch.Generator().manual_seed(0))
+    books: dict[str, Codebook] = {
+        "FSQ 8, 8, 8, 5, 5, 5": GridCodebook(LEVELS),
+        "the same, not normalised": ProductCodebook(LEVELS),
+        "random, 1,024 x 256": DenseCodebook(random),
+        "random, 16,384 x 256, fitted to 2,048 rows": DenseCodebook(large),
+    }
+    for name, book in books.items():
+        fit = fit_schedule(book)
+        weights = None
+        if fit.num_rows < len(book):  # rows that the fit has not seen
+            weights = torch.zeros(len(book))
+            weights[-512:] = 1
+        official = measure_linearity(book, PowerSchedule(0.9, 3.0), weights, num_times=25)
+        print(
+            f"| {name} | {official.max_deviation:.3f} | {fit.power_linearity.max_deviation:.4f} "
+            f"({fit.power.alpha:.3f}, {fit.power.c:.3f}) | "
+            f"{fit.table_linearity.max_deviation:.1e} |",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Print a Markdown table."""
+    """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--rows", nargs="*", choices=ROWS, help="these rows, nothing else")
     parser.add_argument("--scale", type=int, default=1, help="take a part of the tokens")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        name, num_tokens, plain = arguments.one
-        print(json.dumps(measure(name, int(num_tokens), plain=plain == "1")))
+        name, num_tokens, side = arguments.one
+        print(json.dumps(measure(name, int(num_tokens), side)))
         return
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread\n")
-    print("| row | tokens | plain | ours | faster | less memory |\n|---|---|---|---|---|---|")
-    for name in arguments.rows:
-        make, full = ROWS[name]
-        count = full // arguments.scale
-        ours = in_fresh_process(name, count, plain=False)
-        what = str(make.__doc__).partition(": ")[2].rstrip(".")
-        cells = [f"{name}: {what}", str(count)]
-        shown = f"{ours['cpu_s']:.2f} s, {ours['extra_mb']:.0f} MB"
-        if name == "head":
-            print("| " + " | ".join([*cells, "", shown, "", ""]) + " |", flush=True)
-            continue
-        plain = in_fresh_process(name, count, plain=True)
-        cells += [f"{plain['cpu_s']:.2f} s, {plain['extra_mb']:.0f} MB", shown]
-        cells += [
-            f"{plain['cpu_s'] / ours['cpu_s']:.1f}x",
-            f"{plain['extra_mb'] / max(ours['extra_mb'], 0.1):.0f}x",
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
-    for steps in (25, 50):
-        run = num_sequences(steps, shift=1.0, guidance_trunc=0.9)
-        print(f"| P6: sequences of {steps} guided steps | | {2 * steps} | {run} | | |")
+    grid_tables(LEVELS, None)  # makes the tables if this is the first time
+    print_rows(arguments.rows or list(ROWS), arguments.scale)
+    if not arguments.rows:
+        print_growth(arguments.scale)
+        print_linearity()
 
 
 if __name__ == "__main__":

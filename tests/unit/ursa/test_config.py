@@ -65,7 +65,8 @@ def test_unknown_key_is_named_with_its_place():
         ({"sead": 1}, "sead: unknown key; did you mean 'seed'?"),
         (
             {"path": {"zzz": 1}},
-            "path.zzz: unknown key; it takes schedule, max_deviation, distance, weights, metric, alpha, c",
+            "path.zzz: unknown key; it takes schedule, max_deviation, distance, weights, metric, "
+            "alpha, c",
         ),
     ],
 )
