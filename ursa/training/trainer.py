@@ -9,6 +9,7 @@ References:
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,8 @@ class Trainer:
         self.samples = samples
         self.max_prompt_length = max_prompt_length
         self.group = group
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: dict[int, Future[NoisyBatch]] = {}
         self.optimizer = build_optimizer(model, config)
         self.average: AveragedModel = build_average(model, config)
 
@@ -112,6 +115,14 @@ class Trainer:
             seeds=[address_seed(self.seed, self.stage, step, place) for place in places],
         )
 
+    def _loaded(self, step: int) -> NoisyBatch:
+        """Return the batch of a step; that of the next is made while this one is learned from."""
+        ahead = self._ahead
+        batch = ahead.pop(step).result() if step in ahead else self.noisy_batch(step)
+        if step + 1 < self.config.max_steps:
+            ahead[step + 1] = self._loader.submit(self.noisy_batch, step + 1)
+        return batch
+
     def step(self, step: int) -> dict[str, float]:
         """Do one optimizer step.
 
@@ -131,7 +142,7 @@ class Trainer:
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self.noisy_batch(step)
+        batch = self._loaded(step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._add_gradients(batch)
