@@ -1,3 +1,5 @@
+"""From a directory of foreign videos to selected clips, each decoded in a process of its own."""
+
 import json
 import logging
 import os
@@ -11,7 +13,6 @@ from ursa.config import SelectionConfig
 from ursa.data.clips import read_clips, read_failures, read_selection
 from ursa.errors import DataError, FailureBudgetExceeded, ShardFormatError, StorageError
 from ursa.ingestion import (
-    captions_digest,
     commit_clips,
     discover_videos,
     has_unstable_failures,
@@ -184,24 +185,6 @@ def test_too_many_failures_stop_the_run(ingested, tmp_path):
         ingest(source, output, config)
 
 
-def test_source_without_clips_is_an_error(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "page.mp4").write_text("<html>")
-    with pytest.raises(DataError, match=r"no clip in 1 files.*1 not_a_video"):
-        ingest(source, tmp_path / "data")
-
-
-def test_missing_or_empty_source_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
-        discover_videos(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="holds no files"):
-        discover_videos(str(tmp_path))
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="holds 1 files, but none"):
-        discover_videos(str(tmp_path))
-
-
 def test_single_file_is_a_source(tmp_path):
     path = media.save_video(tmp_path / "a b.mp4", media.panning(30, step=2, height=72), 24.0)
     clips = ingest(path, tmp_path / "data")
@@ -225,15 +208,6 @@ def test_file_that_changes_or_goes_is_a_failure_that_is_not_kept(tmp_path):
     path.write_bytes(original)
     assert plan_ingestion(str(tmp_path), [source], data, CONFIG).todo == (source,)
     assert ingest_video(source, data, CONFIG).failure is None
-
-
-def test_captions_belong_to_the_source(tmp_path):
-    media.save_video(tmp_path / "a.mp4", media.panning(30, step=2, height=72), 24.0)
-    sources = discover_videos(str(tmp_path))
-    without = captions_digest(str(tmp_path), sources)
-    (tmp_path / "a.txt").write_text("a moving texture")
-    assert discover_videos(str(tmp_path)) == sources
-    assert captions_digest(str(tmp_path), sources) != without
 
 
 def test_a_set_without_files_that_failed_for_now_is_not_final(tmp_path):
