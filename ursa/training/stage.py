@@ -203,7 +203,10 @@ def transformer_config(request: StageRequest) -> TransformerConfig:
 
 def build_path(request: StageRequest) -> MetricPath:
     """Return the metric path of a run: its codebook with the fixed or the fitted schedule."""
-    codebook = load_codebook(request.visual_tokenizer)
+    return _path_of(request, load_codebook(request.visual_tokenizer))
+
+
+def _path_of(request: StageRequest, codebook: torch.Tensor) -> MetricPath:
     config = request.config.path
     if config.schedule == "fixed":
         return MetricPath(codebook, alpha=config.alpha, c=config.c)
@@ -231,11 +234,10 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
 
 def _build_trainer(request: StageRequest, group: Group) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
-    path = build_path(request)
+    codebook = load_codebook(request.visual_tokenizer)
+    path = _path_of(request, codebook)
     model = build_transformer(
-        transformer_config(request),
-        seed=request.config.seed,
-        codebook=load_codebook(request.visual_tokenizer),
+        transformer_config(request), seed=request.config.seed, codebook=codebook
     )
     if request.init_from is not None:
         _, state = load_checkpoint(request.init_from.uri)
