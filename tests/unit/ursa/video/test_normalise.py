@@ -201,6 +201,14 @@ def test_damaged_packets_are_counted_or_hidden_but_end_nothing(tmp_path):
     assert normalised(path, tmp_path / "work").clips
 
 
+@pytest.fixture(scope="module")
+def two_seconds(tmp_path_factory):
+    folder, frames = tmp_path_factory.mktemp("two-seconds"), media.panning(48, step=1)
+    return {
+        suffix: media.save_video(folder / f"a{suffix}", frames, 24.0) for suffix in (".mp4", ".mkv")
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -213,9 +221,8 @@ def test_damaged_packets_are_counted_or_hidden_but_end_nothing(tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_limits(tmp_path, suffix, changes, reason):
-    path = media.save_video(tmp_path / f"a{suffix}", media.panning(48, step=1), 24.0)
-    assert reason_of(path, tmp_path / "work", **changes) is reason
+def test_limits(two_seconds, tmp_path, suffix, changes, reason):
+    assert reason_of(two_seconds[suffix], tmp_path / "work", **changes) is reason
 
 
 def test_sound_only(tmp_path):
