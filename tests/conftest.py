@@ -1,9 +1,17 @@
 """Fixtures and the markers that follow from a test's directory."""
+# ruff: noqa: E402
 
+import gc
 import logging
 import os
 from pathlib import Path
 
+# what is imported stays: the collector shall not look through it again and again
+gc.disable()
+# what other libraries add to Hypothesis (trio a full collection) no test needs
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
+
+import cv2
 import pytest
 import torch
 
@@ -12,6 +20,7 @@ from ursa.artifacts import StageRequest, TokenDatasets
 from ursa.config import RunConfig
 
 torch.set_num_threads(1)
+cv2.setNumThreads(1)
 # tests of tasks import Prefect, which then handles the library's lines; here no flow reads them
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 
@@ -22,6 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         directory = item.path.relative_to(root).parts[0]
         if directory in {"integration", "e2e"}:
             item.add_marker(directory)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

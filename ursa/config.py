@@ -5,6 +5,7 @@ it. Every key is checked: an unknown one is an error that names it. Configuratio
 result of a run; where a run takes place (addresses, pool sizes) is in `tasks.settings`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -357,9 +358,15 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> RunC
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    return parse_config(_merge(_read_preset(preset), overrides or {}))
+
+
+@functools.cache
+def _read_preset(preset: str) -> Mapping[str, Any]:
+    """Return the values of a preset, parsed once a process: nobody changes them."""
     text = resources.files("ursa.presets").joinpath(f"{preset}.yaml").read_text("utf-8")
-    values = _merge(yaml.safe_load(text), overrides or {})
-    return parse_config(values)
+    values: Mapping[str, Any] = yaml.safe_load(text)
+    return values
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig, tile_slices
 from ursa.tokenizers.visual import AutoencoderTokenizer
 
 
+@functools.cache
 def build(sample_frames):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

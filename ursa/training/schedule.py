@@ -160,7 +160,7 @@ def fit_path(
     done = storage.load_record(uri, FittedSchedule)
     if done is not None:
         return CommittedSchedule(done, folder_uri)
-    codebook = load_path_codebook(tokenizer, config)
+    codebook = SchedulerConfig(metric=config.metric).codebook(*load_codes(tokenizer))
     weights = None
     if counts:
         found = TokenSamples(datasets.video_train).code_counts(len(codebook))
@@ -197,17 +197,35 @@ def scheduler_config(request: StageRequest, *, shift: float = 1.0) -> SchedulerC
 
 
 def build_path(request: StageRequest) -> MetricPath:
-    """Return the metric path of a run: its codebook with its schedule."""
-    codebook = load_path_codebook(request.visual_tokenizer, request.config.path)
-    return MetricPath(codebook, schedule=scheduler_config(request).schedule())
+    """Return the metric path of a run: its codebook with its schedule.
 
+    Args:
+        request: Any stage of the run; a schedule that is fitted is committed below its output.
 
-def load_path_codebook(tokenizer: TokenizerRef, config: PathConfig) -> Codebook:
-    """Return what the path of a committed visual tokenizer measures distances on.
+    Returns:
+        The path on the CPU, in float32.
 
     Raises:
-        ConfigError: If the product path is asked for without an FSQ tokenizer.
+        ConfigError: If there is no visual tokenizer where the request says, or its codes do not
+            have what the path asks for.
+    """
+    return path_over(request, *load_codes(request.visual_tokenizer))
+
+
+def path_over(
+    request: StageRequest, codes: torch.Tensor, levels: tuple[int, ...] | None
+) -> MetricPath:
+    """Return the path of `build_path` over the codes of its tokenizer, which are at hand."""
+    scheduler = scheduler_config(request)
+    return MetricPath(scheduler.codebook(codes, levels), schedule=scheduler.schedule())
+
+
+def load_codes(tokenizer: TokenizerRef) -> tuple[torch.Tensor, tuple[int, ...] | None]:
+    """Return the codes of a committed visual tokenizer, shape (V, D), and its FSQ levels if any.
+
+    Raises:
+        ConfigError: If there is no tokenizer.
     """
     with storage.local_directory(tokenizer.directory_uri) as folder:
         visual = load_visual_tokenizer(folder)
-    return SchedulerConfig(metric=config.metric).codebook(visual.codebook, visual.levels)
+    return visual.codebook, visual.levels

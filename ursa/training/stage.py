@@ -21,7 +21,6 @@ from ursa.data.dataset import TokenSamples
 from ursa.errors import CheckpointError, TrainingError
 from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
-from ursa.tokenizers.visual import load_visual_tokenizer
 from ursa.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -30,7 +29,7 @@ from ursa.training.checkpoint import (
     training_state,
 )
 from ursa.training.distributed import Group, current_group
-from ursa.training.schedule import build_path
+from ursa.training.schedule import load_codes, path_over
 from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
 
 logger = logging.getLogger(__name__)
@@ -226,19 +225,6 @@ def transformer_config(request: StageRequest) -> TransformerConfig:
     )
 
 
-def load_codebook(tokenizer: TokenizerRef) -> torch.Tensor:
-    """Return the codebook of a committed visual tokenizer, shape (V, D).
-
-    Args:
-        tokenizer: The committed tokenizer.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    with storage.local_directory(tokenizer.directory_uri) as folder:
-        return load_visual_tokenizer(folder).codebook
-
-
 def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
     """Return a committed text tokenizer.
 
@@ -254,12 +240,9 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
 
 def _build_trainer(request: StageRequest, group: Group) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
-    path = build_path(request)
-    model = build_transformer(
-        transformer_config(request),
-        seed=request.config.seed,
-        codebook=load_codebook(request.visual_tokenizer),
-    )
+    codes, levels = load_codes(request.visual_tokenizer)
+    path = path_over(request, codes, levels)
+    model = build_transformer(transformer_config(request), seed=request.config.seed, codebook=codes)
     if request.init_from is not None:
         # a stage starts from the average of the one before: less noise than the last weights
         _take_average(model, request.init_from)

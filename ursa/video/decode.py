@@ -175,7 +175,7 @@ def _read_with_pyav(path: Path, indices: list[int]) -> np.ndarray:
         with av.open(path.as_posix(), format="mp4") as container:
             for frame in container.decode(video=0):
                 if count in wanted:
-                    found[count] = frame.to_ndarray(format="rgb24")
+                    found[count] = frame.to_ndarray(format="rgb24", threads=1)
                 count += 1
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise VideoDecodeError(f"{path}: cannot be read ({error})") from error

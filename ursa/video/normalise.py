@@ -127,8 +127,9 @@ def upright_picture(frame: av.VideoFrame, geometry: Geometry) -> np.ndarray:
     quarter_turns = geometry.rotation_deg // 90
     if quarter_turns % 2:
         width_px, height_px = height_px, width_px
+    # one thread: by default every frame starts as many as there are processors
     picture = frame.to_ndarray(
-        format="rgb24", width=width_px, height=height_px, interpolation="AREA"
+        format="rgb24", width=width_px, height=height_px, interpolation="AREA", threads=1
     )
     return np.ascontiguousarray(np.rot90(picture, quarter_turns))
 
@@ -478,7 +479,7 @@ class Sampler:
         width_px = min(DETECTOR_WIDTH_PX, 2 * (frame.width // 2))
         height_px = max(16, round(frame.height * width_px / frame.width))
         small = frame.to_ndarray(
-            format="bgr24", width=width_px, height=height_px, interpolation="AREA"
+            format="bgr24", width=width_px, height=height_px, interpolation="AREA", threads=1
         )
         return self._detector.is_cut(small) or is_break
 

@@ -147,7 +147,7 @@ def test_it_learns(make_request):
 
 
 def test_sigterm_saves_first(make_request):
-    request, steps = make_request(max_steps=50, checkpoint_every=50), []
+    request, steps = make_request(max_steps=12, checkpoint_every=12), []
 
     def terminate(step, _metrics):
         steps.append(step)
@@ -160,7 +160,7 @@ def test_sigterm_saves_first(make_request):
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     train_stage(request, on_metrics=lambda step, _: steps.append(step))
-    assert steps == list(range(1, 51))
+    assert steps == list(range(1, 13))
 
 
 def test_divergence_stops_before_the_update(make_request, monkeypatch):

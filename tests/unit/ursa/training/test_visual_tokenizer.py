@@ -12,18 +12,24 @@ from ursa.tokenizers.visual import load_visual_tokenizer, save_visual_tokenizer
 from ursa.training import visual_tokenizer as module
 from ursa.training.text_tokenizer import fit_text_tokenizer
 from ursa.training.visual_tokenizer import fit_visual_tokenizer
-from ursa.video.decode import video_info
+from ursa.video.decode import read_frames, video_info
+from ursa.video.encode import VideoWriter
 
 VIDEOS = Path(__file__).parents[3] / "data" / "videos"
 
 
 @pytest.fixture(scope="module")
 def selection(tmp_path_factory):
-    paths = [VIDEOS / name for name in ("tree_hand.mp4", "cardboard_box.mp4")]
-    clips = [
-        factories.clip_of(path, caption=factories.CAPTIONS[i], info=video_info(path), index=i)
-        for i, path in enumerate(paths)
-    ]
+    """Two real videos, small and slow, as reading them is not what is tested."""
+    folder, clips = tmp_path_factory.mktemp("clips"), []
+    for index, name in enumerate(("tree_hand.mp4", "cardboard_box.mp4")):
+        every_third = range(0, video_info(VIDEOS / name).num_frames, 3)
+        frames = read_frames(VIDEOS / name, every_third, height_px=72, width_px=128)
+        with VideoWriter(folder / name, width_px=128, height_px=72, fps=8.0) as writer:
+            for frame in frames:
+                writer.add(frame)
+        caption, info = factories.CAPTIONS[index], video_info(folder / name)
+        clips.append(factories.clip_of(folder / name, caption=caption, info=info, index=index))
     uri = str(tmp_path_factory.mktemp("selection"))
     return factories.commit_selection(uri, clips, num_validation=1)
 
@@ -32,7 +38,9 @@ def config(**changes):
     return factories.tiny_config({"visual_tokenizer": {"max_steps": 30, **changes}})
 
 
-FITTED = config(max_steps=60, hidden_channels=24, batch_size=4, augmented_fraction=0.5)
+FITTED = config(
+    max_steps=60, hidden_channels=24, batch_size=4, augmented_fraction=0.5, checkpoint_every=30
+)
 
 
 @pytest.fixture(scope="module")
