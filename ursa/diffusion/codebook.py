@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ursa.diffusion.draws import check_ids, check_like, draw
+from ursa.diffusion.draws import check_ids, check_like, draw, in_full_precision
 from ursa.errors import ConfigError
 
 NORM_FLOOR = 1e-5
@@ -124,7 +124,7 @@ class DenseCodebook:
             DataError: If an id is not in [0, V).
         """
         x_1 = check_ids("x_1", x_1, len(self))
-        result = torch.empty_like(x_1)
+        result = torch.empty_like(x_1, memory_format=torch.contiguous_format)
         for ids, b, u, out in self._parts(x_1, beta, uniform, result):
             out.copy_(draw(self._weights(ids, b), u))
         return result
@@ -194,7 +194,7 @@ class DenseCodebook:
         """
         x_1 = check_ids("x_1", x_1, len(self))
         x_t = check_like("x_t", x_t, x_1, len(self))
-        result = torch.empty_like(x_1)
+        result = torch.empty_like(x_1, memory_format=torch.contiguous_format)
         for here, ids, b, u, out in self._parts(x_t, x_1, beta, uniform, result):
             flow, _ = self._flow(here, ids, b)
             # a row without flow is defined by a single weight, where the token is
@@ -261,7 +261,7 @@ class DenseCodebook:
         Raises:
             ConfigError: If the weights are not as stated, or all zero.
         """
-        share = weighted_share(weights, len(self))
+        share = weighted_share(weights, len(self)).to(self.codes.device)
         ids = share.nonzero().squeeze(-1)
         totals = torch.zeros(2, len(beta), dtype=torch.float64)
         for rows, part in zip(self._split(ids), self._split(share[ids]), strict=True):
@@ -274,8 +274,8 @@ class DenseCodebook:
                 first = torch.linalg.vecdot(probs, length)
                 product = probs * (length - first.unsqueeze(-1))
                 second = torch.linalg.vecdot(product, distance)
-                totals[0, place] += part @ first.double()
-                totals[1, place] += part @ second.double()
+                totals[0, place] += float(part @ first.double())
+                totals[1, place] += float(part @ second.double())
         return Moments(totals[0], totals[1])
 
     def collisions(self) -> int:
@@ -290,7 +290,8 @@ class DenseCodebook:
         return 1e-6 if self.codes.dtype == torch.float32 else SAME_DISTANCE
 
     def _distance(self, ids: Tensor) -> Tensor:
-        return (self._left[ids] @ self._right).clamp_(min=0)
+        with in_full_precision(self.codes.device):
+            return (self._left[ids] @ self._right).clamp_(min=0)
 
     def _between(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the squared distance of codes x and y, shape (...); 0 where they are the same."""
@@ -298,12 +299,16 @@ class DenseCodebook:
         return torch.where(distance < SAME_DISTANCE, torch.zeros_like(distance), distance)
 
     def _weights(self, ids: Tensor, beta: Tensor) -> Tensor:
-        """Return exp(-b d) of every code, shape (R, V); their sum is about 1 or more."""
+        """Return exp(-b d) of every code, shape (R, V), a row up to a factor."""
         scaled = self._left[ids].mul_(-beta.to(self._left.dtype).unsqueeze(-1))
-        return _exponential(scaled @ self._right, beta)
+        with in_full_precision(self.codes.device):
+            return _exponential(scaled @ self._right, beta)
 
     def _flow(self, x_t: Tensor, ids: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return exp(-b d) relu(d(x_t) - d) and exp(-b d) of every code, shape (R, V) each."""
+        """Return exp(-b d) relu(d(x_t) - d) and exp(-b d) of every code, shape (R, V) each.
+
+        A row of both is up to one factor.
+        """
         distance = self._distance(ids)
         flow = (distance.gather(-1, x_t.unsqueeze(-1)) - distance).clamp_(min=0)
         exponents = distance.mul_(-beta.to(distance.dtype).unsqueeze(-1))
@@ -324,9 +329,12 @@ class DenseCodebook:
 
 
 def _exponential(exponents: Tensor, beta: Tensor) -> Tensor:
-    """Return exp in place; rounding of a distance near 0 matters where beta is large."""
+    """Return exp in place, of a row up to a factor.
+
+    Where beta is large so is the rounding of its largest exponent, which is near 0.
+    """
     if beta.numel() and float(beta.max()) > _LARGE_BETA:
-        exponents.clamp_(min=_LEAST_EXPONENT, max=0)
+        exponents.sub_(exponents.amax(-1, keepdim=True)).clamp_(min=_LEAST_EXPONENT)
     return exponents.exp_()
 
 

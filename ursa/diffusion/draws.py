@@ -35,17 +35,24 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     whole = size // _BLOCK * _BLOCK
     # a product with ones: a sum over 256 is four times as slow
     ones = torch.ones(_BLOCK, dtype=weights.dtype, device=weights.device)
-    blocks = weights[..., :whole].unflatten(-1, (-1, _BLOCK)) @ ones
+    with in_full_precision(weights.device):
+        blocks = weights[..., :whole].unflatten(-1, (-1, _BLOCK)) @ ones
     if whole < size:
         blocks = torch.cat([blocks, weights[..., whole:].sum(-1, keepdim=True)], dim=-1)
     sums = blocks.cumsum(-1)
     target = uniform.unsqueeze(-1) * sums[..., -1:]
     block = _first_above(sums, target)
-    target = target - (sums - blocks).gather(-1, block)
+    # rounding can leave less than nothing, which would draw a first weight of zero
+    target = (target - (sums - blocks).gather(-1, block)).clamp_(min=0)
     columns = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
     inside = weights.gather(-1, columns.clamp_max(size - 1)).masked_fill_(columns >= size, 0)
     index = block * _BLOCK + _first_above(inside.cumsum(-1), target)
     return index.squeeze(-1)
+
+
+def in_full_precision(device: torch.device) -> torch.autocast:
+    """Return a context without autocast: distances and rates in half precision are off by 0.1."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ def _first_above(sums: Tensor, target: Tensor) -> Tensor:
     A target at or above the last sum, which rounding can make, counts as just below it.
     """
     below = torch.nextafter(sums[..., -1:], sums.new_zeros(()))
-    return torch.searchsorted(sums, torch.minimum(target, below), right=True)
+    return torch.searchsorted(sums, torch.minimum(target, below).contiguous(), right=True)
 
 
 def draw_multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:

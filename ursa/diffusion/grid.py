@@ -42,6 +42,8 @@ _VERSION = 1
 """Of the tables in the cache."""
 _MAX_CODES = 2**16
 """Ids of the tables are 16 bits."""
+_MAX_ENTRIES = 10**8
+"""Orbits times codes; the published grid has 7.7e7."""
 _SMALL_CODES = 4096
 """Tables of fewer codes are made faster than read."""
 _ROWS = 60
@@ -111,7 +113,8 @@ class GridCodebook(DenseCodebook):
         """Make or read the tables.
 
         Args:
-            levels: FSQ levels of each axis, each >= 2; at most 65,536 codes.
+            levels: FSQ levels of each axis, each >= 2; at most 65,536 codes, and symmetric enough
+                (`has_small_tables`).
             dtype: As in `DenseCodebook`; orbit sums are float64 in any case.
             cache: Directory for the tables of large grids (230 MB for the published one, made once
                 in some seconds and then memory-mapped); None is the user's cache directory.
@@ -120,6 +123,11 @@ class GridCodebook(DenseCodebook):
             ConfigError: If the levels are not as stated.
         """
         super().__init__(grid_codes(levels), dtype)
+        if not has_small_tables(tuple(levels)):
+            raise ConfigError(
+                f"an FSQ grid of levels {tuple(levels)} has too little symmetry for tables: "
+                f"{num_orbits(tuple(levels))} orbits of {len(self)} codes; take DenseCodebook"
+            )
         self.levels = tuple(levels)
         self._tables = grid_tables(self.levels, cache)
         digits, self._basis = _digits(self.levels)
@@ -153,7 +161,7 @@ class GridCodebook(DenseCodebook):
         probability exp(-b (d - low)): nine times of ten.
         """
         x_1 = check_ids("x_1", x_1, len(self))
-        result = torch.empty_like(x_1)
+        result = torch.empty_like(x_1, memory_format=torch.contiguous_format)
         flat = (x_1.reshape(-1), beta, uniform)
         places = [each.to(x_1.device).expand(x_1.shape).reshape(-1) for each in flat[1:]]
         parts = zip(
@@ -389,6 +397,22 @@ def grid_codes(levels: tuple[int, ...]) -> Tensor:
     return digits.float() / (torch.tensor(levels) // 2)
 
 
+def num_orbits(levels: tuple[int, ...]) -> int:
+    """Return the number of orbits of a grid: a multiset of levels or magnitudes for each group."""
+    count = 1
+    for level in set(levels):
+        values = (level + 1) // 2 if level % 2 else level
+        count *= math.comb(values + levels.count(level) - 1, levels.count(level))
+    return count
+
+
+def has_small_tables(levels: tuple[int, ...]) -> bool:
+    """Return whether a grid is symmetric enough for tables that fit: up to 1e8 entries."""
+    return (
+        math.prod(levels) <= _MAX_CODES and num_orbits(levels) * math.prod(levels) <= _MAX_ENTRIES
+    )
+
+
 def match_grid(codes: Tensor, levels: tuple[int, ...]) -> bool:
     """Return whether codes, shape (V, C), point where those of an FSQ grid do, within 1e-6."""
     if math.prod(levels) > _MAX_CODES or codes.shape != (math.prod(levels), len(levels)):
@@ -420,15 +444,29 @@ def grid_tables(levels: tuple[int, ...], cache: Path | None = None) -> GridTable
         return _build_tables(levels)
     root = cache or Path(platformdirs.user_cache_dir("ursa"))
     folder = root / f"fsq-grid-v{_VERSION}-{'x'.join(map(str, levels))}"
+    found = _read_tables(folder)
+    if found is not None:
+        return found
+    made = _build_tables(levels)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _store_tables(made, folder)
+    except OSError as error:
+        logger.warning("tables of the FSQ grid are not kept: %s", error)
+    return _read_tables(folder) or made
+
+
+def _read_tables(folder: Path) -> GridTables | None:
+    """Map the tables of a directory; None if there are none, or damaged ones, which then go."""
     if not folder.is_dir():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _store_tables(_build_tables(levels), folder)
-        except OSError as error:
-            logger.warning("tables of the FSQ grid are not kept: %s", error)
-            return _build_tables(levels)
-    # copy on write: torch has no read-only tensors
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in GridTables._fields)
+        return None
+    try:
+        # copy on write: torch has no read-only tensors
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in GridTables._fields]
+    except (OSError, ValueError) as error:
+        logger.warning("tables of the FSQ grid are damaged and made again: %s", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
     return GridTables(*map(torch.from_numpy, arrays))
 
 
@@ -438,6 +476,7 @@ def _store_tables(tables: GridTables, folder: Path) -> None:
     try:
         for name, array in tables._asdict().items():
             np.save(scratch / f"{name}.npy", array.numpy())
+        scratch.chmod(0o755)  # others may share the cache
         scratch.rename(folder)
     except OSError:
         # another process may have been faster

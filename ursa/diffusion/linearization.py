@@ -17,15 +17,17 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import brentq, minimize
 from torch import Tensor
 
+from ursa.diffusion.codebook import weighted_share
 from ursa.diffusion.path import Codebook
 from ursa.diffusion.schedule import PowerSchedule, Schedule, TabulatedSchedule
+from ursa.errors import ConfigError
 
 MAX_LOGIT = 9.2
 """End of the table: t from 1e-4 to 1 - 1e-4."""
 NUM_KNOTS = 129
 _LEAST_BETA = 1e-3
 """Below it the mean is a straight line in beta."""
-_COARSE, _FINE = 0.4, 0.02
+_COARSE, _FINE = 0.4, 0.015
 """Steps of log beta at first, and the most the relative mean may fall between two."""
 _MAX_ENTRIES = 2**25
 """Distances looked at for one beta: with more codes, some rows stand for all."""
@@ -45,10 +47,16 @@ class DistanceCurve:
             euclidean: Of the Euclidean distance instead of the squared one.
 
         Raises:
-            ConfigError: If the weights are not as `Codebook.moments` wants them.
+            ConfigError: If the weights are not as `Codebook.moments` wants them, or all codes are
+                the same.
         """
         self._codebook, self._weights, self._euclidean = codebook, weights, euclidean
         self.start, self._first_fall = self._at(-np.inf)
+        if self.start < 1e-6:
+            raise ConfigError(
+                "a schedule needs codes that differ: their mean distance is "
+                f"{self.start:.1g}, of {len(codebook)} codes"
+            )
         self.betas, self.means, falls = self._measure()
         self._log_mean = CubicHermiteSpline(
             np.log(self.betas), np.log(self.means), -self.betas * falls / self.means
@@ -138,7 +146,7 @@ def fit_schedule(
     Args:
         codebook: The codes. The mean is over all of them where the codebook knows how (FSQ grids)
             or is small; else over 2**25 / V rows drawn with a fixed seed, and what is reported is
-            measured on as many others.
+            measured on as many others, or those that are left.
         weights: How often each code is x_1, not negative, shape (V,); None is uniformly.
         euclidean: Make the Euclidean distance fall linearly, instead of the squared one.
 
@@ -148,7 +156,7 @@ def fit_schedule(
     Raises:
         ConfigError: If the weights are not as stated.
     """
-    chosen, others, num_rows = _rows(codebook, weights)
+    chosen, others, num_rows = sampled_rows(codebook, weights)
     curve = DistanceCurve(codebook, chosen, euclidean=euclidean)
     power, table = _fit_power(curve), _fit_table(curve)
     power_linearity, table_linearity = (
@@ -188,18 +196,25 @@ def measure_linearity(
     return Linearity(deviation, float(torch.corrcoef(torch.stack([t, mean]))[0, 1]))
 
 
-def _rows(codebook: Codebook, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return weights to fit and to check with, and how many codes the first are of."""
+def sampled_rows(
+    codebook: Codebook, weights: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return weights of rows that stand for all, of others to check with, and their number.
+
+    All rows where the codebook's moments cost little or there are few; else 2**25 / V of those
+    that are used, drawn with a fixed seed.
+    """
     size = len(codebook)
-    if codebook.has_fast_moments or size**2 <= _MAX_ENTRIES:
-        return weights, weights, size
-    count = _MAX_ENTRIES // size
-    own = torch.ones(size) if weights is None else weights
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    share = weighted_share(weights, size)
+    used = share.nonzero().squeeze(-1)
+    count = max(1, _MAX_ENTRIES // size)
+    if codebook.has_fast_moments or len(used) <= count:
+        return weights, weights, len(used)
+    order = used[torch.randperm(len(used), generator=torch.Generator().manual_seed(0))]
     parts = []
     for rows in (order[:count], order[count : 2 * count]):
         part = torch.zeros(size, dtype=torch.float64)
-        part[rows] = own[rows].double()
+        part[rows] = share[rows]
         parts.append(part)
     return parts[0], parts[1], count
 

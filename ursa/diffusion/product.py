@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ursa.diffusion.codebook import DenseCodebook, Moments, Numbers, weighted_share
-from ursa.diffusion.draws import check_ids, check_like, draw
+from ursa.diffusion.draws import check_ids, check_like, draw, hashed_numbers
 from ursa.errors import ConfigError
 
 
@@ -138,14 +138,15 @@ class ProductCodebook:
     ) -> Tensor:
         """Run the jump process from beta to beta_next. See `DenseCodebook.exact_step`.
 
-        The axes do not wait for each other, so each runs alone.
+        The axes do not wait for each other, so each runs alone, with numbers of its own: how often
+        it asks must not move those of the next.
         """
         x_1 = check_ids("x_1", x_1, len(self))
         x_t = check_like("x_t", x_t, x_1, len(self))
         triples = zip(self._axes, self._split(x_t), self._split(x_1), strict=True)
         return self._join(
             [
-                axis.exact_step(here, clean, beta, beta_next, numbers)
+                axis.exact_step(here, clean, beta, beta_next, _numbers(numbers()[0]))
                 for axis, here, clean in triples
             ]
         )
@@ -191,3 +192,9 @@ class ProductCodebook:
         return torch.stack(
             [digit * basis for digit, basis in zip(digits, self._basis, strict=True)]
         ).sum(0)
+
+
+def _numbers(seeds: Tensor) -> Numbers:
+    """Return a source of three numbers a token, shape (3, ...), from one seed a token."""
+    sequence = hashed_numbers(seeds)
+    return lambda: torch.stack([next(sequence) for _ in range(3)])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ursa.config import FrozenModel
 from ursa.diffusion.codebook import DenseCodebook
-from ursa.diffusion.grid import GridCodebook, match_grid
+from ursa.diffusion.grid import GridCodebook, has_small_tables, match_grid
 from ursa.diffusion.path import Codebook, MetricPath, MixturePath
 from ursa.diffusion.product import ProductCodebook
 from ursa.diffusion.schedule import PowerSchedule, Schedule, TabulatedSchedule
@@ -154,7 +154,9 @@ class SchedulerConfig(FrozenModel):
                     "take 'normalized' for others"
                 )
             return ProductCodebook(levels)
-        return GridCodebook(levels) if is_grid and levels is not None else DenseCodebook(codes)
+        if is_grid and levels is not None and has_small_tables(levels):
+            return GridCodebook(levels)
+        return DenseCodebook(codes)
 
     def path(
         self, codes: Tensor, levels: tuple[int, ...] | None = None

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ursa.diffusion.clocks import checked_times, equal_drops, linear_times
+from ursa.diffusion.clocks import checked_times, distance_by_time, equal_drops
 from ursa.diffusion.draws import check_ids
 from ursa.diffusion.path import MetricPath
 from ursa.diffusion.timesteps import inference_times
@@ -126,6 +126,7 @@ class UrsaPipeline:
         self.defaults = defaults
         self.codebook = visual_tokenizer.codebook if codebook is None else codebook
         self.path = scheduler.path(self.codebook, visual_tokenizer.levels).to(self.device)
+        self._distance_by_time: tuple[list[float], list[float]] | None = None
         self.interrupt = False
         self._progress: dict[str, Any] = {"disable": None}  # shown on terminals only
 
@@ -341,8 +342,9 @@ class UrsaPipeline:
             solver: "exact" carries every token by the jump process of its x_1 without an error of
                 time, so that few steps do; "euler" is the step of the paper; "euler_beta" holds the
                 rates over a step as that does, but in the path's own time.
-            draw_order: "official" draws in the order of the official code: on a CPU the same seed
-                gives the same tokens; it takes one generator and no temperature.
+            draw_order: "official" draws in the order of the official code, along the path of the
+                model: on a CPU the same seed gives the same tokens. It takes one generator, Euler
+                steps and no temperature, top_k or top_p.
             output_type: See `UrsaOutput`.
             return_dict: Accepted as diffusers has it: the output is a tuple of the frames anyway.
             callback_on_step_end: Called as callback(pipe, step, t, {"latents": codes}) after every
@@ -387,7 +389,20 @@ class UrsaPipeline:
             solver=sampling.solver,
             draw_order=sampling.draw_order,
         )
-        times = self._times(_or(clock, asked.clock), num_steps, shift)
+        is_official = draw_order == "official"
+        if is_official and (
+            top_k is not None
+            or top_p is not None
+            or sampling.temperature != 1
+            or sampling.solver != "euler"
+        ):
+            raise ConfigError(
+                'draw_order "official" draws as the official code does: leave top_k and top_p out, '
+                f'temperature at 1 and solver at "euler"; got top_k={top_k}, top_p={top_p}, '
+                f"temperature={sampling.temperature}, solver={sampling.solver}"
+            )
+        grid = _or(clock, "official" if is_official else asked.clock)
+        times = self._times(grid, num_steps, shift)
         sampling = replace(sampling, times=tuple(times.tolist()))
         copies = _or(num_images_per_prompt, num_videos_per_prompt)
         text_ids, negative_ids = self._prompts(
@@ -456,7 +471,9 @@ class UrsaPipeline:
             case "linear":
                 if not isinstance(self.path, MetricPath):
                     raise ConfigError("clock 'linear' needs a metric path; take 'official'")
-                return linear_times(num_steps, self.path)
+                if self._distance_by_time is None:
+                    self._distance_by_time = distance_by_time(self.path)
+                return equal_drops(num_steps, *self._distance_by_time)
             case "entropy":
                 curve = self.defaults.loss_curve
                 if not curve:

@@ -250,7 +250,7 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
         path: The probability path.
         text_tokenizer: Turns captions into ids.
         samples: What is measured on.
-        timesteps: Times t in [0, 1].
+        timesteps: Times t in [0, 1).
         batch_size: Samples at once.
         max_samples: Samples used at most, evenly spread.
         max_prompt_length: Ids a prompt.

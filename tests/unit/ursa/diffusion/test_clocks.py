@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ursa.diffusion.clocks import checked_times, equal_drops, linear_times
+from ursa.diffusion.clocks import checked_times, distance_by_time, equal_drops
 from ursa.diffusion.grid import GridCodebook
 from ursa.diffusion.linearization import fit_schedule
 from ursa.diffusion.path import MetricPath
@@ -27,9 +27,12 @@ def test_a_linear_schedule_has_an_even_linear_clock():
     book = GridCodebook((8, 5, 5, 5))
     path = MetricPath(book, schedule=fit_schedule(book).table)
     torch.testing.assert_close(
-        linear_times(20, path), torch.arange(20, dtype=torch.float64) / 20, rtol=0, atol=2e-3
+        equal_drops(20, *distance_by_time(path)),
+        torch.arange(20, dtype=torch.float64) / 20,
+        rtol=0,
+        atol=2e-3,
     )
-    bent = linear_times(20, MetricPath(book, alpha=1.0, c=5.0))
+    bent = equal_drops(20, *distance_by_time(MetricPath(book, alpha=1.0, c=5.0)))
     means = book.moments(5 * bent / (1 - bent)).mean
     torch.testing.assert_close(means.diff(), means.diff().mean().expand(19), rtol=0.02, atol=0)
 

@@ -12,7 +12,7 @@ from ursa.diffusion.codebook import DenseCodebook
 from ursa.diffusion.grid import GridCodebook
 from ursa.diffusion.path import MaskedPath, MetricPath, MixturePath
 from ursa.diffusion.product import ProductCodebook
-from ursa.diffusion.solver import exact_step
+from ursa.diffusion.solver import euler_step, exact_step, jump_threshold
 from ursa.errors import ConfigError, DataError
 from ursa.tokenizers.quantizers import FSQuantizer
 
@@ -264,3 +264,76 @@ def test_weights_that_are_none_are_named():
         book.moments(beta, torch.ones(3))
     with pytest.raises(ConfigError, match="not all zero"):
         book.moments(beta, torch.zeros(600))
+
+
+@every_codebook
+def test_exact_steps_of_a_token_do_not_depend_on_its_neighbours(kind):
+    book = BOOKS[kind]
+    x_1, x_t = torch.randint(len(book), (2, 2, 60), generator=seeded(9))
+    beta, beta_next = torch.tensor(0.5), torch.tensor(9.0)
+
+    def step(rows):
+        """Every row has its own generator, as videos of a batch have."""
+        own = [seeded(20 + row) for row in rows]
+
+        def more():
+            drawn = [torch.rand(3, 60, generator=each, dtype=torch.float64) for each in own]
+            return torch.stack(drawn, dim=1)
+
+        return book.exact_step(x_t[rows], x_1[rows], beta, beta_next, more)
+
+    assert torch.equal(step([0, 1])[0], step([0])[0])
+
+
+@every_codebook
+def test_euler_steps_in_beta_have_their_law(kind):
+    """A jump with probability 1 - exp(-rate Delta beta), to a code in proportion to the flow."""
+    path = MetricPath(BOOKS[kind], alpha=0.8, c=2.0)
+    t, t_next = 0.3, 0.5
+    beta, beta_next = (float(path.beta(torch.tensor(x, dtype=torch.float64))) for x in (t, t_next))
+    flow = flows(kind, X_T, X_1, beta)
+    leaves = 1 - torch.exp(-flow.sum() * (beta_next - beta))
+    expected = leaves * flow / flow.sum()
+    expected[X_T] = 1 - leaves
+    x_1, x_t = torch.full((COUNT,), X_1), torch.full((COUNT,), X_T)
+    uniforms = torch.rand(2, COUNT, generator=seeded(10), dtype=torch.float64)
+    moved = euler_step(path, x_t, x_1, t=t, t_next=t_next, uniforms=uniforms, in_beta=True)
+    assert p_value(moved, expected) > LEAST_P
+    # the official step counts beta'(t) dt, which is another time
+    official = jump_threshold(path, x_t[:1], x_1[:1], t, t_next)
+    assert abs(float(official) - float(leaves)) > 0.01
+
+
+@every_codebook
+def test_any_layout_of_ids_is_taken(kind):
+    book, beta = BOOKS[kind], torch.tensor(2.0)
+    x_1, x_t = torch.randint(len(book), (2, 4, 6), generator=seeded(12))
+    numbers = uniform(24, 13).view(4, 6)
+    for operation in (book.noise, lambda *given: book.jump(x_t.T.contiguous(), *given)):
+        turned = operation(x_1.T, beta, numbers.T)
+        assert torch.equal(turned, operation(x_1.T.contiguous(), beta, numbers.T.contiguous()))
+    for shape in ((), (0,), (3, 0)):
+        ids = torch.zeros(shape, dtype=torch.int64)
+        assert book.noise(ids, beta, torch.zeros(shape)).shape == shape
+        assert book.rate(ids, ids, beta).shape == shape
+
+
+@every_codebook
+def test_late_in_the_path_a_token_is_its_code(kind):
+    book = BOOKS[kind]
+    x_1 = torch.arange(len(book))
+    for beta in (1e4, 1e9, 1e30):
+        drawn = book.noise(x_1, torch.tensor(beta), uniform(len(book), 14))
+        distance = book.distance(x_1).gather(-1, drawn.unsqueeze(-1))
+        assert float(distance.max()) < 1e-5
+
+
+@every_codebook
+def test_autocast_does_not_round_distances(kind):
+    book, beta = BOOKS[kind], torch.tensor(6.0)
+    x_1, x_t = torch.randint(len(book), (2, 40), generator=seeded(15))
+    plain = book.rate(x_t, x_1, beta), book.noise(x_1, beta, uniform(40, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = book.rate(x_t, x_1, beta), book.noise(x_1, beta, uniform(40, 16))
+    assert torch.equal(plain[0], cast[0])
+    assert torch.equal(plain[1], cast[1])

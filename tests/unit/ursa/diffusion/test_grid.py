@@ -7,6 +7,7 @@ from ursa.diffusion import grid
 from ursa.diffusion.codebook import DenseCodebook
 from ursa.diffusion.grid import GridCodebook, grid_tables, match_grid
 from ursa.errors import ConfigError
+from ursa.generation import SchedulerConfig
 from ursa.tokenizers.quantizers import FSQuantizer
 
 EVERY_LEVELS = [(5, 4, 3), (4, 4, 4, 4), (3, 5, 3, 8, 5), (2, 2), (7,), (8, 5, 5, 5)]
@@ -75,6 +76,39 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     assert len(book) == 48
     assert "tables of the FSQ grid are not kept" in caplog.text
     grid_tables.cache_clear()
+
+
+def test_damaged_tables_are_made_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(grid, "_SMALL_CODES", 10)
+    levels, x = (5, 4, 3), torch.arange(60)
+    for damage in (
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+    ):
+        grid_tables.cache_clear()
+        GridCodebook(levels, cache=tmp_path)
+        (folder,) = tmp_path.iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o755
+        damage(folder / "order.npy")
+        grid_tables.cache_clear()
+        caplog.clear()
+        book = GridCodebook(levels, cache=tmp_path)
+        assert "damaged and made again" in caplog.text
+        drawn = book.noise(x, torch.tensor(1e9), torch.rand(60))
+        assert (book.distance(x).gather(-1, drawn[:, None]) < 1e-6).all()
+    grid_tables.cache_clear()
+
+
+def test_a_grid_without_symmetry_has_no_tables():
+    assert grid.num_orbits((8, 8, 8, 5, 5, 5)) == 1200
+    for levels in EVERY_LEVELS:
+        assert grid.num_orbits(levels) == len(grid_tables(levels).representative)
+    levels = (16, 15, 14, 13)
+    assert not grid.has_small_tables(levels)
+    with pytest.raises(ConfigError, match="too little symmetry for tables: 12544 orbits"):
+        GridCodebook(levels)
+    codes = grid.grid_codes(levels)
+    assert type(SchedulerConfig().codebook(codes, levels)) is DenseCodebook
 
 
 def test_grids_are_known_by_their_directions():

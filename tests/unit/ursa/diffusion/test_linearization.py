@@ -9,6 +9,7 @@ from ursa.diffusion.linearization import DistanceCurve, fit_schedule, measure_li
 from ursa.diffusion.path import MetricPath
 from ursa.diffusion.product import ProductCodebook
 from ursa.diffusion.schedule import PowerSchedule
+from ursa.errors import ConfigError
 
 LEVELS = (8, 5, 5, 5)
 BOOKS = {
@@ -76,6 +77,22 @@ def test_the_euclidean_distance_and_frequencies_give_other_schedules(fits):
         < 1e-4
         < measure_linearity(BOOKS["grid"], weighted.table).max_deviation
     )
+
+
+def test_only_codes_that_are_used_are_sampled(monkeypatch):
+    monkeypatch.setattr(linearization, "_MAX_ENTRIES", 1000 * 20)
+    book = DenseCodebook(torch.randn(1000, 8, generator=torch.Generator().manual_seed(2)))
+    weights = torch.zeros(1000)
+    weights[:15] = 1
+    assert fit_schedule(book, weights).num_rows == 15
+    weights[:30] = 1
+    assert fit_schedule(book, weights).num_rows == 20
+
+
+@pytest.mark.parametrize("codes", [torch.ones(1, 3), torch.ones(7, 3)])
+def test_codes_that_are_all_the_same_have_no_schedule(codes):
+    with pytest.raises(ConfigError, match="needs codes that differ"):
+        fit_schedule(DenseCodebook(codes))
 
 
 def test_a_sample_of_rows_is_judged_by_others(monkeypatch):

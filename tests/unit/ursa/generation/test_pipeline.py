@@ -576,6 +576,22 @@ def test_clocks_say_when_steps_start(pipeline):
     assert entropy[1] > 0.5
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_p": 0.5}, {"temperature": 0.2}, {"solver": "exact"}]
+)
+def test_the_official_order_takes_what_the_official_code_does(pipeline, options):
+    with pytest.raises(ConfigError, match="draws as the official code does"):
+        pipeline("a tree", draw_order="official", **options)
+
+
+def test_the_official_order_has_the_official_clock(pipeline):
+    call = {"draw_order": "official", "output_type": "latent", "num_inference_steps": 4}
+    expected = pipeline("a tree", generator=seeded(), **call).frames
+    other = copy.copy(pipeline)
+    other.defaults = pipeline.defaults.model_copy(update={"clock": "entropy", "solver": "exact"})
+    assert torch.equal(other("a tree", generator=seeded(), **call).frames, expected)
+
+
 def test_clocks_that_do_not_fit_are_named(pipeline):
     for clock, steps, message in (
         ([0.0, 0.5], 3, "clock has 2 times for 3 num_inference_steps"),
