@@ -11,7 +11,10 @@ For every solver, clock and number of steps it draws clips for captions of the t
   the signs of its channels: local coherence;
 - nats a token that the model gives the clips, noised to t = 0.5.
 
-Rows of real windows are what a perfect sampler would get. Three seeds, mean and deviation.
+A seed chooses windows at random; clips are drawn for their captions and compared with the other
+windows, and so are the chosen windows themselves ("real"): about what a perfect sampler would get,
+or a little more, as windows of one clip resemble each other. The model was trained on all of them.
+Three seeds, mean and deviation.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from torch import Tensor
 from ursa import storage
 from ursa.artifacts import ExportedModel, TokenDatasets
 from ursa.config import FrozenModel
-from ursa.data.dataset import TokenSamples
+from ursa.data.dataset import TokenBatch, TokenSamples
 from ursa.diffusion.loss import linear_posterior_loss
 from ursa.generation import UrsaPipeline
 
@@ -40,6 +43,8 @@ SAMPLERS = (
     ("euler_beta", "entropy"),
 )
 POOL = 4
+Trial = tuple[int, TokenBatch, Tensor, Tensor]
+"""Seed, chosen windows, and features and pairs of the others."""
 Record = TypeVar("Record", bound=FrozenModel)
 
 
@@ -108,17 +113,20 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     samples = TokenSamples(datasets.video_train)
     codebook = pipeline.codebook
-    real = samples.batch(range(len(samples)))
-    everything = features(real.visual_ids, codebook)
-    shares = pair_shares(real.visual_ids, codebook)
-    chosen = samples.batch(samples.spread(arguments.clips))
+    trials = []
+    for seed in range(arguments.seeds):
+        order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+        chosen, others = samples.batch(order[: arguments.clips]), order[arguments.clips :]
+        rest = samples.batch(others).visual_ids
+        trials.append((seed, chosen, features(rest, codebook), pair_shares(rest, codebook)))
 
-    def measure(codes: Tensor, captions: Sequence[str], seed: int) -> list[float]:
+    def measure(codes: Tensor, trial: Trial) -> list[float]:
+        seed, chosen, rest, shares = trial
         variation = 0.5 * (pair_shares(codes, codebook) - shares).abs().sum()
         return [
-            1000 * energy_distance(features(codes, codebook), everything),
+            1000 * energy_distance(features(codes, codebook), rest),
             float(variation),
-            nats(pipeline, codes, captions, seed),
+            nats(pipeline, codes, chosen.captions, seed),
         ]
 
     def show(cells: Sequence[str], rows: Sequence[list[float]]) -> None:
@@ -129,28 +137,24 @@ def main() -> None:
     print(f"{arguments.clips} clips of {len(samples)} windows, {arguments.seeds} seeds\n")
     print("| solver | clock | forwards | energy distance x 1000 | pairs | nats |")
     print("|---|---|---|---|---|---|")
-    rows = []
-    for seed in range(arguments.seeds):
-        places = np.random.default_rng(seed).choice(len(samples), arguments.clips, replace=False)
-        part = samples.batch(places.tolist())
-        rows.append(measure(part.visual_ids, part.captions, seed))
+    rows = [measure(trial[1].visual_ids, trial) for trial in trials]
     show(["real windows", "", ""], rows)
     for solver, clock in SAMPLERS:
         for steps in arguments.steps:
             rows = []
-            for seed in range(arguments.seeds):
+            for trial in trials:
                 codes = pipeline(
-                    list(chosen.captions),
+                    list(trial[1].captions),
                     num_inference_steps=steps,
                     guidance_scale=1.0,
                     temperature=1.0,
                     flow_shift=1.0,
                     solver=solver,
                     clock=clock,
-                    generator=torch.Generator().manual_seed(1000 + seed),
+                    generator=torch.Generator().manual_seed(1000 + trial[0]),
                     output_type="latent",
                 ).frames
-                rows.append(measure(codes, chosen.captions, seed))
+                rows.append(measure(codes, trial))
             rests = solver == "euler" and pipeline.path.rests_at_start
             show([solver, clock, str(steps - rests)], rows)
 
