@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-steps
+.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-toy bench-steps
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test-slow: setup ## the slow ones
 
 bench: setup ## measure the core against the plain arithmetic of the official code: minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/core.py
+
+bench-toy: setup ## solvers and clocks with an exact denoiser: some minutes
+	PYTHONPATH=. $(BIN)/python tests/bench/toy.py
 
 bench-steps: setup ## quality against number of forwards on the newest model of `make run`
 	PYTHONPATH=. $(BIN)/python tests/bench/steps.py .ursa/data

@@ -75,8 +75,9 @@ def generate(
         video: A video to go on from: its last frames are the first ones of the clip.
         given_frames: How many frames of --video, or of the window before, are given, 1 + 4k; about
             half a window if left out.
-        noise: Noise of the given frames, 0 to 1; 0 keeps them, 0.1 lets them change a little.
-        num_frames: 1 + 4k frames; 1 is an image.
+        noise: Noise of the given frames, 0 to 1; 0 keeps them. The network draws what is noised
+            anew: a small model changes a lot from 0.05 on, a large one a little at 0.1.
+        num_frames: 1 + 4k frames, with --window any number; 1 is an image.
         window: Frames at once, 1 + 4k: a longer clip is made window by window.
         height: Pixels, divisible by 8.
         width: Pixels, divisible by 8.

@@ -512,6 +512,8 @@ class UrsaPipeline:
         """Return ids of the prompts and negative prompts, one row a video, shape (B, L) each."""
         if copies < 1:
             raise ConfigError(f"num_videos_per_prompt must be at least 1, got {copies}")
+        if motion_score is not None and not 0 <= motion_score < float("inf"):
+            raise ConfigError(f"motion_score must be at least 0, px/s, got {motion_score}")
         if prompt_ids is None:
             if prompt is None:
                 raise ConfigError("a prompt is needed: give prompt or prompt_ids")

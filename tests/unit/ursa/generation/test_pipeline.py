@@ -499,6 +499,8 @@ def test_the_official_order_of_draws_is_another_with_the_same_start(pipeline):
         ({"video": np.zeros((16, 24, 3), np.uint8)}, "video must be uint8 of shape"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1; got 0"),
         ({"flow_shift": 0.0}, "flow_shift must be positive"),
+        ({"motion_score": float("nan")}, "motion_score must be at least 0, px/s, got nan"),
+        ({"motion_score": -5.0}, "motion_score must be at least 0, px/s, got -5.0"),
         ({"solver": "heun"}, "solver must be exact, euler or euler_beta; got heun"),
         ({"draw_order": "mine"}, "draw_order must be per_token or official"),
         ({"cond_noise_scale": 1.5}, r"cond_noise_scale must be in \[0, 1\]; got 1.5"),
