@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ursa.errors import ConfigError
 
-PART_ELEMENTS = 2**24
+PART_ELEMENTS = 2**23
 """Logits that are held at once, 64 MB in float32: 262 tokens of 64,000 codes."""
 _LEAST_EXPONENT = -80.0
 """exp of less is a denormal number, ten times as slow on a CPU; exp(-80) is nothing beside 1."""
