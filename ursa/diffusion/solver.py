@@ -27,7 +27,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
     Of logits, shape (B, N, V), or of the hidden states that a linear head reads, shape (B, N, D).
     """
-    return unconditional + scale * (conditional - unconditional)
+    # one tensor beside the two: they are the largest of a step
+    return (conditional - unconditional).mul_(scale).add_(unconditional)
 
 
 def euler_step(
@@ -182,10 +183,9 @@ def draw_from_head(
         uniform.flatten().to(hidden.device).split(rows),
         strict=True,
     )
+    _check_options(temperature, top_k, top_p)
     drawn = [
-        draw_posterior(
-            states @ weight.T, numbers, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        _draw_codes((states @ weight.T).float(), numbers, temperature, top_k, top_p)
         for states, numbers in parts
     ]
     return torch.cat(drawn).view(uniform.shape)
@@ -223,17 +223,18 @@ def draw_posterior(
             f"got {tuple(uniform.shape)}"
         )
     _check_options(temperature, top_k, top_p)
-    return _draw_codes(logits.float(), uniform.to(logits.device), temperature, top_k, top_p)
+    own = logits.to(torch.float32, copy=True)
+    return _draw_codes(own, uniform.to(logits.device), temperature, top_k, top_p)
 
 
 def _draw_codes(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """Draw as `draw_posterior` says; options are checked, logits (..., V) are float32."""
+    """Draw as `draw_posterior` says, in place of logits (..., V), float32; options are checked."""
     if temperature == 0:
         return logits.argmax(-1)
     # from the maximum down, so that a small temperature cannot make inf - inf
-    logits = logits - logits.amax(-1, keepdim=True)
+    logits -= logits.amax(-1, keepdim=True)
     if temperature != 1:
         logits /= temperature
     if top_k is not None and top_k < logits.shape[-1]:
