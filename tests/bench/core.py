@@ -1,6 +1,6 @@
 """Benchmark of the core: our operations against the plain arithmetic of the official code.
 
-    python tests/bench/core.py                 # everything: a quarter of an hour on one core
+    python tests/bench/core.py                 # everything: half an hour on one core
     python tests/bench/core.py --rows P1 P4    # some rows
     python tests/bench/core.py --scale 4       # a quarter of the tokens
 
