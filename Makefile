@@ -52,11 +52,12 @@ check: setup ## format, lint, layers, types, docstrings
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: setup ## everything but slow and GPU tests
-	$(BIN)/pytest -m "not slow and not gpu"
+test: test-unit ## everything but slow and GPU tests
+	$(BIN)/pytest tests/integration tests/e2e -m "not slow and not gpu"
 
-test-unit: setup ## unit, property and parity tests: seconds
-	$(BIN)/pytest tests/unit tests/property tests/parity -m "not slow and not gpu"
+test-unit: setup ## unit, property and parity tests, on all processors: seconds
+	$(BIN)/pytest tests/unit tests/property tests/parity -m "not slow and not gpu" \
+	  -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup ## the slow ones
 	$(BIN)/pytest -m "slow and not gpu"

@@ -195,11 +195,11 @@ def test_a_token_without_time_stays_and_the_callers_tensors_too():
 @every_codebook
 def test_results_do_not_depend_on_how_tokens_are_taken_together(kind, monkeypatch):
     book, generator = BOOKS[kind], seeded(6)
-    x_1, x_t = torch.randint(len(book), (2, 50, 7), generator=generator)
+    x_1, x_t = torch.randint(len(book), (2, 50, 2), generator=generator)
     # few betas and many: a grid sums over orbits or streams
     for count in (3, 50):
         beta = (20 * torch.rand(count, 1, generator=generator)).repeat(50, 1)[:50]
-        uniforms = uniform(350, 7).view(50, 7)
+        uniforms = uniform(100, 7).view(50, 2)
 
         def results(part=slice(None), inputs=(x_1, x_t, beta, uniforms)):
             clean, here, b, u = (each[part] for each in inputs)
@@ -221,7 +221,7 @@ def test_results_do_not_depend_on_how_tokens_are_taken_together(kind, monkeypatc
         monkeypatch.undo()
         for other in cut:
             assert torch.equal(whole[0], other[0])
-            assert (whole[1] == other[1]).float().mean() > 0.99  # rounding of a sum may decide
+            assert (whole[1] != other[1]).sum() <= 1  # rounding of a sum may decide
             torch.testing.assert_close(whole[2], other[2], rtol=1e-5, atol=1e-6)
 
 

@@ -13,7 +13,13 @@ from ursa.diffusion.schedule import PowerSchedule, TabulatedSchedule
 from ursa.errors import ConfigError
 from ursa.generation import SchedulerConfig, UrsaPipeline
 from ursa.release import export_model
-from ursa.training.schedule import PICTURE, build_path, fit_path, scheduler_config
+from ursa.training.schedule import (
+    PICTURE,
+    FittedSchedule,
+    build_path,
+    fit_path,
+    scheduler_config,
+)
 from ursa.training.stage import train_stage
 
 TIMES = torch.linspace(0, 0.99, 50, dtype=torch.float64)
@@ -46,11 +52,19 @@ def test_a_fit_is_committed_once_with_its_picture(make_request):
 def test_the_table_is_taken_where_no_power_is_straight_enough(make_request):
     loose = make_request(config={"path": {"schedule": "fitted", "max_deviation": 1.0}})
     strict = make_request(config={"path": {"schedule": "fitted", "max_deviation": 0.0}})
-    always = make_request(config={"path": {"schedule": "tabulated", "max_deviation": 1.0}})
     assert isinstance(build_path(loose).schedule, PowerSchedule)
     assert isinstance(build_path(strict).schedule, TabulatedSchedule)
-    assert isinstance(build_path(always).schedule, TabulatedSchedule)
-    assert len({fitted(each).folder_uri for each in (loose, strict, always)}) == 3
+    assert fitted(loose).folder_uri != fitted(strict).folder_uri
+    scheduler = scheduler_config(loose, shift=2.0)
+    # the official layout is kept where it suffices
+    assert scheduler.model_dump(exclude=scheduler.unused_fields()).keys() == {
+        "alpha",
+        "c",
+        "shift",
+        "eps",
+    }
+    always = loose.config.path.model_copy(update={"schedule": "tabulated"})
+    assert FittedSchedule.of(GridCodebook((5, 4, 3)), always).kind == "table"
 
 
 def test_what_falls_and_what_counts_make_other_schedules(make_request):
@@ -92,17 +106,6 @@ def test_a_model_brings_its_schedule(make_request, tmp_path, metric):
     assert ("metric" in stored) == (metric == "product")
     third = UrsaPipeline.from_pretrained(tmp_path / "copy")
     assert torch.equal(third.path.beta(TIMES), path.beta(TIMES))
-
-
-def test_the_official_layout_is_kept_where_it_suffices(make_request, tmp_path):
-    request = make_request(config={"path": {"schedule": "fitted", "max_deviation": 1.0}})
-    scheduler = scheduler_config(request, shift=2.0)
-    assert scheduler.model_dump(exclude=scheduler.unused_fields()).keys() == {
-        "alpha",
-        "c",
-        "shift",
-        "eps",
-    }
 
 
 def test_a_held_out_loss_curve_goes_with_the_model(make_request):
