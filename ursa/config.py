@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from ursa.errors import ConfigError, name_hint
+from ursa.errors import ConfigError, name_hint, size_hint
 
 Preset = Literal["tiny", "small"]
 PRESETS: tuple[Preset, ...] = ("tiny", "small")
@@ -307,17 +307,17 @@ class RunConfig(ConfigSection):
     @model_validator(mode="after")
     def _check(self) -> Self:
         stride_t = self.visual_tokenizer.temporal_stride
-        if (self.tokenization.num_frames - 1) % stride_t:
+        num_frames = self.tokenization.num_frames
+        if hint := size_hint(num_frames, stride_t, 1):
             raise ValueError(
-                f"tokenization.num_frames must be 1 + {stride_t}k, "
-                f"got {self.tokenization.num_frames}"
+                f"tokenization.num_frames must be 1 + {stride_t}k, got {num_frames}; {hint}"
             )
         stride_s = self.visual_tokenizer.spatial_stride
         for name in ("height_px", "width_px"):
             value = getattr(self.tokenization, name)
-            if value % stride_s:
+            if hint := size_hint(value, stride_s, stride_s):
                 raise ValueError(
-                    f"tokenization.{name} must be divisible by {stride_s}, got {value}"
+                    f"tokenization.{name} must be divisible by {stride_s}, got {value}; {hint}"
                 )
         if self.tokenization.fps > self.ingestion.clip_fps:
             raise ValueError(

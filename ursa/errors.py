@@ -101,3 +101,23 @@ def name_hint(name: str, known: Sequence[str]) -> str:
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+
+
+def size_hint(size: int, stride: int, first: int, what: str = "") -> str:
+    """Return what to take instead of a size: the nearest that are first + stride k with k >= 0.
+
+    Args:
+        size: The size asked for.
+        stride: Step between sizes that fit.
+        first: The least that fits.
+        what: What is counted, in the plural; nothing leaves it out.
+
+    Returns:
+        Such as "the nearest are 5 and 9"; an empty text if the size fits.
+    """
+    low = first + (size - first) // stride * stride
+    if low == size >= first:
+        return ""
+    near = [str(fits) for fits in (low, low + stride) if fits >= first] or [str(first)]
+    verb = "are" if len(near) > 1 or what else "is"
+    return " ".join(["the nearest", *what.split(), verb, " and ".join(near)])

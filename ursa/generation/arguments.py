@@ -48,51 +48,6 @@ def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def latent_shape(
-    num_frames: int, height: int, width: int, *, temporal_stride: int, spatial_stride: int
-) -> tuple[int, int, int]:
-    """Return (T, h, w) of a clip.
-
-    Args:
-        num_frames: 1 + `temporal_stride` * k.
-        height: Pixels, divisible by `spatial_stride`.
-        width: Pixels, divisible by `spatial_stride`.
-        temporal_stride: Frames a latent frame after the first.
-        spatial_stride: Pixels a row and a column of codes.
-
-    Raises:
-        ConfigError: If a number does not fit; it names the nearest that do.
-    """
-    if num_frames < 1 or (num_frames - 1) % temporal_stride:
-        near = _nearest(num_frames, temporal_stride, 1)
-        raise ConfigError(
-            f"num_frames must be 1 + {temporal_stride}k, got {num_frames}; the nearest are {near}"
-        )
-    for name, size in (("height", height), ("width", width)):
-        if size < 1 or size % spatial_stride:
-            near = _nearest(size, spatial_stride, spatial_stride)
-            raise ConfigError(
-                f"{name} must be divisible by {spatial_stride}, got {size}; the nearest are {near}"
-            )
-    frames = 1 + (num_frames - 1) // temporal_stride
-    return frames, height // spatial_stride, width // spatial_stride
-
-
-def nearest_counts(value: int, stride: int) -> str:
-    """Return the two numbers 1 + stride k about a number of frames, as text.
-
-    Args:
-        value: Any number of frames; below 1 the least two are named.
-        stride: Frames a latent frame after the first.
-    """
-    return _nearest(value, stride, 1)
-
-
-def _nearest(value: int, stride: int, first: int) -> str:
-    low = first + max(0, value - first) // stride * stride
-    return f"{low} and {low + stride}"
-
-
 def checked_latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """Return (T, h, w) of a given latent shape, (h, w) meaning one frame.
 
@@ -119,8 +74,8 @@ def check_sampler(
     flow_shift: float,
     temperature: float,
     cond_noise_scale: float,
-    solver: str,
-    draw_order: str,
+    solver: str = "exact",
+    draw_order: str = "per_token",
 ) -> None:
     """Check that the sampler's numbers are in their ranges.
 

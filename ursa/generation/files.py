@@ -213,7 +213,11 @@ def find_directory(name: str | Path) -> Path:
         return path
     text = str(name)
     if text.count("/") != 1 or text.startswith(("/", ".", "~")):
-        raise ConfigError(f"no model at {text}: there is no such directory")
+        raise ConfigError(
+            f"no model at {text}: there is no such directory; give one that holds {INDEX_FILE}, a "
+            "name of the hub such as BAAI/URSA-1.7B-FSQ320, or on the command line "
+            "models:/NAME@ALIAS"
+        )
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow, and rarely needed)
     from huggingface_hub.errors import (  # noqa: PLC0415
         HfHubHTTPError,
@@ -244,7 +248,9 @@ def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
         ConfigError: If something is missing or does not fit together.
     """
     if not (root / INDEX_FILE).is_file():
-        raise ConfigError(f"no model at {root}: {INDEX_FILE} is missing")
+        raise ConfigError(
+            f"no model at {root}: {INDEX_FILE} is missing; give the directory that holds it"
+        )
     transformer = load_transformer(root / "transformer", dtype=dtype)
     visual = load_visual_tokenizer(root / "vae").to(dtype=dtype)
     scheduler = _parse(SchedulerConfig, root / "scheduler" / SCHEDULER_FILE)

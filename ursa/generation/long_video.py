@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ursa.errors import ConfigError
-from ursa.generation.arguments import nearest_counts
+from ursa.errors import ConfigError, size_hint
 
 GenerateWindow = Callable[[np.ndarray | None, int], np.ndarray]
 """Takes the frames that are given, uint8 (F', H, W, 3) or None, and a number of frames F; returns
@@ -47,11 +46,8 @@ def slide_window(
     if given is None and num_frames <= window_frames:
         return generate(None, num_frames)
     for name, value in (("window_frames", window_frames), ("overlap_frames", overlap_frames)):
-        if value < 1 or (value - 1) % temporal_stride:
-            raise ConfigError(
-                f"{name} must be 1 + {temporal_stride}k, got {value}; the nearest are "
-                f"{nearest_counts(value, temporal_stride)}"
-            )
+        if hint := size_hint(value, temporal_stride, 1):
+            raise ConfigError(f"{name} must be 1 + {temporal_stride}k, got {value}; {hint}")
     if overlap_frames >= window_frames:
         raise ConfigError(
             f"overlap_frames {overlap_frames} must be less than window_frames {window_frames}"

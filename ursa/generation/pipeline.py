@@ -31,7 +31,6 @@ from ursa.generation.arguments import (
     check_output,
     check_sampler,
     checked_latent_shape,
-    latent_shape,
     parse_size,
     per_video,
     refuse_unknown_arguments,
@@ -64,6 +63,7 @@ from ursa.generation.sampler import (
     Solver,
     sample,
 )
+from ursa.model.size import latent_shape
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
 from ursa.tokenizers.visual import AutoencoderTokenizer

@@ -11,7 +11,7 @@ References:
 from typing import Literal, NamedTuple
 
 from ursa.config import FrozenModel
-from ursa.errors import ConfigError
+from ursa.errors import ConfigError, size_hint
 from ursa.model.config import TransformerConfig
 
 Qwen3Size = Literal["0.6b", "1.7b", "4b"]
@@ -124,21 +124,11 @@ def latent_shape(
     Raises:
         ConfigError: If a size does not fit; the message names the nearest that do.
     """
-    below = (num_frames - 1) // temporal_stride * temporal_stride + 1
-    if num_frames < 1 or below != num_frames:
-        nearest = sorted({max(below, 1), max(below + temporal_stride, 1)})
-        raise ConfigError(
-            f"num_frames must be 1 + {temporal_stride}k, got {num_frames}; take "
-            + " or ".join(map(str, nearest))
-        )
+    if hint := size_hint(num_frames, temporal_stride, 1):
+        raise ConfigError(f"num_frames must be 1 + {temporal_stride}k, got {num_frames}; {hint}")
     for name, size in (("height", height_px), ("width", width_px)):
-        low = size // spatial_stride * spatial_stride
-        if size < 1 or low != size:
-            nearest = sorted({max(low, spatial_stride), max(low, 0) + spatial_stride})
-            raise ConfigError(
-                f"{name} must be divisible by {spatial_stride}, got {size}; take "
-                + " or ".join(map(str, nearest))
-            )
+        if hint := size_hint(size, spatial_stride, spatial_stride):
+            raise ConfigError(f"{name} must be divisible by {spatial_stride}, got {size}; {hint}")
     return (
         1 + (num_frames - 1) // temporal_stride,
         height_px // spatial_stride,

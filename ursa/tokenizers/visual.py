@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ursa.errors import DataError
+from ursa.errors import DataError, size_hint
 from ursa.tokenizers.cosmos import CosmosAutoencoder
 from ursa.tokenizers.fitted import FittedAutoencoder
 from ursa.tokenizers.ibq import ImageAutoencoder
@@ -243,25 +243,19 @@ def check_frames(frames: np.ndarray, temporal_stride: int, spatial_stride: int) 
         )
     num_frames, height, width = frames.shape[1:4]
     wrong = [
-        f"the nearest {name} are {' and '.join(map(str, nearest))}"
+        hint
         for name, size, stride, first in (
             ("numbers of frames", num_frames, temporal_stride, 1),
             ("heights", height, spatial_stride, spatial_stride),
             ("widths", width, spatial_stride, spatial_stride),
         )
-        if (nearest := _nearest(size, stride, first)) != [size]
+        if (hint := size_hint(size, stride, first, name))
     ]
     if wrong:
         raise DataError(
             f"frames must be 1 + {temporal_stride}k of sizes divisible by {spatial_stride}, got "
             f"{num_frames} frames of {height}x{width}; {'; '.join(wrong)}"
         )
-
-
-def _nearest(size: int, stride: int, first: int) -> list[int]:
-    """Return the sizes first + stride k, k >= 0, around a size; the size alone if it is one."""
-    low = first + (size - first) // stride * stride
-    return [size] if low == size >= first else [s for s in (low, low + stride) if s >= first]
 
 
 def check_ids(ids: Tensor, codebook_size: int) -> None:

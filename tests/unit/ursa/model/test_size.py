@@ -79,10 +79,10 @@ def test_tokens_of_the_paper():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((50, 320, 512), "num_frames must be 1 [+] 4k, got 50; take 49 or 53"),
-        ((0, 320, 512), "num_frames must be 1 [+] 4k, got 0; take 1$"),
-        ((49, 324, 512), "height must be divisible by 8, got 324; take 320 or 328"),
-        ((49, 320, 4), "width must be divisible by 8, got 4; take 8$"),
+        ((50, 320, 512), "num_frames must be 1 [+] 4k, got 50; the nearest are 49 and 53"),
+        ((0, 320, 512), "num_frames must be 1 [+] 4k, got 0; the nearest is 1$"),
+        ((49, 324, 512), "height must be divisible by 8, got 324; the nearest are 320 and 328"),
+        ((49, 320, 4), "width must be divisible by 8, got 4; the nearest is 8$"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):

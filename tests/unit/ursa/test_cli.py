@@ -1,0 +1,39 @@
+import pytest
+
+from ursa.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.avi"], "must end in .mp4, .gif or .png, got 'x.avi'"),
+        (["--out", "gone/x.mp4"], "there is no directory gone"),
+        (["--image", "gone.png"], "there is no file gone.png"),
+        (["--num-frames", "6"], "error: --num-frames must be 1 + 4k, got 6"),
+        (["--height", "20"], "--height must be divisible by 8, got 20; the nearest are 16 and 24"),
+        (["--model", "gone"], "no model at gone: there is no such directory; give one that holds"),
+        (["--model", "models:/ursa"], "names no version: give models:/ursa@champion"),
+        (["--steps", "0"], "error: --steps must be at least 1; got 0"),
+        (["--guidance", "-1"], "error: --guidance must be at least 0"),
+        (["--noise", "0.5"], "--noise is for given frames: give --image or --video"),
+        (["--noise", "1", "--image", __file__], "test_cli.py is not an image that can be read"),
+        (["--noise", "2", "--window", "5"], "error: --noise must be in [0, 1]; got 2.0"),
+        (["--image", __file__, "--out", "x.png"], "a .png of one frame holds what --image gives"),
+        (["--motion", "-3"], "error: --motion"),
+        (["--given-frames", "3", "--window", "5"], "--given-frames must be 1 + 4k, got 3"),
+        (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**63 - 1, got -1"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: "),
+        (["--window", "6", "--num-frames", "17"], "--window must be 1 + 4k, got 6; the nearest"),
+    ],
+)
+def test_a_mistake_is_one_line(exported_model, tmp_path, monkeypatch, capsys, arguments, message):
+    model = [] if "--model" in arguments else ["--model", exported_model.directory_uri]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "a tree", *model, *arguments])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,56 @@
+"""The `ursa` command: a module a command; each imports what it needs when it runs."""
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+
+from ursa import __version__
+from ursa.cli import path
+from ursa.cli.demo import demo
+from ursa.cli.generate import generate
+from ursa.cli.plan import plan
+from ursa.errors import UrsaError
+
+app = App(
+    name="ursa",
+    version=__version__,
+    help="Video generation models from your own videos.",
+    help_format="plaintext",  # the others load a Markdown parser, a quarter of a second
+)
+app.command(generate)
+app.command(demo)
+app.command(plan)
+app.command(path.app)
+
+
+@app.command
+def config(preset: str = "tiny") -> None:
+    """Print a preset as the pipeline reads it.
+
+    Example: ursa config small
+
+    Args:
+        preset: Name of the preset.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    import yaml
+
+    from ursa.config import load_config
+
+    print(yaml.safe_dump(load_config(preset).model_dump(mode="json"), sort_keys=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an error is one line and exit status 1.
+
+    Args:
+        arguments: What stands after `ursa`; None takes it from the command line.
+    """
+    try:
+        app(arguments)
+    except UrsaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)

@@ -1,0 +1,84 @@
+"""What `--model` and `--device` name."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ursa.errors import ConfigError
+
+_REGISTRY_PREFIX = "models:/"
+
+
+@contextmanager
+def model_directory(model: str) -> Iterator[Path]:
+    """Yield a local model directory; a registry URI is downloaded with the mlflow command."""
+    if not model.startswith(_REGISTRY_PREFIX):
+        yield Path(model)
+        return
+    name = model.removeprefix(_REGISTRY_PREFIX)
+    if "@" not in name and "/" not in name:
+        raise ConfigError(
+            f"{model} names no version: give {model}@champion, {model}@challenger or {model}/1"
+        )
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_mlflow()
+    _check_answers(tracking_uri)
+    with tempfile.TemporaryDirectory(prefix="ursa-model-") as folder:
+        # the library knows no tracker: the command line of MLflow does the talking
+        command = [sys.executable, "-m", "mlflow", "artifacts", "download"]
+        command += ["--artifact-uri", model, "--dst-path", folder]
+        environment = {
+            **os.environ,
+            "MLFLOW_TRACKING_URI": tracking_uri,
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=False, env=environment
+        )
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise ConfigError(
+                f"{model} cannot be had from {tracking_uri}: {last.partition(': ')[2] or last}; "
+                "its models, versions and aliases are on the page /#/models there"
+            )
+        found = sorted(Path(folder).rglob("model_index.json"))
+        if not found:
+            raise ConfigError(f"{model} holds no ursa model (model_index.json is missing)")
+        yield found[0].parent
+
+
+def _local_mlflow() -> str:
+    """Return the address of the tracking server that `make up` starts."""
+    return f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
+
+
+def _check_answers(tracking_uri: str) -> None:
+    """Raise ConfigError if nothing listens there: MLflow itself would try for minutes."""
+    import socket
+    from urllib.parse import urlsplit
+
+    address = urlsplit(tracking_uri)
+    if address.scheme not in {"http", "https"}:
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no MLflow server answers at {tracking_uri} ({error}); start the services with "
+            "`make up`, or set MLFLOW_TRACKING_URI to the address of yours"
+        ) from error
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError, as one line, unless torch can use the device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used: {first}; try cpu") from error
