@@ -42,8 +42,8 @@ def equal_drops(num_steps: int, times: Sequence[float], values: Sequence[float])
         t.shape != measured.shape
         or len(t) < 2
         or t[0] != 0
-        or t[-1] >= 1
-        or (np.diff(t) <= 0).any()
+        or not t[-1] < 1
+        or not (np.diff(t) > 0).all()
     ):
         raise ConfigError(
             "a curve needs as many values as times, and times that rise from 0 to below 1, got "

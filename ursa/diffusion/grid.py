@@ -463,7 +463,7 @@ def _read_tables(folder: Path) -> GridTables | None:
     try:
         # copy on write: torch has no read-only tensors
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in GridTables._fields]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
         logger.warning("tables of the FSQ grid are damaged and made again: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ursa.errors import ConfigError
 
 PART_ELEMENTS = 2**23
-"""Logits that are held at once, 64 MB in float32: 262 tokens of 64,000 codes."""
+"""Logits that are held at once, 32 MB in float32: 131 tokens of 64,000 codes."""
 _LEAST_EXPONENT = -80.0
 """exp of less is a denormal number, ten times as slow on a CPU; exp(-80) is nothing beside 1."""
 _IGNORED = -100
@@ -54,9 +54,10 @@ def posterior_loss(logits: Tensor, x_1: Tensor, mask: Tensor | None = None) -> P
         )
     if mask is None:
         token_loss = _cross_entropy(logits, x_1)
+        count = max(1, x_1.numel())
         with torch.no_grad():
-            accuracy = (logits.argmax(-1) == x_1).float().mean()
-        return PosteriorLoss(token_loss.mean(), accuracy, token_loss.detach())
+            accuracy = (logits.argmax(-1) == x_1).sum() / count
+        return PosteriorLoss(token_loss.sum() / count, accuracy, token_loss.detach())
     if mask.shape != x_1.shape or mask.dtype != torch.bool:
         raise ConfigError(
             f"mask must be bool of the shape of x_1, {tuple(x_1.shape)}, "
@@ -92,7 +93,7 @@ def linear_posterior_loss(
         weight: Head W, shape (V, D), same device.
         x_1: Clean token ids, shape (B, N), int64; any number where the mask is False.
         mask: Which tokens count (True), shape (B, N), bool; None counts all.
-        part_rows: R; None takes what fits into 64 MB.
+        part_rows: R; None takes what fits into 32 MB.
 
     Returns:
         As `posterior_loss`. The loss can be differentiated once.

@@ -16,8 +16,8 @@ from ursa.diffusion.path import ProbabilityPath
 from ursa.diffusion.timesteps import align_time, expand_time
 from ursa.errors import ConfigError
 
-_PART_ELEMENTS = 2**23
-"""Logits that are held at once, 32 MB in float32: 131 tokens of 64,000 codes."""
+_PART_ELEMENTS = 2**22
+"""Logits that are held at once, 16 MB in float32: 65 tokens of 64,000 codes."""
 _LEAST_EXPONENT = -80.0
 """exp of less is a denormal number, ten times as slow on a CPU; exp(-80) is nothing beside 1."""
 
@@ -157,7 +157,7 @@ def draw_from_head(
         temperature: As in `draw_posterior`, like the two that follow.
         top_k: The k most likely codes.
         top_p: The fewest codes whose mass reaches p.
-        part_rows: Tokens at once; None takes what fits into 32 MB.
+        part_rows: Tokens at once; None takes what fits into 16 MB.
 
     Returns:
         Token ids in [0, V), shape (...), int64.

@@ -43,6 +43,7 @@ def test_a_linear_schedule_has_an_even_linear_clock():
         ([0, 0.5], [1.0], "as many values as times"),
         ([0.1, 0.5], [2.0, 1.0], "rise from 0 to below 1"),
         ([0, 1.0], [2.0, 1.0], "rise from 0 to below 1"),
+        ([0, float("nan"), 0.5], [3.0, 2.0, 1.0], "rise from 0 to below 1"),
         ([0, 0.5], [0.0, 0.0], "the first positive"),
         ([0, 0.5], [float("nan"), 0.0], "must be finite"),
     ],

@@ -83,6 +83,7 @@ def test_damaged_tables_are_made_again(tmp_path, monkeypatch, caplog):
     for damage in (
         lambda path: path.unlink(),
         lambda path: path.write_bytes(path.read_bytes()[:200]),
+        lambda path: path.write_bytes(b""),
     ):
         grid_tables.cache_clear()
         GridCodebook(levels, cache=tmp_path)

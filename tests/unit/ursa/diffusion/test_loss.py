@@ -59,6 +59,8 @@ def test_without_a_token_that_counts_nothing_is_learned():
     assert float(result.accuracy) == 0.0
     result.loss.backward()
     assert (logits.grad == 0).all()
+    empty = posterior_loss(logits[:, :0], x_1[:, :0])
+    assert (empty.loss.item(), empty.accuracy.item()) == (0, 0)
 
 
 def test_shapes_that_do_not_fit_are_refused():
