@@ -146,7 +146,8 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
     Raises:
         ServiceError: If the tracking server does not answer.
     """
-    url = f"{context.run.tracking_uri}/#/models/{version.name}/versions/{version.version}"
+    page = f"/#/models/{version.name}/versions/{version.version}"
+    url = f"{context.run.tracking_uri}{page}?{tracking.TRAINING_VIEW}"
     tracking.tag_run(
         context.run,
         {

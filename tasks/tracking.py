@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "ursa"
+TRAINING_VIEW = "workflowType=machine_learning"
+"""Query of a page, without which MLflow shows the menu for language-model applications."""
 FLUSH_EVERY_S = 2.0
 CLOSE_LIMIT_S = 30.0
 FLUSH_LIMIT_S = 5.0
@@ -55,7 +57,8 @@ class TrackedRun(FrozenModel):
     @property
     def url(self) -> str:
         """Page of the run."""
-        return f"{self.tracking_uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{self.tracking_uri}{page}?{TRAINING_VIEW}"
 
 
 class DatasetInput(NamedTuple):

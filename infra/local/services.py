@@ -720,8 +720,9 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     if tags.get("ursa.is_new") == "false":
         say(f"\nnothing changed: version {version} is up to date")
     say(f"\nPrefect run     {page}")
-    say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}")
-    say(f"Model version   {tracking}/#/models/{name}/versions/{version}")
+    view = "?workflowType=machine_learning"  # not the menu for language-model applications
+    say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}{view}")
+    say(f"Model version   {tracking}/#/models/{name}/versions/{version}{view}")
     say(f"                models:/{name}/{version} is models:/{name}@{tags.get('ursa.alias', '?')}")
     if sample := tags.get("ursa.sample"):
         say(f"Generated clip  {sample}")

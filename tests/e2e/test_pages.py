@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
+from tasks.tracking import TrackedRun
 from tests.browser import needs_browser, open_browser, wait_for, wait_until
 from tests.running_services import Finished, mlflow_runs, tags
 
@@ -56,6 +57,9 @@ def test_mlflow_page_of_the_runs(
     browser.get(f"{url}/#/experiments/1/runs/{stage}/model-metrics")
     wait_for(browser, "train/loss")
     picture("mlflow-curves")
+    browser.get(TrackedRun(tracking_uri=url, experiment_id="1", run_id=stage).url)
+    # the menu for training, not the one for language-model applications
+    assert "Playground" not in wait_for(browser, "video-pretrain", "Model registry")
 
 
 def test_mlflow_plays_a_sample(
