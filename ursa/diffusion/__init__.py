@@ -1,1 +1,1 @@
-"""Mathematics on token ids and t; torch only."""
+"""Mathematics on token ids and t; torch, numpy and scipy, no model, configuration or store."""

@@ -4,7 +4,11 @@ The network gets no time, so the grid of the sampler is free: it need not be tha
 clock is a rising list of times, the first 0; the last step ends at 1. `inference_times` is the
 official one; here are those that follow a measured curve.
 
-Ours; docs/math.md says why equal drops of the loss are a good choice.
+docs/math.md, "The clock is free", says why equal drops of the loss are a good choice.
+
+References:
+    Entropy clock: arXiv 2504.13612; of discrete diffusion: arXiv 2602.06849. The linear clock is
+    ours.
 """
 
 from collections.abc import Sequence
@@ -25,14 +29,16 @@ def equal_drops(num_steps: int, times: Sequence[float], values: Sequence[float])
     Args:
         num_steps: Number of steps n, >= 1.
         times: Where the curve was measured, rising from 0 to below 1, at least two.
-        values: What was measured, such as held-out loss in nats; it counts as 0 at t = 1, and
-            where it rises, as it does by noise, it counts as even.
+        values: What was measured, finite, as many as times, the first > 0, such as held-out loss
+            in nats; below 0 counts as 0; it counts as 0 at t = 1; a rise, as noise makes, counts as
+            even.
 
     Returns:
         Start times of the steps, shape (n,), float64, rising from 0.
 
     Raises:
-        ConfigError: If num_steps, times or values are not as stated.
+        ConfigError: If num_steps, times or values are not as stated, or steps come too close
+            together or to 1 (`checked_times`).
     """
     if num_steps < 1:
         raise ConfigError(f"num_steps must be at least 1, got {num_steps}")
@@ -64,9 +70,12 @@ def equal_drops(num_steps: int, times: Sequence[float], values: Sequence[float])
 
 
 def distance_by_time(path: MetricPath) -> tuple[list[float], list[float]]:
-    """Return times and the mean distance of x_t from x_1 there: what the linear clock follows.
+    """Return times and the mean squared distance of x_t from x_1, which the linear clock follows.
 
-    Seconds for 64,000 codes, so whoever asks often keeps it.
+    x_1 is uniform over the codes. Seconds for 64,000 codes, so whoever asks often keeps it.
+
+    Returns:
+        57 times, rising from 0 to 0.99995, and as many distances.
     """
     even = torch.linspace(0, 0.95, 39, dtype=torch.float64)
     t = torch.cat([even, 1 - 0.05 * torch.logspace(0, -3, 19, dtype=torch.float64)[1:]])

@@ -1,13 +1,15 @@
 """What the metric path asks of a codebook, in memory that does not grow with tokens times codes.
 
 Everything is in terms of beta, the path's own time: p_b(x | x_1) = exp(-b d(x, x_1)) / Z with d the
-squared distance of normalised codes. Tokens are taken in parts of R, so that no tensor is larger
-than R V; `ursa.diffusion.path.MetricPath` has the readable formulas, over all tokens at once.
+squared distance of normalised codes. Tokens are taken in parts of R, so that no tensor of tokens
+times codes is larger than R V; only `distance`, `flow` and `law`, the formulas as they stand, make
+(..., V). `ursa.diffusion.path.MetricPath` has the readable formulas, over all tokens at once.
 
 Dimensions: V = codes, D = code dimension, R = tokens of a part, ... = any shape of tokens.
 
 References:
-    Metric-induced paths: arXiv 2412.03487, section 4.
+    Metric-induced paths: arXiv 2412.03487, section 4. Exact steps and drawing in parts:
+    docs/math.md, "Exact step", "The draw, a part at a time".
 """
 
 import copy
@@ -29,17 +31,18 @@ _LEAST_EXPONENT = -80.0
 _LARGE_BETA = 20.0
 """Above it exponents can be less, as distances reach 4."""
 SAME_DISTANCE = 1e-10
-"""Codes on one ray differ by rounding: their distance is 0."""
+"""Squared distances below it count as 0: codes on one ray differ by rounding."""
 Numbers = Callable[[], Tensor]
-"""Random numbers in [0, 1), as many calls as it takes."""
+"""Gives numbers in [0, 1), shape (3, ...), float64, one call after another."""
 
 
 class Moments(NamedTuple):
     """The mean distance under p_b(x | x_1), averaged over x_1, and how fast it falls with beta.
 
     Attributes:
-        mean: E[f(d)] with f(d) = d, or sqrt(d) for the Euclidean distance.
-        fall: -d mean / d beta = E_{x_1} Cov(f(d), d): for f(d) = d the mean variance.
+        mean: E[f(d)] with f(d) = d, or sqrt(d) for the Euclidean distance, shape (M,), float64, on
+            the CPU.
+        fall: -d mean / d beta = E_{x_1} Cov(f(d), d): for f(d) = d the mean variance; likewise.
     """
 
     mean: Tensor
@@ -47,7 +50,11 @@ class Moments(NamedTuple):
 
 
 class DenseCodebook:
-    """Any codebook: every code is compared with every token, part by part."""
+    """Any codebook: every code is compared with every token, part by part.
+
+    Attributes:
+        codes: Normalised unless told otherwise, shape (V, D), in `dtype`.
+    """
 
     has_fast_moments = False
     """Whether `moments` costs less than a look at every pair of codes."""
@@ -58,7 +65,7 @@ class DenseCodebook:
         """Normalise the codes.
 
         Args:
-            codes: Embeddings, shape (V, D), any float type, finite.
+            codes: Embeddings, shape (V, D), V >= 1, any float type, finite.
             dtype: In what to compute: float32, or float64 for checks; never half, whose distances
                 are off by 0.1 late in the path.
             normalize: Divide every code by its length, as the paper does; else take it as it is.
@@ -102,9 +109,10 @@ class DenseCodebook:
             ids: Token ids in [0, V), shape (...), int64.
 
         Returns:
-            Distances in [0, 4], shape (..., V).
+            Distances, in [0, 4] if codes are normalised, shape (..., V), in `dtype`.
 
         Raises:
+            ConfigError: If ids are not integers.
             DataError: If an id is not in [0, V).
         """
         return self._distance(check_ids("x_1", ids, len(self)))
@@ -115,12 +123,13 @@ class DenseCodebook:
         Args:
             x_1: Token ids, shape (...), int64.
             beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
-            uniform: Random numbers in [0, 1), shape (...).
+            uniform: Random numbers in [0, 1), shape (...), float32 or float64.
 
         Returns:
             Token ids, shape (...), int64.
 
         Raises:
+            ConfigError: If ids are not integers.
             DataError: If an id is not in [0, V).
         """
         x_1 = check_ids("x_1", x_1, len(self))
@@ -141,10 +150,10 @@ class DenseCodebook:
             beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
 
         Returns:
-            Rates in [0, 4], shape (..., V).
+            Rates, in [0, 4] if codes are normalised, shape (..., V), in `dtype`.
 
         Raises:
-            ConfigError: If the shapes differ.
+            ConfigError: If the shapes differ or ids are not integers.
             DataError: If an id is not in [0, V).
         """
         x_t = check_like("x_t", x_t, x_1, len(self))
@@ -162,10 +171,10 @@ class DenseCodebook:
             beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
 
         Returns:
-            Rates in [0, 4], shape (...).
+            Rates, in [0, 4] if codes are normalised, shape (...), in `dtype`.
 
         Raises:
-            ConfigError: If the shapes differ.
+            ConfigError: If the shapes differ or ids are not integers.
             DataError: If an id is not in [0, V).
         """
         x_1 = check_ids("x_1", x_1, len(self))
@@ -183,13 +192,13 @@ class DenseCodebook:
             x_t: Current token ids, shape (...), int64.
             x_1: Clean token ids, shape (...), int64.
             beta: Inverse temperatures >= 0, of a shape that expands to that of x_1.
-            uniform: Random numbers in [0, 1), shape (...).
+            uniform: Random numbers in [0, 1), shape (...), float32 or float64.
 
         Returns:
             Token ids, shape (...), int64; x_t where no code is closer to x_1.
 
         Raises:
-            ConfigError: If the shapes differ.
+            ConfigError: If the shapes differ or ids are not integers.
             DataError: If an id is not in [0, V).
         """
         x_1 = check_ids("x_1", x_1, len(self))
@@ -209,21 +218,22 @@ class DenseCodebook:
         """Run the jump process of one x_1 from beta to beta_next, without an error of time.
 
         It carries p_b(. | x_1) to p_b'(. | x_1) however far b' is. The rates need no sums over the
-        codes: propose x ~ p_b(. | x_1) at times that are d(x_t, x_1) a unit of beta apart on
-        average, accept with probability relu(1 - d(x, x_1) / d(x_t, x_1)).
+        codes: propose x ~ p_b(. | x_1) after waits of Exp(1) / d(x_t, x_1) in beta, accept with
+        probability relu(1 - d(x, x_1) / d(x_t, x_1)). Ours; docs/math.md, "Exact step".
 
         Args:
             x_t: Current token ids, shape (...), int64.
             x_1: Clean token ids, shape (...), int64.
             beta: Inverse temperatures >= 0 at the start, of a shape that expands to that of x_1.
             beta_next: At the end, likewise, finite; a token stays where it is not more than beta.
-            numbers: Gives random numbers in [0, 1), shape (3, ...), as often as it is called.
+            numbers: Gives random numbers in [0, 1), shape (3, ...), float64 (a grid takes all
+                their bits), as often as it is called.
 
         Returns:
             Token ids, shape (...), int64.
 
         Raises:
-            ConfigError: If the shapes differ.
+            ConfigError: If the shapes differ or ids are not integers.
             DataError: If an id is not in [0, V).
         """
         x_1 = check_ids("x_1", x_1, len(self))
@@ -252,7 +262,8 @@ class DenseCodebook:
 
         Args:
             beta: Inverse temperatures >= 0, shape (M,).
-            weights: How often each code is x_1, not negative, shape (V,); None is uniformly.
+            weights: How often each code is x_1, not negative, finite, shape (V,); None is
+                uniformly.
             euclidean: Of the Euclidean distance sqrt(d) instead of d.
 
         Returns:
@@ -339,7 +350,10 @@ def _exponential(exponents: Tensor, beta: Tensor) -> Tensor:
 
 
 def law(distance: Tensor, beta: Tensor) -> Tensor:
-    """Return p_b = softmax(-b d) over the last axis of distances (..., V), in their type."""
+    """Return p_b = softmax(-b d) over the last axis of distances (..., V), in their type.
+
+    beta is >= 0, of a shape that expands to (...).
+    """
     weights = torch.softmax(-beta.to(distance.dtype).unsqueeze(-1) * distance, dim=-1)
     # softmax adds float32 in a row and is 1e-5 off for 64,000 codes
     return weights / weights.sum(-1, keepdim=True)
@@ -369,7 +383,7 @@ def weighted_share(weights: Tensor | None, num_codes: int) -> Tensor:
 
 
 def normalize_codebook(codebook: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Divide every row by its length, in dtype; the zero row stays zero. Shape (V, D)."""
+    """Divide each row of (V, D) by max(its length, NORM_FLOOR), in dtype; zero stays zero."""
     codebook = codebook.to(dtype)
     length: Tensor = torch.linalg.vector_norm(codebook, dim=-1, keepdim=True)
     return codebook / length.clamp_min(NORM_FLOOR)

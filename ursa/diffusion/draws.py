@@ -2,6 +2,9 @@
 
 Dimensions: V = number of weights or codes. A draw has exactly one source of randomness: uniform
 numbers, one a token, or a generator. Nothing here keeps a generator for a later call.
+
+References:
+    docs/math.md, "The draw, a part at a time".
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,7 +129,7 @@ def uniform_codes(
 
     Args:
         shape: Shape of the result.
-        codebook_size: Number of codes V.
+        codebook_size: Number of codes V, >= 1.
         generator: Draws integers, on its own device: the start of the official sampler.
         uniform: Random numbers in [0, 1), of the shape; give exactly one of the two.
 
@@ -181,7 +184,7 @@ def uniform_numbers(
 
 
 def check_ids(name: str, ids: Tensor, num_states: int) -> Tensor:
-    """Return ids as int64.
+    """Return ids of any shape as int64; `name` is what an error calls them.
 
     Raises:
         ConfigError: If ids are not integers.
@@ -200,7 +203,7 @@ def check_ids(name: str, ids: Tensor, num_states: int) -> Tensor:
 
 
 def check_like(name: str, ids: Tensor, x_1: Tensor, num_states: int) -> Tensor:
-    """Return ids as int64, of the shape of x_1.
+    """Return ids as int64, of the shape of x_1; `name` is what an error calls them.
 
     Raises:
         ConfigError: If the shapes differ or ids are not integers.

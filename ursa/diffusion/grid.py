@@ -72,7 +72,7 @@ class GridTables(NamedTuple):
             basis of the axis that it is moved to.
         start: First class of every orbit and the end, shape (O + 1,), int64.
         distance: Distance of every class, rising within an orbit, shape (P,), float64.
-        offset: Codes of the orbit that are closer, shape (P,), int32.
+        offset: Codes closer to the representative than those of the class, shape (P,), int32.
         order: Codes by distance from the representative, shape (O, V), the bits of uint16.
     """
 
@@ -96,9 +96,9 @@ class _Sums(NamedTuple):
 class GridCodebook(DenseCodebook):
     """The L2-normalised grid of an FSQ tokenizer. Same interface and laws as `DenseCodebook`.
 
-    Draws of one number a token invert the same distribution function in another order of codes, so
-    tokens differ from those of `DenseCodebook` while their law is the same. Where `noise` says
-    uniform, give float64: its bits are the seed of as many tries as a draw takes.
+    A draw takes one number a token: `jump` inverts the distribution function in another order of
+    codes, `noise` takes the number as the seed of its tries. So tokens differ from those of
+    `DenseCodebook` while their law is the same. Give `noise` float64: float32 has 2**24 seeds only.
     """
 
     has_fast_moments = True
@@ -116,11 +116,11 @@ class GridCodebook(DenseCodebook):
             levels: FSQ levels of each axis, each >= 2; at most 65,536 codes, and symmetric enough
                 (`has_small_tables`).
             dtype: As in `DenseCodebook`; orbit sums are float64 in any case.
-            cache: Directory for the tables of large grids (230 MB for the published one, made once
+            cache: Directory for the tables of large grids (188 MB for the published one, made once
                 in some seconds and then memory-mapped); None is the user's cache directory.
 
         Raises:
-            ConfigError: If the levels are not as stated.
+            ConfigError: If levels or dtype are not as stated.
         """
         super().__init__(grid_codes(levels), dtype)
         if not has_small_tables(tuple(levels)):
@@ -340,13 +340,13 @@ class GridCodebook(DenseCodebook):
 
 
 class _Bins(NamedTuple):
-    """Codes of an orbit by distance, in bins; shape (O, B) each.
+    """All codes by distance from the representative of an orbit, in B bins; shape (O, B) each.
 
     Attributes:
         codes: Codes in the bin, int64.
         log_count: Logarithm of their number, float32.
         low: Their least distance, float32; 9 in an empty bin.
-        offset: Codes of the orbit in the bins before, int64.
+        offset: Codes in the bins before, int64.
     """
 
     codes: Tensor
@@ -381,10 +381,12 @@ class _Bins(NamedTuple):
 
 
 def grid_codes(levels: tuple[int, ...]) -> Tensor:
-    """Return the codes of an FSQ grid in order of their id, shape (V, C), float32, in [-1, 1].
+    """Return the codes of an FSQ grid by id, not normalised, shape (V, C), float32, in [-1, 1].
+
+    FSQ: arXiv 2309.15505, in the official order of ids.
 
     Raises:
-        ConfigError: If a level is smaller than 2 or there are more than 65,536 codes.
+        ConfigError: If there is no level, one below 2, or more than 65,536 codes.
     """
     if not levels or min(levels) < 2:
         raise ConfigError(f"FSQ levels must be at least 2 each, got {levels}")
@@ -407,14 +409,18 @@ def num_orbits(levels: tuple[int, ...]) -> int:
 
 
 def has_small_tables(levels: tuple[int, ...]) -> bool:
-    """Return whether a grid is symmetric enough for tables that fit: up to 1e8 entries."""
+    """Return whether a grid's tables fit: at most 65,536 codes and 1e8 entries, orbits x codes."""
     return (
         math.prod(levels) <= _MAX_CODES and num_orbits(levels) * math.prod(levels) <= _MAX_ENTRIES
     )
 
 
 def match_grid(codes: Tensor, levels: tuple[int, ...]) -> bool:
-    """Return whether codes, shape (V, C), point where those of an FSQ grid do, within 1e-6."""
+    """Return whether codes, shape (V, C), point where those of an FSQ grid do, within 1e-6.
+
+    Raises:
+        ConfigError: If a level is smaller than 2 and the shape fits.
+    """
     if math.prod(levels) > _MAX_CODES or codes.shape != (math.prod(levels), len(levels)):
         return False
     given, grid = normalize_codebook(codes.cpu()), normalize_codebook(grid_codes(levels))
@@ -434,11 +440,15 @@ def grid_tables(levels: tuple[int, ...], cache: Path | None = None) -> GridTable
     """Return the tables of a grid: made if it is small, else memory-mapped from the cache.
 
     Args:
-        levels: FSQ levels of each axis.
+        levels: FSQ levels of each axis, as `has_small_tables` takes.
         cache: Directory of the cache; None is the user's.
 
     Returns:
-        The tables; those of a large grid lie in files that all processes share.
+        The tables. Those of more than 4,096 codes lie in files that all processes share; in memory
+        if these cannot be written. Calls share them: do not change them.
+
+    Raises:
+        ConfigError: As `grid_codes`.
     """
     if math.prod(levels) <= _SMALL_CODES:
         return _build_tables(levels)

@@ -25,6 +25,7 @@ from ursa.errors import ConfigError
 MAX_LOGIT = 9.2
 """End of the table: t from 1e-4 to 1 - 1e-4."""
 NUM_KNOTS = 129
+"""Knots of the table, at even logits of t from -MAX_LOGIT to MAX_LOGIT."""
 _LEAST_BETA = 1e-3
 """Below it the mean is a straight line in beta."""
 _COARSE, _FINE = 0.4, 0.015
@@ -34,7 +35,13 @@ _MAX_ENTRIES = 2**25
 
 
 class DistanceCurve:
-    """The mean distance as a function of beta: exact at some betas, with exact slopes."""
+    """The mean distance as a function of beta: exact at some betas, with exact slopes.
+
+    Attributes:
+        start: Mean distance at beta = 0.
+        betas: Where it was measured, rising, shape (K,), float64.
+        means: Mean distance there, shape (K,), float64.
+    """
 
     def __init__(
         self, codebook: Codebook, weights: Tensor | None = None, *, euclidean: bool = False
@@ -43,12 +50,13 @@ class DistanceCurve:
 
         Args:
             codebook: The codes.
-            weights: How often each code is x_1, shape (V,); None is uniformly.
+            weights: How often each code is x_1, not negative, finite, shape (V,); None is
+                uniformly.
             euclidean: Of the Euclidean distance instead of the squared one.
 
         Raises:
-            ConfigError: If the weights are not as `Codebook.moments` wants them, or all codes are
-                the same.
+            ConfigError: If the weights are not as `Codebook.moments` wants them, all codes are the
+                same, or the codebook has no such distance.
         """
         self._codebook, self._weights, self._euclidean = codebook, weights, euclidean
         self.start, self._first_fall = self._at(-np.inf)
@@ -63,13 +71,16 @@ class DistanceCurve:
         )
 
     def mean(self, betas: np.ndarray) -> np.ndarray:
-        """Return the mean distance, from the measured betas; shape of betas, which are >= 0."""
+        """Return the mean distance at betas >= 0, their shape, float64; constant past the last."""
         inside = np.clip(betas, self.betas[0], self.betas[-1])
         curve = np.exp(self._log_mean(np.log(inside)))
         return np.where(betas < self.betas[0], self.start - self._first_fall * betas, curve)
 
     def beta_at(self, share: float) -> float:
-        """Return the beta at which the mean is a share, in (0, 1), of that at beta = 0."""
+        """Return the beta at which the mean is a share, in (0, 1), of that at beta = 0.
+
+        For a share below that of the last measured beta it is this beta.
+        """
         target = share * self.start
         if target >= self.means[0]:
             return (self.start - target) / self._first_fall
@@ -107,7 +118,7 @@ class DistanceCurve:
 
 
 class Linearity(NamedTuple):
-    """How straight the mean distance falls in t, over even times in (0, 1).
+    """How straight the mean distance falls in t, over even times in [0, 1).
 
     Attributes:
         max_deviation: Largest |m(t) / m(0) - (1 - t)|.
@@ -147,14 +158,15 @@ def fit_schedule(
         codebook: The codes. The mean is over all of them where the codebook knows how (FSQ grids)
             or is small; else over 2**25 / V rows drawn with a fixed seed, and what is reported is
             measured on as many others, or those that are left.
-        weights: How often each code is x_1, not negative, shape (V,); None is uniformly.
+        weights: How often each code is x_1, not negative, finite, shape (V,); None is uniformly.
         euclidean: Make the Euclidean distance fall linearly, instead of the squared one.
 
     Returns:
         The fits and how straight they are.
 
     Raises:
-        ConfigError: If the weights are not as stated.
+        ConfigError: If the weights are not as stated, all codes are the same, or the codebook has
+            no such distance.
     """
     chosen, others, num_rows = sampled_rows(codebook, weights)
     curve = DistanceCurve(codebook, chosen, euclidean=euclidean)
@@ -180,15 +192,16 @@ def measure_linearity(
     Args:
         codebook: The codes.
         schedule: beta as a function of t.
-        weights: How often each code is x_1, shape (V,); None is uniformly.
+        weights: How often each code is x_1, not negative, finite, shape (V,); None is uniformly.
         euclidean: Of the Euclidean distance instead of the squared one.
-        num_times: Times looked at, even in [0, 1).
+        num_times: Times looked at, >= 2, even in [0, 1).
 
     Returns:
         Deviation and correlation.
 
     Raises:
-        ConfigError: If the weights are not as `Codebook.moments` wants them.
+        ConfigError: If the weights are not as `Codebook.moments` wants them, or the codebook has no
+            such distance.
     """
     t = torch.arange(num_times, dtype=torch.float64) / num_times
     mean = codebook.moments(schedule.beta(t), weights, euclidean=euclidean).mean
@@ -203,6 +216,16 @@ def sampled_rows(
 
     All rows where the codebook's moments cost little or there are few; else 2**25 / V of those
     that are used, drawn with a fixed seed.
+
+    Args:
+        codebook: The codes.
+        weights: As in `fit_schedule`.
+
+    Returns:
+        Two tensors of weights, shape (V,), None where all count alike, and a number of rows.
+
+    Raises:
+        ConfigError: If the weights are not as `weighted_share` wants them.
     """
     size = len(codebook)
     share = weighted_share(weights, size)

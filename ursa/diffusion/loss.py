@@ -4,6 +4,10 @@
 numbers from hidden states, without the logits of all tokens at once.
 
 Dimensions: B = batch, N = visual tokens, V = codebook size, D = hidden size, R = rows of a part.
+
+References:
+    URSA, arXiv 2510.24717, section 3.1. Gradients made on the way forward, a part at a time: Liger
+    Kernel, arXiv 2410.10989; docs/math.md, "loss without logits".
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +27,13 @@ _IGNORED = -100
 
 
 class PosteriorLoss(NamedTuple):
-    """Mean loss in nats and accuracy over the tokens that count, and the loss of each token."""
+    """Mean loss in nats and accuracy over the tokens that count, and the loss of each token.
+
+    Attributes:
+        loss: Mean, nats, scalar, float32.
+        accuracy: In [0, 1], scalar, float32; no gradient.
+        token_loss: Nats, shape (B, N), float32, 0 where a token does not count; no gradient.
+    """
 
     loss: Tensor
     accuracy: Tensor
@@ -34,8 +44,8 @@ def posterior_loss(logits: Tensor, x_1: Tensor, mask: Tensor | None = None) -> P
     """Compare posterior logits with the clean tokens.
 
     Args:
-        logits: Posterior logits, shape (B, N, V).
-        x_1: Clean token ids, shape (B, N), int64; any number where the mask is False.
+        logits: Posterior logits, shape (B, N, V), any float type; computed in float32.
+        x_1: Clean token ids in [0, V), shape (B, N), int64; any number where the mask is False.
         mask: Which tokens count (True), shape (B, N), bool; None counts all. Of official labels it
             is `labels >= 0`.
 
@@ -90,13 +100,14 @@ def linear_posterior_loss(
 
     Args:
         hidden: Last hidden states at the predicting places, shape (B, N, D), any float type.
-        weight: Head W, shape (V, D), same device.
-        x_1: Clean token ids, shape (B, N), int64; any number where the mask is False.
+        weight: Head W, shape (V, D), any float type, same device.
+        x_1: Clean token ids in [0, V), shape (B, N), int64; any number where the mask is False.
         mask: Which tokens count (True), shape (B, N), bool; None counts all.
         part_rows: R; None takes what fits into 32 MB.
 
     Returns:
-        As `posterior_loss`. The loss can be differentiated once.
+        As `posterior_loss`. The loss can be differentiated once; a second backward raises
+        RuntimeError.
 
     Raises:
         ConfigError: If shapes do not fit, the mask is not bool or part_rows is not positive.

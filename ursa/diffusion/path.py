@@ -12,6 +12,8 @@ Every path has the same interface and moves every token on its own:
   d/dt p_t(x) = sum_y p_t(y) u_t(x; y) - p_t(x) sum_z u_t(z; x) (Kolmogorov's forward equation);
 - `rate(x_t, x_1, t)`: their sum, and `jump(x_t, x_1, t)`: a draw in proportion to them;
 - `rate_over(x_t, x_1, t, t_next)`: the rate of t in the path's own time, times that time;
+- `exact_step(x_t, x_1, t, t_next, numbers)`: x_t carried to t_next by that process, without an
+  error of time;
 - `rests_at_start`: whether all rates are 0 at t = 0.
 
 `probs` and `velocity` are the readable reference and hold (..., S) tensors; the others do not.
@@ -22,7 +24,7 @@ Randomness is numbers in [0, 1), one a token, or a generator; a path keeps neith
 References:
     URSA, arXiv 2510.24717, section 3; metric-induced paths and kinetic-optimal velocities:
     arXiv 2412.03487, section 4; mixture paths: arXiv 2407.15595; masked diffusion: MDLM,
-    arXiv 2406.07524.
+    arXiv 2406.07524. `exact_step` and `rate_over` are ours: docs/math.md, "Exact step".
 """
 
 import copy
@@ -47,7 +49,8 @@ class MetricPath:
 
     d is the squared Euclidean distance between L2-normalised codebook rows (of a `ProductCodebook`
     between rows as they are), and beta_t = c * (t / (1 - t)) ** alpha or another schedule. t = 0 is
-    uniform noise, t -> 1 a point mass on the codes at distance 0 of x_1.
+    uniform noise, t -> 1 a point mass on x_1, or uniform over the codes at distance 0 of it. The
+    rates of a `ProductCodebook` are those of its axes.
     """
 
     def __init__(
@@ -68,8 +71,8 @@ class MetricPath:
             c: Scale of the schedule, > 0.
             schedule: Instead of alpha and c.
             dtype: In what to compute: float32, or float64 for checks. Never half, whatever the
-                type of the codebook: beta' is 50,000 at t = 0.99 and overflows there. Not used if
-                codebook is no tensor: it has a type.
+                type of the codebook: beta' is 50,000 at t = 0.99 (alpha 1, c 5): times a distance
+                it overflows. Not used if codebook is no tensor: it has a type.
 
         Raises:
             ConfigError: If the codebook, alpha, c or dtype are not as stated, or a schedule is
@@ -146,7 +149,7 @@ class MetricPath:
             Probabilities, shape (..., V), summing to 1 over the last axis.
 
         Raises:
-            ConfigError: If t is out of range or does not fit x_1.
+            ConfigError: If t is out of range or does not fit x_1, or ids are not integers.
             DataError: If an id is not in [0, V).
         """
         return law(self.distance(x_1), self.beta(_time(t, x_1, self.dtype)))
@@ -159,7 +162,7 @@ class MetricPath:
         generator: torch.Generator | None = None,
         uniform: Tensor | None = None,
     ) -> Tensor:
-        """Draw x_t from p_t(x | x_1) by inverting the distribution function.
+        """Draw x_t from p_t(x | x_1), one number a token. See `DenseCodebook.noise`.
 
         Args:
             x_1: Clean token ids, shape (...), int64.
@@ -173,7 +176,8 @@ class MetricPath:
             Noisy token ids, shape of x_1, int64.
 
         Raises:
-            ConfigError: If t or uniform do not fit x_1, or not one source is given.
+            ConfigError: If t is out of range, t or uniform do not fit x_1, ids are not integers, or
+                not exactly one source is given.
             DataError: If an id is not in [0, V).
         """
         beta = self.beta(_time(t, x_1, self.dtype))
@@ -186,6 +190,7 @@ class MetricPath:
         """Return the kinetic-optimal rate of jumping from x_t to every code.
 
         u_t(x; x_t, x_1) = p_t(x | x_1) * beta'(t) * relu(d(x_t, x_1) - d(x, x_1)), 0 on x_t.
+        Of a `ProductCodebook`: this on each axis, for codes that differ in that axis alone.
 
         Args:
             x_t: Current token ids, shape (...), int64.
@@ -196,7 +201,7 @@ class MetricPath:
             Rates per unit of time, shape (..., V), not negative.
 
         Raises:
-            ConfigError: If t is out of range, or shapes do not fit.
+            ConfigError: If t is out of range, ids are not integers, or shapes do not fit.
             DataError: If an id is not in [0, V).
         """
         t = _time(t, x_1, self.dtype)
@@ -220,19 +225,19 @@ class MetricPath:
         """Return the rate of leaving x_t a unit of beta, at t, times the beta that passes.
 
         `rate` times (t_next - t) holds the derivative of beta over the step as well: it is 0 at
-        t = 0, and too little where beta' rises.
+        t = 0 of a power schedule, and too little where beta' rises.
 
         Args:
             x_t: Current token ids, shape (...), int64.
             x_1: Clean token ids, shape (...), int64.
             t: Start in [0, 1), a number or a shape that `expand_time` takes.
-            t_next: End in [t, 1), likewise.
+            t_next: End in [0, 1), likewise; the result is negative where it is below t.
 
         Returns:
             Mean numbers of jumps, shape (...).
 
         Raises:
-            ConfigError: If t or t_next are out of range, or shapes do not fit.
+            ConfigError: If t or t_next are not in [0, 1), ids no integers, or shapes do not fit.
             DataError: If an id is not in [0, V).
         """
         start, end = (self.beta(_time(each, x_1, self.dtype)) for each in (t, t_next))
@@ -251,7 +256,14 @@ class MetricPath:
     def exact_step(
         self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
     ) -> Tensor:
-        """Carry x_t from t to t_next < 1 by the jump process of x_1. See `DenseCodebook`."""
+        """Carry x_t from t to t_next < 1 by the jump process of x_1.
+
+        See `DenseCodebook.exact_step`.
+
+        Raises:
+            ConfigError: If t or t_next are not in [0, 1), ids no integers, or shapes do not fit.
+            DataError: If an id is not in [0, V).
+        """
         start, end = (self.beta(_time(each, x_1, self.dtype)) for each in (t, t_next))
         return self.codebook.exact_step(x_t, x_1, start, end, numbers)
 
@@ -266,7 +278,7 @@ class _ToClean:
     def rate_over(
         self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor
     ) -> Tensor:
-        """Return the integral of the rate from t to t_next: log((1 - t) / (1 - t_next))."""
+        """Return the integral of the rate: log((1 - t) / (1 - t_next)), 0 where the rate is 0."""
         start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
         passed = torch.log((1 - start) / (1 - end)).to(self.dtype)
         return torch.where(self.rate(x_t, x_1, t) > 0, passed, torch.zeros_like(passed))
@@ -282,7 +294,7 @@ class _ToClean:
     def exact_step(
         self, x_t: Tensor, x_1: Tensor, t: float | Tensor, t_next: float | Tensor, numbers: Numbers
     ) -> Tensor:
-        """Carry x_t from t to t_next: to x_1 with probability (t_next - t) / (1 - t)."""
+        """Carry x_t to x_1 with probability (t_next - t) / (1 - t), if its rate is not 0."""
         start, end = (_time(each, x_1, self.dtype) for each in (t, t_next))
         jumps = (self.rate(x_t, x_1, t) > 0) & (
             numbers()[0].to(x_1.device) < (end - start) / (1 - start)
@@ -297,7 +309,11 @@ class MixturePath(_ToClean):
     """
 
     def __init__(self, codebook_size: int, *, dtype: torch.dtype = torch.float32) -> None:
-        """Take V >= 1 and the type to compute in: float32, or float64 for checks."""
+        """Take V >= 1 and the type to compute in: float32, or float64 for checks.
+
+        Raises:
+            ConfigError: If codebook_size or dtype are not as stated.
+        """
         _check(codebook_size, dtype)
         self.codebook_size = codebook_size
         self.dtype = dtype
@@ -391,7 +407,11 @@ class MaskedPath(_ToClean):
     """
 
     def __init__(self, codebook_size: int, *, dtype: torch.dtype = torch.float32) -> None:
-        """Take V >= 1 and the type to compute in: float32, or float64 for checks."""
+        """Take V >= 1 and the type to compute in: float32, or float64 for checks.
+
+        Raises:
+            ConfigError: If codebook_size or dtype are not as stated.
+        """
         _check(codebook_size, dtype)
         self.codebook_size = codebook_size
         self.dtype = dtype

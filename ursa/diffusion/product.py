@@ -72,7 +72,10 @@ class ProductCodebook:
         return moved
 
     def distance(self, ids: Tensor) -> Tensor:
-        """Return the squared distance of every code to each token, shape (..., V)."""
+        """Return the squared distance of every code to each token, shape (..., V), in [0, 4 C].
+
+        See `DenseCodebook.distance`.
+        """
         digits = self._split(check_ids("x_1", ids, len(self)))
         total = torch.zeros(*ids.shape, 1, dtype=self.dtype, device=ids.device)
         for axis, digit in zip(self._axes, digits, strict=True):
@@ -99,7 +102,10 @@ class ProductCodebook:
         return self._join(drawn)
 
     def flow(self, x_t: Tensor, x_1: Tensor, beta: Tensor) -> Tensor:
-        """Return the rate of jumping from x_t to every code a unit of beta, shape (..., V)."""
+        """Return the rate of jumping from x_t to every code a unit of beta, shape (..., V).
+
+        0 on codes that differ in more than one axis. See `DenseCodebook.flow`.
+        """
         x_1 = check_ids("x_1", x_1, len(self))
         x_t = check_like("x_t", x_t, x_1, len(self))
         result = torch.zeros(*x_1.shape, len(self), dtype=self.dtype, device=x_1.device)
@@ -112,11 +118,17 @@ class ProductCodebook:
         return result
 
     def rate(self, x_t: Tensor, x_1: Tensor, beta: Tensor) -> Tensor:
-        """Return the rate of leaving x_t per unit of beta: the sum over the axes, shape (...)."""
+        """Return the rate of leaving x_t per unit of beta: the sum over the axes, shape (...).
+
+        In [0, 4 C]. See `DenseCodebook.rate`.
+        """
         return torch.stack(self._rates(x_t, x_1, beta)).sum(0)
 
     def jump(self, x_t: Tensor, x_1: Tensor, beta: Tensor, uniform: Tensor) -> Tensor:
-        """Draw where a jump goes: an axis in proportion to its rate, then a level of it."""
+        """Draw where a jump goes: an axis in proportion to its rate, then a level of it.
+
+        One number serves both: give float64. See `DenseCodebook.jump`.
+        """
         rates = torch.stack(self._rates(x_t, x_1, beta), dim=-1).double()
         number = uniform.to(x_1.device).expand(x_1.shape).double()
         moves = rates.sum(-1) > 0
@@ -139,7 +151,8 @@ class ProductCodebook:
         """Run the jump process from beta to beta_next. See `DenseCodebook.exact_step`.
 
         The axes do not wait for each other, so each runs alone, with numbers of its own: how often
-        it asks must not move those of the next.
+        it asks must not move those of the next. Of `numbers` it takes the first of three, as seeds:
+        give float64.
         """
         x_1 = check_ids("x_1", x_1, len(self))
         x_t = check_like("x_t", x_t, x_1, len(self))

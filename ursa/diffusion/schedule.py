@@ -94,7 +94,7 @@ class TabulatedSchedule:
         return torch.where(t > 0, curve.exp().to(t.dtype), torch.zeros_like(t))
 
     def rate(self, t: Tensor) -> Tensor:
-        """Return d beta / dt, shape and type of t; at t = 0 the limit, taken at t = 1e-12."""
+        """Return d beta / dt, shape and type of t; for t < 1e-12 its value at t = 1e-12."""
         inner = t.double().clamp_min(1e-12)
         curve, slope = self._curve(inner)
         return (curve.exp() * slope / (inner * (1 - inner))).to(t.dtype)
@@ -121,3 +121,4 @@ class TabulatedSchedule:
 
 
 Schedule = PowerSchedule | TabulatedSchedule
+"""What a metric path takes: `beta(t)` and its time derivative `rate(t)`."""

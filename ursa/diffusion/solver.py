@@ -4,7 +4,9 @@ Dimensions: B = batch, N = tokens, V = codebook size, S = states of a token (V, 
 mask). Nothing here changes the caller's tensors or keeps a generator for a later call.
 
 References:
-    URSA, arXiv 2510.24717, section 3.1, algorithm 2; nucleus sampling: arXiv 1904.09751.
+    URSA, arXiv 2510.24717, section 3.1, algorithm 2; guidance: arXiv 2207.12598; nucleus sampling:
+    arXiv 1904.09751. `exact_step`, `in_beta` and `draw_from_head` are ours: docs/math.md, "Exact
+    step", "Jump as thinned noising", "Folded guidance".
 """
 
 import torch
@@ -23,7 +25,7 @@ _LEAST_EXPONENT = -80.0
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Return z_u + scale * (z_c - z_u); scale 1 is no guidance.
+    """Return z_u + scale * (z_c - z_u), any float type, of one shape; scale 1 is no guidance.
 
     Of logits, shape (B, N, V), or of the hidden states that a linear head reads, shape (B, N, D).
     """
@@ -47,9 +49,11 @@ def euler_step(
         path: The probability path.
         x_t: Current token ids, shape (...), int64.
         x_1: Clean token ids drawn from the posterior, shape (...), int64.
-        t: Start of the step in [0, 1), a number or a shape that `expand_time` takes. At t = 0 the
-            metric path moves nothing, because its beta' is taken as 0 there.
-        t_next: End of the step in [t, 1], likewise; equal to t for a token that must not move.
+        t: Start of the step in [0, 1), a number or a shape that `expand_time` takes. At t = 0 a
+            metric path with a power schedule moves nothing unless in_beta: beta' is taken as 0
+            there.
+        t_next: End of the step in [t, 1], with in_beta in [t, 1), likewise; equal to t for a token
+            that must not move.
         uniforms: Random numbers in [0, 1), shape (2, ...): whether to jump, and where to.
         in_beta: Count the path's own time, beta(t_next) - beta(t), instead of beta'(t) dt as the
             paper does: the rates of the start are then held over the step, but not beta' as well.
@@ -58,7 +62,7 @@ def euler_step(
         Token ids at t_next, shape (...), int64.
 
     Raises:
-        ConfigError: If t or t_next are out of range, or shapes do not fit.
+        ConfigError: If t or t_next are out of range, ids no integers, or shapes do not fit.
         DataError: If an id is out of range.
     """
     if uniforms.shape != (2, *x_t.shape):
@@ -94,13 +98,14 @@ def exact_step(
         x_1: Clean token ids drawn from the posterior, shape (...), int64.
         t: Start of the step in [0, 1), a number or a shape that `expand_time` takes.
         t_next: End of the step in [t, 1), likewise; equal to t for a token that must not move.
-        numbers: Gives random numbers in [0, 1), shape (3, ...), as often as it is called.
+        numbers: Gives random numbers in [0, 1), shape (3, ...), float64 (a grid takes all their
+            bits), as often as it is called.
 
     Returns:
         Token ids at t_next, shape (...), int64.
 
     Raises:
-        ConfigError: If t or t_next are out of range, or shapes do not fit.
+        ConfigError: If t or t_next are out of range, ids no integers, or shapes do not fit.
         DataError: If an id is out of range.
     """
     start, end = expand_time(t, x_1), expand_time(t_next, x_1)
@@ -122,6 +127,8 @@ def jump_threshold(
     in_beta: bool = False,
 ) -> Tensor:
     """Return the probability of a jump in a step: 1 - exp(-dt * sum_x u_t(x; x_t, x_1)).
+
+    With in_beta it is 1 - exp(-`path.rate_over`).
 
     `euler_step` jumps where its first uniform number is below it, to x in proportion to
     `path.velocity`. Arguments and errors are those of `euler_step`.
@@ -151,8 +158,8 @@ def draw_from_head(
     branches. A token's draw does not depend on how many are taken at once, but for rounding.
 
     Args:
-        hidden: Last hidden states at the predicting places, shape (..., D).
-        weight: Head W, shape (V, D).
+        hidden: Last hidden states at the predicting places, shape (..., D), any float type.
+        weight: Head W, shape (V, D), of the same type.
         uniform: Random numbers in [0, 1), shape (...), one a token.
         temperature: As in `draw_posterior`, like the two that follow.
         top_k: The k most likely codes.
@@ -207,7 +214,8 @@ def draw_posterior(
     Args:
         logits: Posterior logits, shape (..., V), any float type; computed in float32.
         uniform: Random numbers in [0, 1), shape (...), one a token.
-        temperature: 1 is the model's law, 0 the most likely code (uniform is then not used).
+        temperature: >= 0, finite; 1 is the model's law, 0 the most likely code (uniform is then not
+            used).
         top_k: Keep the k most likely codes, >= 1; None or >= V keeps all.
         top_p: Then keep the fewest codes whose mass reaches p, in (0, 1]; None or 1 keeps all.
 
@@ -273,7 +281,7 @@ def official_step(
     Args:
         path: `MetricPath` or `MixturePath`; the official code has no masked one.
         x_t: Current token ids, shape (...), int64.
-        logits: Posterior logits, shape (..., V), guided already.
+        logits: Posterior logits, shape (..., V), any float type, guided already.
         t: Start of the step, a number or a shape that `expand_time` takes; not used in the last.
         t_next: End of the step, likewise.
         is_last: Whether this is the last step of the grid: its result is x_1.
@@ -284,7 +292,7 @@ def official_step(
         Token ids at t_next, shape (...), int64.
 
     Raises:
-        ConfigError: If t or t_next are out of range, or shapes do not fit.
+        ConfigError: If t or t_next are out of range, ids no integers, or shapes do not fit.
         DataError: If an id is out of range.
     """
     if x_1 is None:

@@ -22,7 +22,7 @@ def shift_time(sigma: Tensor, shift: float) -> Tensor:
     """Return t = 1 - s sigma / (1 + (s - 1) sigma); same shape as sigma, which is in [0, 1].
 
     Raises:
-        ConfigError: If the shift s is not positive.
+        ConfigError: If the shift s is not positive and finite.
     """
     if not 0 < shift < float("inf"):
         raise ConfigError(f"shift must be a positive number (1 is none), got {shift}")
@@ -66,7 +66,7 @@ def training_times(uniform: Tensor, shift: float) -> Tensor:
         Times in [0, 1), shape and type of uniform.
 
     Raises:
-        ConfigError: If the shift is not positive.
+        ConfigError: If the shift is not positive and finite.
     """
     return shift_time(1 - TRAINING_SPAN * uniform, shift)
 
