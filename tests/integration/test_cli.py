@@ -89,7 +89,7 @@ def test_plan_of_a_size_a_preset_and_a_model(model):
     image = json.loads(done.stdout)
     assert (image["network"], image["num_visual_tokens"]) == ("0.6b", 40 * 64)
     assert image["num_sequences"] == 24  # the first of 25 steps moves nothing
-    assert image["logits_bytes"] == 2 * 4 * 2**22
+    assert image["logits_bytes"] == 2 * 4 * 2**23
     preset = json.loads(ursa("plan", "--preset", "tiny", "--json").stdout)
     settings = load_config("tiny")
     assert preset["num_tokens"] == 3 * 7 * 12 + 1 + settings.text_tokenizer.max_prompt_length

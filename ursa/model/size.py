@@ -15,7 +15,7 @@ from ursa.errors import ConfigError, size_hint
 from ursa.model.config import TransformerConfig
 
 Qwen3Size = Literal["0.6b", "1.7b", "4b"]
-LOGITS_AT_ONCE = 2**22
+LOGITS_AT_ONCE = 2**23
 """Logits that the sampler holds at once, as in `ursa.diffusion.solver`."""
 _LOGITS_COPIES = 2
 """Logits, and the weights that are drawn from."""
