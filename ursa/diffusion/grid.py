@@ -123,11 +123,6 @@ class GridCodebook(DenseCodebook):
             ConfigError: If levels or dtype are not as stated.
         """
         super().__init__(grid_codes(levels), dtype)
-        if not has_small_tables(tuple(levels)):
-            raise ConfigError(
-                f"an FSQ grid of levels {tuple(levels)} has too little symmetry for tables: "
-                f"{num_orbits(tuple(levels))} orbits of {len(self)} codes; take DenseCodebook"
-            )
         self.levels = tuple(levels)
         self._tables = grid_tables(self.levels, cache)
         digits, self._basis = _digits(self.levels)
@@ -388,6 +383,12 @@ def grid_codes(levels: tuple[int, ...]) -> Tensor:
     Raises:
         ConfigError: If there is no level, one below 2, or more than 65,536 codes.
     """
+    _check_levels(levels)
+    digits, _ = _digits(levels)
+    return digits.float() / (torch.tensor(levels) // 2)
+
+
+def _check_levels(levels: tuple[int, ...]) -> None:
     if not levels or min(levels) < 2:
         raise ConfigError(f"FSQ levels must be at least 2 each, got {levels}")
     if math.prod(levels) > _MAX_CODES:
@@ -395,8 +396,6 @@ def grid_codes(levels: tuple[int, ...]) -> Tensor:
             f"FSQ levels must make at most {_MAX_CODES} codes here, got {math.prod(levels)} of "
             f"{levels}; DenseCodebook takes any number"
         )
-    digits, _ = _digits(levels)
-    return digits.float() / (torch.tensor(levels) // 2)
 
 
 def num_orbits(levels: tuple[int, ...]) -> int:
@@ -448,8 +447,14 @@ def grid_tables(levels: tuple[int, ...], cache: Path | None = None) -> GridTable
         if these cannot be written. Calls share them: do not change them.
 
     Raises:
-        ConfigError: As `grid_codes`.
+        ConfigError: As `grid_codes`, or if the grid has too little symmetry.
     """
+    _check_levels(levels)
+    if not has_small_tables(levels):
+        raise ConfigError(
+            f"an FSQ grid of levels {levels} has too little symmetry for tables: "
+            f"{num_orbits(levels)} orbits of {math.prod(levels)} codes; take DenseCodebook"
+        )
     if math.prod(levels) <= _SMALL_CODES:
         return _build_tables(levels)
     root = cache or Path(platformdirs.user_cache_dir("ursa"))
