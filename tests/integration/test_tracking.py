@@ -30,8 +30,13 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     client = MlflowClient(address)
     client.create_experiment(tracking.EXPERIMENT, artifact_location=(folder / "files").as_uri())
     before = mlflow.get_tracking_uri()
-    yield address
-    mlflow.set_tracking_uri(before)
+    with pytest.MonkeyPatch.context() as environment:
+        # MLflow writes both for processes to come, such as those of other tests
+        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            environment.setenv(variable, address)
+        yield address
+        mlflow.set_tracking_uri(before)
+        mlflow.set_registry_uri("")
 
 
 def history(run: TrackedRun, key: str) -> dict[int, list[float]]:
