@@ -671,6 +671,8 @@ def guard(run_id: str, pid: int) -> int:
     child = psutil.Process(pid)
     ended = 0
     told, last = time.monotonic(), ""
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):
+        last = newest_progress(prefect)  # of the run before
     while child.is_running() and ended < 4:
         time.sleep(5)
         if time.monotonic() - told >= PROGRESS_EVERY_S:
