@@ -158,6 +158,9 @@ def exists(uri: str) -> bool:
     Args:
         uri: A file or object; a local directory is none.
 
+    Returns:
+        True if it is there.
+
     Raises:
         StorageError: If the store refuses or does not answer.
     """

@@ -1,6 +1,6 @@
 """Benchmark of the core: our operations against the plain arithmetic of the official code.
 
-    python tests/bench/core.py                 # everything: half an hour on one core
+    python tests/bench/core.py                 # everything: ten minutes on one core
     python tests/bench/core.py --rows P1 P4    # some rows
     python tests/bench/core.py --scale 4       # a quarter of the tokens
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ursa.diffusion.codebook import DenseCodebook
-from ursa.diffusion.grid import GridCodebook, grid_tables
+from ursa.diffusion.grid import GridCodebook, grid_codes, grid_tables
 from ursa.diffusion.linearization import fit_schedule, measure_linearity
 from ursa.diffusion.loss import linear_posterior_loss
 from ursa.diffusion.path import Codebook, MetricPath
@@ -303,6 +303,30 @@ def print_linearity() -> None:
         )
 
 
+def print_exactness() -> None:
+    """P10: largest relative error of the rates of 400 random pairs, against float64."""
+    print("\n| P10: error of rates | beta 0.1 | 1 | 5 | 45 |\n|---|---|---|---|---|")
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randn(1024, 256, generator=generator)
+    books: dict[str, tuple[Codebook, Tensor]] = {
+        "any codebook, FSQ 8, 8, 8, 5, 5, 5": (
+            DenseCodebook(grid_codes(LEVELS)),
+            grid_codes(LEVELS),
+        ),
+        "any codebook, random 1,024 x 256": (DenseCodebook(random), random),
+        "FSQ grid": (GridCodebook(LEVELS), grid_codes(LEVELS)),
+    }
+    for name, (book, codes) in books.items():
+        exact = DenseCodebook(codes, torch.float64)
+        x_t, x_1 = torch.randint(len(book), (2, 400), generator=generator)
+        errors = []
+        for beta in (0.1, 1.0, 5.0, 45.0):
+            rate = exact.rate(x_t, x_1, torch.tensor(beta, dtype=torch.float64))
+            found = book.rate(x_t, x_1, torch.tensor(beta)).double()
+            errors.append(f"{((found - rate).abs() / rate)[rate > 1e-9].max():.1e}")
+        print(f"| {name} | " + " | ".join(errors) + " |", flush=True)
+
+
 def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -320,6 +344,7 @@ def main() -> None:
     if not arguments.rows:
         print_growth(arguments.scale)
         print_linearity()
+        print_exactness()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App
+from cyclopts import App, CycloptsError
 
 from ursa import __version__
 from ursa.cli import path
@@ -44,13 +44,16 @@ def config(preset: str = "tiny") -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; an error is one line and exit status 1.
+    """Run the command line; an error is one line and exit status 1, or 2 if it cannot be parsed.
 
     Args:
         arguments: What stands after `ursa`; None takes it from the command line.
     """
     try:
-        app(arguments)
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}; --help lists what there is\n")
+        sys.exit(2)
     except UrsaError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)

@@ -12,11 +12,13 @@ from cyclopts import Parameter
 
 from ursa.cli.models import check_device, model_directory
 from ursa.cli.plan import strides_of
-from ursa.errors import ConfigError, size_hint
+from ursa.errors import ConfigError, VideoDecodeError, size_hint
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+    from ursa.generation import SampleDefaults
 
 _OPTIONS = {
     "num_inference_steps": "--steps",
@@ -31,9 +33,14 @@ _OPTIONS = {
     "height": "--height",
     "width": "--width",
     "clock": "--clock",
+    "times of steps": "--clock with --steps",
+    "last_image": "--last-image",
+    "image": "--image",
+    "video": "--video",
     "negative_prompt": "--negative",
 }
 """Options by the library's arguments."""
+_PUBLISHED_FRAMES, _PUBLISHED_STEPS, _PUBLISHED_MOTION = 49, 50, 9.0
 
 
 def generate(
@@ -81,17 +88,18 @@ def generate(
         noise: Noise of the given frames, 0 to 1; 0 keeps them. The network draws what is noised
             anew: a small model changes a lot from 0.05 on, a large one a little at 0.1. Frames of
             --video that others follow are written as they are; what follows sees the noised ones.
-        num_frames: 1 + 4k frames, with --window any number; 1 is an image.
+        num_frames: 1 + 4k frames, with --window any number; 1 is an image. What the model was
+            trained on if left out, 49 for a published one.
         window: Frames at once, 1 + 4k: a longer clip is made window by window.
         height: Pixels, divisible by 8.
         width: Pixels, divisible by 8.
-        steps: Steps of the sampler.
+        steps: Steps of the sampler; 50 for clips of a published model.
         guidance: Classifier-free guidance, 1 is off.
         shift: Timestep shift of the sampler, 1 is none.
         temperature: Of the draw of codes; 1 is the model's own law, less is cleaner, less varied.
         solver: How codes move between steps; exact has no error of time, euler is the paper's.
         clock: When steps start; entropy takes equal falls of the held-out loss.
-        motion: Asked motion, px/s at 256 px width.
+        motion: Asked motion, px/s at 256 px width; 9 for clips of a published model.
         negative: What the clip shall not show.
         seed: Makes the clip repeatable; drawn and printed if left out.
         device: Where to run, such as cpu or cuda.
@@ -112,13 +120,11 @@ def generate(
     _check_given(out, sizes, noise, image=image, video=video)
     import torch
 
-    from ursa.config import load_config
-    from ursa.generation import UrsaPipeline, slide_window
-    from ursa.video.foreign import read_last_frames
+    from ursa.generation import SampleDefaults, UrsaPipeline, slide_window
 
     check_device(device)
     _check_sampler(steps, guidance, shift, temperature, noise)
-    first, last = _open_image(image), _open_image(last_image)
+    first, last = _open_image("--image", image), _open_image("--last-image", last_image)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     started = time.perf_counter()
     with model_directory(model) as directory:
@@ -126,6 +132,10 @@ def generate(
         pipeline = UrsaPipeline.from_pretrained(directory, device=device)
     pipeline.set_progress_bar_config(disable=True if quiet else None, desc="steps")
     defaults, stride = pipeline.defaults, pipeline.visual_tokenizer.temporal_stride
+    if defaults == SampleDefaults() and out.suffix.lower() != ".png":
+        # published directories name nothing: what their authors use for clips
+        defaults = defaults.model_copy(update={"num_frames": _PUBLISHED_FRAMES})
+        steps, motion = steps or _PUBLISHED_STEPS, _PUBLISHED_MOTION if motion is None else motion
     total = num_frames or (1 if out.suffix.lower() == ".png" else defaults.num_frames)
     height, width = height or defaults.height, width or defaults.width
     window = min(window or total, total)
@@ -136,16 +146,7 @@ def generate(
             f"--given-frames {overlap} leaves none of {total} frames to make: give fewer, or let "
             "them change with --noise"
         )
-    given: np.ndarray | None = None
-    if video is not None:
-        given = read_last_frames(
-            video,
-            overlap,
-            fps=defaults.fps,
-            height_px=height,
-            width_px=width,
-            limits=load_config("tiny").ingestion,
-        )
+    given = None if video is None else _read_video(video, overlap, defaults, (height, width))
     generator = torch.Generator().manual_seed(seed)
     num_done = overlap if video else 0
 
@@ -227,6 +228,8 @@ def _check_sizes(directory: Path, sizes: dict[str, int | None]) -> None:
 def _check_files(out: Path, **inputs: Path | None) -> None:
     if out.suffix.lower() not in {".mp4", ".gif", ".png"}:
         raise ConfigError(f"--out must end in .mp4, .gif or .png, got {out.name!r}")
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a directory; name a file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
     for name, path in inputs.items():
@@ -251,11 +254,15 @@ def _check_given(
         raise ConfigError("--image and --video both give the first frames; leave one out")
     if noise > 0 and not given and sizes["--window"] is None:
         raise ConfigError("--noise is for given frames: give --image or --video, or leave it out")
-    is_one_frame = out.suffix.lower() == ".png" and sizes["--num-frames"] in {None, 1}
+    if sizes["--given-frames"] is not None and not files["video"] and sizes["--window"] is None:
+        raise ConfigError("--given-frames is for --video or --window; leave it out")
+    is_one_frame = sizes["--num-frames"] == 1 or (
+        out.suffix.lower() == ".png" and sizes["--num-frames"] is None
+    )
     if given and is_one_frame and noise == 0:
         raise ConfigError(
-            f"a .png of one frame holds what {given[0]} gives: write an .mp4 or .gif, or let the "
-            "frame change with --noise"
+            f"a single frame holds what {given[0]} gives: write an .mp4 or .gif of more frames, or "
+            "let the frame change with --noise"
         )
 
 
@@ -278,7 +285,7 @@ def _check_sampler(
         )
 
 
-def _open_image(path: Path | None) -> "Image | None":
+def _open_image(option: str, path: Path | None) -> "Image | None":
     if path is None:
         return None
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -287,7 +294,30 @@ def _open_image(path: Path | None) -> "Image | None":
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} is not an image that can be read: {error}") from error
+        raise ConfigError(
+            f"{option}: {path} is not an image that can be read ({error}); give a PNG or JPEG file"
+        ) from error
+
+
+def _read_video(
+    path: Path, num_frames: int, defaults: "SampleDefaults", size: tuple[int, int]
+) -> "np.ndarray":
+    from ursa.config import load_config
+    from ursa.video.foreign import read_last_frames
+
+    try:
+        return read_last_frames(
+            path,
+            num_frames,
+            fps=defaults.fps,
+            height_px=size[0],
+            width_px=size[1],
+            limits=load_config("tiny").ingestion,
+        )
+    except VideoDecodeError as error:
+        raise VideoDecodeError(
+            f"--video: {error}; give another video, or fewer --given-frames"
+        ) from error
 
 
 def _write_frames(out: Path, frames: "np.ndarray", fps: float) -> None:
@@ -295,9 +325,12 @@ def _write_frames(out: Path, frames: "np.ndarray", fps: float) -> None:
 
     from ursa.video.decode import write_gif, write_video
 
-    if out.suffix.lower() == ".png":
-        Image.fromarray(frames[0]).save(out)
-    elif out.suffix.lower() == ".gif":
-        write_gif(out, frames, fps)
-    else:
-        write_video(out, frames, fps)
+    try:
+        if out.suffix.lower() == ".png":
+            Image.fromarray(frames[0]).save(out)
+        elif out.suffix.lower() == ".gif":
+            write_gif(out, frames, fps)
+        else:
+            write_video(out, frames, fps)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written ({error})") from error

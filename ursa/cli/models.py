@@ -15,7 +15,17 @@ _REGISTRY_PREFIX = "models:/"
 
 @contextmanager
 def model_directory(model: str) -> Iterator[Path]:
-    """Yield a local model directory; a registry URI is downloaded with the mlflow command."""
+    """Yield a local model directory; a registry URI is downloaded with the mlflow command.
+
+    Args:
+        model: A directory or hub name, which is yielded as it is, or models:/NAME@ALIAS.
+
+    Yields:
+        The directory; that of a downloaded model is removed afterwards.
+
+    Raises:
+        ConfigError: If the registry does not answer or holds no such model.
+    """
     if not model.startswith(_REGISTRY_PREFIX):
         yield Path(model)
         return
@@ -74,11 +84,18 @@ def _check_answers(tracking_uri: str) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError, as one line, unless torch can use the device."""
+    """Check that torch can use a device.
+
+    Args:
+        device: Such as cpu or cuda:0.
+
+    Raises:
+        ConfigError: If it cannot; it names the device.
+    """
     import torch
 
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"--device {device} cannot be used: {first}; try cpu") from error

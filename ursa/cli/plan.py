@@ -87,6 +87,15 @@ def plan(
     from ursa.model.size import Clip, latent_shape, num_sequences
     from ursa.model.size import plan as add_up
 
+    for name, value, least in (
+        ("--steps", steps, 1),
+        ("--prompt-length", prompt_length, 0),
+        ("--temporal-stride", temporal_stride, 1),
+        ("--spatial-stride", spatial_stride, 1),
+        ("--guidance", guidance, 0),
+    ):
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
     known = _planned(model, size or "1.7b", preset)
     frames = known.num_frames if num_frames is None else num_frames
     shape = latent_shape(
@@ -98,9 +107,6 @@ def plan(
     )
     if steps is None:
         steps = known.steps or (25 if frames == 1 else 50)
-    for name, value, least in (("--steps", steps, 1), ("--prompt-length", prompt_length, 0)):
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
     is_guided = (known.guidance if guidance is None else guidance) > 1
     sequences = num_sequences(
         steps, shift=known.shift, guidance_trunc=known.guidance_trunc, is_guided=is_guided
@@ -168,7 +174,17 @@ def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Plan
 
 
 def strides_of(model: Path) -> tuple[int, int] | None:
-    """Return frames and pixels per latent frame and row; None if there is no visual tokenizer."""
+    """Return the strides of a model directory.
+
+    Args:
+        model: The directory.
+
+    Returns:
+        Frames per latent frame and pixels per latent row; None if there is no visual tokenizer.
+
+    Raises:
+        ConfigError: If its configuration is no JSON object.
+    """
     visual = _json_of(model / "vae" / "config.json")
     if not visual:
         return None
@@ -181,7 +197,12 @@ def _json_of(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds; nothing if there is none."""
     import json
 
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} must hold a JSON object: {error}") from error
 
 
 def _print_plan(plan: "Plan", known: _Planned, dtype: str, steps: int) -> None:

@@ -53,10 +53,10 @@ def equal_drops(num_steps: int, times: Sequence[float], values: Sequence[float])
     ):
         raise ConfigError(
             "a curve needs as many values as times, and times that rise from 0 to below 1, got "
-            f"times {list(times)} and {len(values)} values"
+            f"{len(times)} times ({_shown(times)}) and {len(values)} values"
         )
     if not (np.isfinite(measured).all() and measured[0] > 0):
-        raise ConfigError(f"values must be finite and the first positive, got {list(values)}")
+        raise ConfigError(f"values must be finite and the first positive, got {_shown(values)}")
     falling = np.minimum.accumulate(np.append(measured, 0.0).clip(min=0))
     curve = PchipInterpolator(np.append(t, 1.0), falling)
     # dense in 1 - t as well as in t: curves fall most near the end
@@ -93,6 +93,13 @@ def checked_times(times: Sequence[float]) -> Tensor:
     rises = len(found) > 0 and bool((found.diff() > 0).all())
     if not (rises and found[0] == 0 and found[-1] <= 1 - 1e-6):
         raise ConfigError(
-            f"times of steps must rise from 0 to below 1 (at most 1 - 1e-6), got {list(times)}"
+            "times of steps must rise from 0 to below 1 (at most 1 - 1e-6), got "
+            f"{len(found)}: {_shown(times)}"
         )
     return found
+
+
+def _shown(values: Sequence[float]) -> str:
+    """Return the first and the last values, for an error of one line."""
+    texts = [f"{value:g}" for value in values]
+    return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "...", *texts[-3:]])

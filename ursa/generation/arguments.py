@@ -6,8 +6,12 @@ Dimensions: B = videos, T = latent frames, h, w = rows and columns of codes.
 import functools
 import inspect
 import logging
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
+
+from torch import Tensor
 
 from ursa.errors import ConfigError, name_hint
 
@@ -15,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 _SOLVERS = "exact, euler or euler_beta"
+_MAX_GUIDANCE = 1000
+"""Guided states of more overflow."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,6 +52,39 @@ def refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def check_whole_numbers(**numbers: object) -> None:
+    """Check that counts are whole numbers, or None.
+
+    Args:
+        numbers: Values by name.
+
+    Raises:
+        ConfigError: If one is another thing, such as 5.0; it is named.
+    """
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        try:
+            operator.index(number)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ConfigError(f"{name} must be a whole number, got {number!r}") from error
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Check that an argument is a tensor.
+
+    Args:
+        name: What the error calls it.
+        value: What was given.
+
+    Raises:
+        ConfigError: If it is another thing, such as a NumPy array.
+    """
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise ConfigError(f"{name} must be a tensor of codes, got {kind}; use torch.as_tensor")
 
 
 def checked_latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -81,9 +120,9 @@ def check_sampler(
 
     Args:
         num_inference_steps: At least 1.
-        guidance_scale: At least 0; up to 1 is off.
-        flow_shift: Positive; 1 is none.
-        temperature: At least 0; 1 is the model's own law.
+        guidance_scale: In [0, 1000]; up to 1 is off.
+        flow_shift: Positive and finite; 1 is none.
+        temperature: At least 0, finite; 1 is the model's own law.
         cond_noise_scale: In [0, 1].
         solver: "exact" or "euler".
         draw_order: "per_token" or "official".
@@ -93,9 +132,19 @@ def check_sampler(
     """
     for name, value, fits, expected in (
         ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
-        ("guidance_scale", guidance_scale, guidance_scale >= 0, "at least 0; up to 1 is off"),
-        ("flow_shift", flow_shift, flow_shift > 0, "positive; 1 is none"),
-        ("temperature", temperature, temperature >= 0, "at least 0; 1 is the model's own law"),
+        (
+            "guidance_scale",
+            guidance_scale,
+            0 <= guidance_scale <= _MAX_GUIDANCE,
+            f"in [0, {_MAX_GUIDANCE}]; up to 1 is off",
+        ),
+        ("flow_shift", flow_shift, 0 < flow_shift < math.inf, "positive and finite; 1 is none"),
+        (
+            "temperature",
+            temperature,
+            0 <= temperature < math.inf,
+            "at least 0 and finite; 1 is the model's own law",
+        ),
         ("cond_noise_scale", cond_noise_scale, 0 <= cond_noise_scale <= 1, "in [0, 1]"),
         ("solver", solver, solver in {"exact", "euler", "euler_beta"}, _SOLVERS),
         (

@@ -14,6 +14,7 @@ References:
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,11 @@ def _frames(clip: Any) -> np.ndarray:
         return _array(clip)
     if isinstance(clip, Tensor):
         return clip.cpu().numpy()
+    if isinstance(clip, str | bytes | PathLike):
+        raise ConfigError(
+            f"video must be frames, got {clip!r}; read the file first: "
+            "ursa.video.foreign.read_last_frames, or ursa generate --video"
+        )
     if not isinstance(clip, Sequence):
         return np.asarray(clip)
     arrays = [_frames(item) for item in clip]
@@ -248,7 +254,7 @@ def _array(picture: Picture) -> np.ndarray:
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     array = np.asarray(picture)
-    if array.ndim != 3 or array.dtype != np.uint8 or array.shape[-1] != 3:
+    if not array.size or array.ndim != 3 or array.dtype != np.uint8 or array.shape[-1] != 3:
         raise ConfigError(
             "an image must be a PIL image or uint8 of shape (height, width, 3), got "
             f"{array.dtype} {array.shape}"

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from ursa.config import FrozenModel
-from ursa.diffusion.codebook import DenseCodebook
+from ursa.diffusion.codebook import NORM_FLOOR, DenseCodebook
 from ursa.diffusion.grid import GridCodebook, has_small_tables, match_grid
 from ursa.diffusion.path import Codebook, MetricPath, MixturePath
 from ursa.diffusion.product import ProductCodebook
@@ -101,7 +101,9 @@ class SchedulerConfig(FrozenModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_others(cls, values: Any) -> Any:
-        known = {key: value for key, value in dict(values).items() if key in cls.model_fields}
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {type(values).__name__}")  # noqa: TRY004
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
         ignored = [key for key in values if key not in known and not key.startswith("_")]
         if ignored:
             logger.warning("%s: unknown keys ignored: %s", SCHEDULER_FILE, ", ".join(ignored))
@@ -109,6 +111,8 @@ class SchedulerConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> "SchedulerConfig":
+        if self.eps != NORM_FLOOR:
+            raise ValueError(f"eps must be {NORM_FLOOR:g}, what codes are normalised with")
         if (self.alpha is None) != (self.c is None):
             raise ValueError(f"alpha and c go together, got alpha={self.alpha}, c={self.c}")
         if (self.log_beta is None) != (self.max_logit is None):
@@ -251,6 +255,10 @@ def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
         raise ConfigError(
             f"no model at {root}: {INDEX_FILE} is missing; give the directory that holds it"
         )
+    try:
+        json.loads((root / INDEX_FILE).read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{root / INDEX_FILE} is not JSON: {error}") from error
     transformer = load_transformer(root / "transformer", dtype=dtype)
     visual = load_visual_tokenizer(root / "vae").to(dtype=dtype)
     scheduler = _parse(SchedulerConfig, root / "scheduler" / SCHEDULER_FILE)
@@ -331,12 +339,19 @@ def _read_codebook(path: Path) -> Tensor | None:
         return None
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        codebook: Tensor = stored["path.emb"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        codebook: Any = stored["path.emb"]
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, EOFError) as error:
         raise ConfigError(
             f"{path} must hold one tensor 'path.emb' and nothing else: {error}"
         ) from error
-    return codebook
+    if not isinstance(codebook, Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
+        shape = (
+            f"{codebook.dtype} {tuple(codebook.shape)}"
+            if isinstance(codebook, Tensor)
+            else type(codebook).__name__
+        )
+        raise ConfigError(f"{path}: 'path.emb' must be floats of shape (V, D), got {shape}")
+    return torch.as_tensor(codebook)
 
 
 def _parse(model: type[FrozenModel], path: Path) -> Any:

@@ -30,6 +30,8 @@ from ursa.errors import ConfigError
 from ursa.generation.arguments import (
     check_output,
     check_sampler,
+    check_tensor,
+    check_whole_numbers,
     checked_latent_shape,
     parse_size,
     per_video,
@@ -360,6 +362,14 @@ class UrsaPipeline:
             DataError: If a given clip does not fit the visual tokenizer.
             TypeError: If a name is unknown; it names the nearest.
         """
+        check_whole_numbers(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            num_videos_per_prompt=num_videos_per_prompt,
+            top_k=top_k,
+        )
         check_output(
             output_type=output_type,
             vae_batch_size=vae_batch_size,
@@ -401,6 +411,8 @@ class UrsaPipeline:
                 f'temperature at 1 and solver at "euler"; got top_k={top_k}, top_p={top_p}, '
                 f"temperature={sampling.temperature}, solver={sampling.solver}"
             )
+        if float(torch.tensor(1 - cond_noise_scale, dtype=torch.float32)) == 1:
+            cond_noise_scale = 0.0  # less than float32 can tell from none
         grid = _or(clock, "official" if is_official else asked.clock)
         times = self._times(grid, num_steps, shift)
         sampling = replace(sampling, times=tuple(times.tolist()))
@@ -523,6 +535,10 @@ class UrsaPipeline:
             prompt_ids = self.text_tokenizer.encode(
                 [motion_prompt(text, motion_score) for text in texts], max_length=length
             )
+        if prompt_ids.ndim != 2 or not prompt_ids.numel():
+            raise ConfigError(
+                f"prompt_ids must have shape (prompts, L), got {tuple(prompt_ids.shape)}"
+            )
         if negative_prompt_ids is None:
             negative_prompt_ids = self.text_tokenizer.encode(
                 per_video(negative_prompt or "", len(prompt_ids), "negative_prompt"),
@@ -565,6 +581,8 @@ class UrsaPipeline:
         if cond_indices is not None and cond_latents is None and video is None:
             raise ConfigError("cond_indices choose frames of cond_latents or video; give one")
         codes = cond_latents
+        if codes is not None:
+            check_tensor("cond_latents", codes)
         if image is not None:
             codes = encode_picture(image, self.visual_tokenizer, size)
         elif video is not None:
@@ -580,7 +598,7 @@ class UrsaPipeline:
             conditions = given_codes(codes, cond_indices, num_videos=num_videos, shape=shape)
         if last_image is not None:
             if shape[0] < 2:
-                raise ConfigError("last_image needs a clip, but num_frames is 1")
+                raise ConfigError("last_image needs a clip: ask for more frames than one")
             num_frames = 1 + (shape[0] - 1) * self.visual_tokenizer.temporal_stride
             last = encode_last(last_image, self.visual_tokenizer, size, num_frames)
             conditions.codes[:, -1:] = share(last, num_videos).cpu()
@@ -600,6 +618,7 @@ class UrsaPipeline:
         if latents is None:
             codes = draws.source(self.path).to(self.device)
         else:
+            check_tensor("latents", latents)
             if tuple(latents.shape) != full or latents.is_floating_point():
                 raise ConfigError(
                     f"latents must be codes of shape {full}, got {latents.dtype} "

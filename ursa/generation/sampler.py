@@ -87,7 +87,11 @@ class Draws:
         return torch.default_generator if self._single is None else self._single
 
     def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return numbers in [0, 1), one a token, shape (B, T, h, w), on the generators' device."""
+        """Return numbers in [0, 1), one a token, shape (B, T, h, w), on the generators' device.
+
+        Args:
+            dtype: float32, or float64 where all bits count.
+        """
         if self._generators:
             return torch.stack(
                 [

@@ -215,13 +215,31 @@ def build_path(request: StageRequest) -> MetricPath:
 def path_over(
     request: StageRequest, codes: torch.Tensor, levels: tuple[int, ...] | None
 ) -> MetricPath:
-    """Return the path of `build_path` over the codes of its tokenizer, which are at hand."""
+    """Return the path of `build_path` over the codes of its tokenizer, which are at hand.
+
+    Args:
+        request: As for `build_path`.
+        codes: Codes of the tokenizer, shape (V, D), any float type.
+        levels: Its FSQ levels, if any.
+
+    Returns:
+        The path on the CPU, in float32.
+
+    Raises:
+        ConfigError: As `fit_path`.
+    """
     scheduler = scheduler_config(request)
     return MetricPath(scheduler.codebook(codes, levels), schedule=scheduler.schedule())
 
 
 def load_codes(tokenizer: TokenizerRef) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-    """Return the codes of a committed visual tokenizer, shape (V, D), and its FSQ levels if any.
+    """Return the codes of a committed visual tokenizer, and its FSQ levels if any.
+
+    Args:
+        tokenizer: The committed tokenizer.
+
+    Returns:
+        Codes, shape (V, D), float32, on the CPU, and levels, one a channel, or None.
 
     Raises:
         ConfigError: If there is no tokenizer.

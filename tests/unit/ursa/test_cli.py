@@ -14,11 +14,19 @@ from ursa.cli import main
         (["--model", "gone"], "no model at gone: there is no such directory; give one that holds"),
         (["--model", "models:/ursa"], "names no version: give models:/ursa@champion"),
         (["--steps", "0"], "error: --steps must be at least 1; got 0"),
-        (["--guidance", "-1"], "error: --guidance must be at least 0"),
+        (["--guidance", "-1"], "error: --guidance must be in [0, 1000]"),
         (["--noise", "0.5"], "--noise is for given frames: give --image or --video"),
         (["--noise", "1", "--image", __file__], "test_cli.py is not an image that can be read"),
         (["--noise", "2", "--window", "5"], "error: --noise must be in [0, 1]; got 2.0"),
-        (["--image", __file__, "--out", "x.png"], "a .png of one frame holds what --image gives"),
+        (["--image", __file__, "--out", "x.png"], "a single frame holds what --image gives"),
+        (["--image", __file__, "--num-frames", "1"], "a single frame holds what --image gives"),
+        (["--given-frames", "5"], "--given-frames is for --video or --window"),
+        (["--out", "/"], "--out must end in"),
+        (["--guidance", "1e39"], "error: --guidance must be in [0, 1000]"),
+        (["--shift", "inf"], "error: --shift must be positive and finite"),
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--video", __file__, "--num-frames", "9"], "error: --video: "),
+        (["--clock", "entropy", "--steps", "100000"], "error: --clock"),
         (["--motion", "-3"], "error: --motion"),
         (["--given-frames", "3", "--window", "5"], "--given-frames must be 1 + 4k, got 3"),
         (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
@@ -37,3 +45,30 @@ def test_a_mistake_is_one_line(exported_model, tmp_path, monkeypatch, capsys, ar
     assert message in line
     assert line.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_cannot_be_written(exported_model, tmp_path, capsys):
+    (tmp_path / "x.mp4").mkdir()
+    options = ["--model", exported_model.directory_uri, "--out", str(tmp_path / "x.mp4")]
+    with pytest.raises(SystemExit):
+        main(["generate", "a tree", *options])
+    assert "x.mp4 is a directory; name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--model", "m", "--steps", "abc"], 'unable to convert "abc" into int'),
+        (["generate", "a", "--model", "m", "--bogus", "3"], "Unknown option: --bogus"),
+        (["generate", "a", "--model", "m", "--solver", "rk"], "Choose from"),
+        (["plan", "--temporal-stride", "0"], "--temporal-stride must be at least 1, got 0"),
+        (["plan", "--guidance", "nan"], "--guidance must be at least 0, got nan"),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == (2 if arguments[0] == "generate" else 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.startswith("error: ")

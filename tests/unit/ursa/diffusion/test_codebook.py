@@ -196,8 +196,7 @@ def test_a_token_without_time_stays_and_the_callers_tensors_too():
 def test_results_do_not_depend_on_how_tokens_are_taken_together(kind, monkeypatch):
     book, generator = BOOKS[kind], seeded(6)
     x_1, x_t = torch.randint(len(book), (2, 50, 2), generator=generator)
-    # few betas and many: a grid sums over orbits or streams
-    for count in (3, 50):
+    for count in (3, 50):  # few betas and one a row
         beta = (20 * torch.rand(count, 1, generator=generator)).repeat(50, 1)[:50]
         uniforms = uniform(100, 7).view(50, 2)
 
@@ -211,7 +210,7 @@ def test_results_do_not_depend_on_how_tokens_are_taken_together(kind, monkeypatc
 
         whole = results()
         split = [
-            torch.cat(pair) for pair in zip(results(slice(20)), results(slice(20, 50)), strict=True)
+            torch.cat(pair) for pair in zip(results(slice(9)), results(slice(9, 50)), strict=True)
         ]
         cut = [split]
         for elements in (1, 5 * len(book)):

@@ -251,9 +251,28 @@ def test_files_that_do_not_fit_together_are_named(pipeline, tmp_path):
     torch.save({"path.emb": Path("a")}, path)  # more than a tensor is never loaded
     with pytest.raises(ConfigError, match=r"must hold one tensor .path.emb. and nothing else"):
         UrsaPipeline.from_pretrained(tmp_path)
+    for stored, message in (
+        (torch.zeros(7, 3), "must hold one tensor"),
+        ({"path.emb": [1.0]}, "must be floats of shape .V, D., got list"),
+        ({"path.emb": torch.zeros(60, 3).long()}, "got torch.int64"),
+    ):
+        torch.save(stored, path)
+        with pytest.raises(ConfigError, match=message):
+            UrsaPipeline.from_pretrained(tmp_path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(ConfigError, match="must hold one tensor"):
+        UrsaPipeline.from_pretrained(tmp_path)
     path.unlink()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"alpha": 1.0}')
-    with pytest.raises(ConfigError, match="alpha and c go together"):
+    for text, message in (
+        ('{"alpha": 1.0}', "alpha and c go together"),
+        ("[1]", "expected an object, got list"),
+        ('{"alpha": 1.0, "c": 5.0, "eps": 0.5}', "eps must be 1e-05"),
+    ):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            UrsaPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"model_index.json is not JSON"):
         UrsaPipeline.from_pretrained(tmp_path)
 
 
@@ -498,7 +517,18 @@ def test_the_official_order_of_draws_is_another_with_the_same_start(pipeline):
         ({"image": np.zeros((16, 24, 3))}, "uint8 of shape .*got float64"),
         ({"video": np.zeros((16, 24, 3), np.uint8)}, "video must be uint8 of shape"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1; got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
+        ({"num_frames": 5.0}, "num_frames must be a whole number, got 5.0"),
         ({"flow_shift": 0.0}, "flow_shift must be positive"),
+        ({"flow_shift": float("inf")}, "flow_shift must be positive and finite"),
+        ({"guidance_scale": float("inf")}, r"guidance_scale must be in \[0, 1000\]"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite"),
+        ({"image": np.zeros((0, 0, 3), np.uint8)}, "an image must be"),
+        ({"video": "clip.mp4"}, "video must be frames, got 'clip.mp4'; read the file first"),
+        ({"prompt_ids": torch.zeros(4).long()}, r"prompt_ids must have shape \(prompts, L\)"),
+        ({"prompt_ids": torch.zeros(0, 4).long()}, r"prompt_ids must have shape \(prompts, L\)"),
+        ({"latents": np.zeros((1, 2, 2, 3))}, "latents must be a tensor of codes, got numpy"),
+        ({"cond_latents": [[1]]}, "cond_latents must be a tensor of codes, got builtins.list"),
         ({"motion_score": float("nan")}, "motion_score must be at least 0, px/s, got nan"),
         ({"motion_score": -5.0}, "motion_score must be at least 0, px/s, got -5.0"),
         ({"solver": "heun"}, "solver must be exact, euler or euler_beta; got heun"),
