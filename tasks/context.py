@@ -10,6 +10,8 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
+
 import ursa
 from tasks import cluster, reports, tracking
 from tasks.options import ConfigOverrides, announce, show_library_logs, step
@@ -136,7 +138,11 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     config = load_config(preset, given)
     tracking.check_service(settings.mlflow_tracking_uri)
     uri = absolute_uri(source_uri)
-    sources = discover_videos(uri, allow_https=config.ingestion.allow_https)
+    sources = discover_videos(
+        uri,
+        allow_https=config.ingestion.allow_https,
+        hash_cache=platformdirs.user_cache_path("ursa") / "hashes.sqlite",
+    )
     storage.check_store(settings.data_uri)
     source_fingerprint = fingerprint(
         SCHEMA_VERSION,

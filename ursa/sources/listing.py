@@ -1,16 +1,17 @@
 """The files of a source that may be videos: of a tree, a prefix, a manifest or tar files."""
 
-import hashlib
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from ursa import storage
 from ursa.artifacts import FailureReason, SourceVideo
 from ursa.errors import DataError, StorageError
 from ursa.sources import https
+from ursa.sources.hashes import ContentHashes, open_hashes
 from ursa.sources.manifest import check_https, read_manifest
 from ursa.sources.names import (
     is_candidate,
@@ -27,12 +28,13 @@ from ursa.storage import StoredFile
 _MAX_SINGLE_LOOKUPS = 100
 """Of more objects than this in one folder, the folder is listed instead."""
 _NUM_THREADS = 8
-_CHUNK_BYTES = 1 << 20
 
 Item = TypeVar("Item")
 
 
-def discover_videos(source_uri: str, *, allow_https: bool = False) -> tuple[SourceVideo, ...]:
+def discover_videos(
+    source_uri: str, *, allow_https: bool = False, hash_cache: Path | None = None
+) -> tuple[SourceVideo, ...]:
     """List the files of a source that may be videos, sorted by URI.
 
     Hidden files and plain texts are left out; everything else is looked at, whatever its name.
@@ -44,6 +46,7 @@ def discover_videos(source_uri: str, *, allow_https: bool = False) -> tuple[Sour
         source_uri: A directory, a single file, an `s3://` prefix, a manifest (.csv, .jsonl,
             .parquet, or .txt with one name a line), a tar file, or an https address.
         allow_https: Whether https addresses may be fetched from.
+        hash_cache: File that remembers the hashes of large local files; None reads all of them.
 
     Returns:
         The files; `etag` is the sha256 of a local file or of a member of a local tar file, or what
@@ -54,15 +57,16 @@ def discover_videos(source_uri: str, *, allow_https: bool = False) -> tuple[Sour
             used.
         StorageError: If the store refuses or does not answer.
     """
-    if is_https(source_uri):
-        if not allow_https:
-            check_https([source_uri], source_uri)
-        found = _of_addresses([source_uri])
-    elif is_manifest(source_uri):
-        rows = read_manifest(source_uri, allow_https=allow_https)
-        found = _of_names(list(dict.fromkeys(row.uri for row in rows)))
-    else:
-        found = _of_tree(source_uri)
+    with open_hashes(hash_cache) as hashes:
+        if is_https(source_uri):
+            if not allow_https:
+                check_https([source_uri], source_uri)
+            found = _of_addresses([source_uri])
+        elif is_manifest(source_uri):
+            rows = read_manifest(source_uri, allow_https=allow_https)
+            found = _of_names(list(dict.fromkeys(row.uri for row in rows)), hashes)
+        else:
+            found = _of_tree(source_uri, hashes)
     sources = tuple(sorted(found, key=lambda source: source.uri))
     if not sources:
         raise DataError(
@@ -72,7 +76,7 @@ def discover_videos(source_uri: str, *, allow_https: bool = False) -> tuple[Sour
     return sources
 
 
-def _of_tree(source_uri: str) -> list[SourceVideo]:
+def _of_tree(source_uri: str, hashes: ContentHashes) -> list[SourceVideo]:
     try:
         files = storage.list_files(source_uri, with_etag=storage.is_remote(source_uri))
         irregular = storage.list_irregular_files(source_uri)
@@ -85,7 +89,7 @@ def _of_tree(source_uri: str) -> list[SourceVideo]:
         source
         for item in files
         if is_candidate(relative_name(source_uri, item.uri))
-        for source in _of_file(item)
+        for source in _of_file(item, hashes)
     ]
     sources += [
         SourceVideo(uri=uri, num_bytes=0, etag=stand_in_etag("irregular", uri))
@@ -101,30 +105,30 @@ def _of_tree(source_uri: str) -> list[SourceVideo]:
     return sources
 
 
-def _of_names(uris: list[str]) -> list[SourceVideo]:
+def _of_names(uris: list[str], hashes: ContentHashes) -> list[SourceVideo]:
     """Look up the files that a manifest names."""
     addresses = [uri for uri in uris if is_https(uri)]
     objects = [uri for uri in uris if storage.is_remote(uri)]
     others = [uri for uri in uris if not is_https(uri) and not storage.is_remote(uri)]
     sources = _of_addresses(addresses)
     for uri, item in (*_stat_objects(objects), *((uri, _stat_local(uri)) for uri in others)):
-        sources += [_missing(uri)] if item is None else _of_file(item)
+        sources += [_missing(uri)] if item is None else _of_file(item, hashes)
     return sources
 
 
-def _of_file(item: StoredFile) -> Iterator[SourceVideo]:
+def _of_file(item: StoredFile, hashes: ContentHashes) -> Iterator[SourceVideo]:
     is_regular = storage.is_remote(item.uri) or not item.etag
     if is_tar(item.uri) and is_regular:
-        yield from _of_tar(item)
+        yield from _of_tar(item, hashes)
     else:
-        etag = item.etag or _local_etag(item.uri)
+        etag = item.etag or _local_etag(item.uri, hashes)
         yield SourceVideo(uri=item.uri, num_bytes=item.num_bytes, etag=etag)
 
 
-def _of_tar(tar: StoredFile) -> Iterator[SourceVideo]:
+def _of_tar(tar: StoredFile, hashes: ContentHashes) -> Iterator[SourceVideo]:
     try:
         index = read_index(tar)
-        etags = list(_member_etags(tar, index.members))
+        etags = list(_member_etags(tar, index.members, hashes))
     except FileNotFoundError:
         yield _missing(tar.uri)
         return
@@ -146,22 +150,18 @@ def _of_tar(tar: StoredFile) -> Iterator[SourceVideo]:
         yield _with_problem(tar.uri, FailureReason.UNREADABLE, index.damage, tar.num_bytes)
 
 
-def _member_etags(tar: StoredFile, members: Iterable[TarMember]) -> Iterator[str]:
+def _member_etags(
+    tar: StoredFile, members: Iterable[TarMember], hashes: ContentHashes
+) -> Iterator[str]:
     """Yield an etag for each member: its sha256 in a local tar file, its place in an object."""
-    if storage.is_remote(tar.uri):
-        for member in members:
+    for member in members:
+        if storage.is_remote(tar.uri):
             yield object_member_etag(tar.etag, member.offset_bytes, member.num_bytes)
-        return
-    with storage.local_path(tar.uri).open("rb") as file:
-        for member in members:
-            digest = hashlib.sha256()
-            file.seek(member.offset_bytes)
-            left = member.num_bytes if member.problem is None else 0
-            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-                digest.update(chunk)
-                left -= len(chunk)
-            is_whole = member.problem is None and left == 0
-            yield digest.hexdigest() if is_whole else stand_in_etag(tar.uri, *member)
+        elif member.problem is None:
+            path = storage.local_path(tar.uri)
+            yield hashes.sha256(path, member.offset_bytes, member.num_bytes)
+        else:
+            yield stand_in_etag(tar.uri, *member)
 
 
 def object_member_etag(tar_etag: str, offset_bytes: int, num_bytes: int) -> str:
@@ -237,9 +237,9 @@ def _with_problem(uri: str, reason: FailureReason, detail: str, num_bytes: int =
     )
 
 
-def _local_etag(uri: str) -> str:
+def _local_etag(uri: str, hashes: ContentHashes) -> str:
     try:
-        return storage.sha256_file(storage.local_path(uri))
+        return hashes.sha256(storage.local_path(uri))
     except OSError:
         # it will fail again when it is ingested, and be reported then
         return stand_in_etag("unreadable", uri)
