@@ -115,7 +115,8 @@ class SourceNotes:
                 self._tars[tar_uri] = join_notes(*(row.notes for row in self._rows[tar_uri]))
 
     def _add_beside(self, uri: str, texts: Mapping[str, Notes], name: str) -> None:
-        found = [texts[beside] for beside in names_beside(name) if beside in texts]
+        in_tar = self._sources[uri].offset_bytes is not None
+        found = [texts[beside] for beside in names_beside(name, in_tar=in_tar) if beside in texts]
         if found:
             self._beside[uri] = join_notes(*found)
 

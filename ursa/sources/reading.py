@@ -71,12 +71,18 @@ def _copy_object(source: SourceVideo, folder: Path, config: IngestionConfig) -> 
     if source.offset_bytes is not None:
         uri = tar_of(source.uri)
     download = folder / _DOWNLOAD_NAME
+    # before: an object that has become shorter has no such range
+    _check_unchanged(source, _object_etag(source, uri))
     storage.copy_range(uri, start, source.num_bytes, download)
-    etag = storage.stat_file(uri).etag
-    if source.offset_bytes is not None:
-        etag = object_member_etag(etag, start, source.num_bytes)
-    _check_unchanged(source, etag)
+    _check_unchanged(source, _object_etag(source, uri))
     return _take(download, folder, config)
+
+
+def _object_etag(source: SourceVideo, uri: str) -> str:
+    etag = storage.stat_file(uri).etag
+    if source.offset_bytes is None:
+        return etag
+    return object_member_etag(etag, source.offset_bytes, source.num_bytes)
 
 
 def _copy_address(

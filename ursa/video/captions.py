@@ -118,15 +118,19 @@ def parse_text_beside(name: str, data: bytes) -> Notes:
         return Notes()
 
 
-def names_beside(name: str) -> tuple[str, ...]:
+def names_beside(name: str, *, in_tar: bool = False) -> tuple[str, ...]:
     """Return the names of texts that may say something about a video, the first ones first.
 
     Args:
-        name: Such as `d/a.b.mp4`, for which it may be `d/a.b.mp4.txt`, `d/a.b.txt`, or, as in
-            webdataset, `d/a.txt`; likewise with `.json`.
+        name: Such as `d/a.b.mp4`, for which it may be `d/a.b.mp4.txt` or `d/a.b.txt`; likewise
+            with `.json`.
+        in_tar: Whether it is a member of a tar file: then it may also be `d/a.txt`, since the key
+            of a webdataset sample ends at the first dot.
     """
     folder, slash, base = name.rpartition("/")
-    stems = dict.fromkeys((base, base.rpartition(".")[0] or base, base.partition(".")[0] or base))
+    stems = dict.fromkeys((base, base.rpartition(".")[0] or base))
+    if in_tar:
+        stems[base.partition(".")[0] or base] = None
     return tuple(f"{folder}{slash}{stem}{end}" for end in (".txt", ".json") for stem in stems)
 
 

@@ -7,7 +7,10 @@ from ursa.video.captions import (
     Notes,
     caption_of,
     clean_caption,
+    join_notes,
+    names_beside,
     parse_caption_rows,
+    parse_text_beside,
     template_caption,
 )
 
@@ -61,6 +64,21 @@ def test_row_with_the_largest_overlap_wins_then_sidecar_then_name():
 )
 def test_template_is_made_of_the_words_of_a_name(name, caption):
     assert template_caption(name) == caption
+
+
+def test_texts_beside_a_video_fill_each_other_up():
+    assert names_beside("d/a.b.mp4") == (
+        *("d/a.b.mp4.txt", "d/a.b.txt"),
+        *("d/a.b.mp4.json", "d/a.b.json"),
+    )
+    assert "d/a.txt" in names_beside("d/a.b.mp4", in_tar=True)
+    assert names_beside("a") == ("a.txt", "a.json")
+    short = parse_text_beside("a.txt", b" A\nbee. ")
+    data = {"caption": "x", "caption_long": "Long.", "licence": "CC0", "attribution": None, "w": 1}
+    long = parse_text_beside("a.JSON", json.dumps(data).encode())
+    assert join_notes(short, long) == Notes("A bee.", "Long.", "CC0", None)
+    for bad in (b"[1]", b"{", b'{"caption": 3}', b"[" * 100_000, b"\xff"):
+        assert parse_text_beside("a.json", bad) == Notes()
 
 
 def test_captions_are_one_bounded_line():
