@@ -32,6 +32,7 @@ _KNOWN_KEYS = frozenset(
         *("caption", "caption_long", "license", "licence", "attribution", "start_s", "end_s"),
     }
 )
+_NUMBER_KEYS = frozenset({"start_s", "end_s"})
 _MAX_NAMED = 5
 
 
@@ -204,6 +205,8 @@ def _parquet_values(manifest_uri: str, data: bytes) -> Iterator[dict[str, Any]]:
         file = pq.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
         known = [name for name in names if name in _KNOWN_KEYS]
+        for name in known:
+            _check_column(manifest_uri, file.schema_arrow.field(name))
         groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
         num_bytes = sum(group.total_byte_size for group in groups)
         if num_bytes > UNPACKED_LIMIT_BYTES:
@@ -216,5 +219,17 @@ def _parquet_values(manifest_uri: str, data: bytes) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(columns=known):
             for values in batch.to_pylist():
                 yield {**others, **values}
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{manifest_uri} is no Parquet file ({error})") from error
+
+
+def _check_column(manifest_uri: str, field: pa.Field) -> None:
+    """Refuse columns that are not plain: values of extension types may run code when read."""
+    plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
+    is_number = pa.types.is_integer(plain) or pa.types.is_floating(plain)
+    if not (is_text or pa.types.is_null(plain) or (is_number and field.name in _NUMBER_KEYS)):
+        raise DataError(
+            f"{manifest_uri}: column {field.name!r} is of type {field.type}, expected "
+            f"{'a number' if field.name in _NUMBER_KEYS else 'text'}"
+        )

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,6 +130,51 @@ def test_what_cannot_be_read_is_named(tmp_path, name, data, named):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=named):
         read_manifest(str(tmp_path / name))
+
+
+class Hostile(pa.ExtensionType):
+    """A type whose values run code when they are looked at."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self):
+        super().__init__(pa.string(), "test.hostile")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        return cls()
+
+    def __arrow_ext_scalar_class__(self):
+        class Value(pa.ExtensionScalar):
+            def as_py(self, **_):
+                Hostile.seen.append("run")
+
+        return Value
+
+
+def test_columns_of_strange_types_are_not_looked_at(tmp_path):
+    pa.register_extension_type(Hostile())
+    try:
+        values = pa.ExtensionArray.from_storage(Hostile(), pa.array(["a.mp4"]))
+        path = tmp_path / "list.parquet"
+        pq.write_table(pa.table({"path": values}), path)
+        pq.read_table(path).to_pylist()
+        assert Hostile.seen == ["run"]
+        with pytest.raises(DataError, match=r"column 'path' is of type .*expected text"):
+            read_manifest(str(path))
+        assert Hostile.seen == ["run"]
+    finally:
+        pa.unregister_extension_type("test.hostile")
+    for column in ({"path": [b"a"]}, {"path": ["a"], "start_s": [[1.0]]}, {"path": [3]}):
+        pq.write_table(pa.table(column), path)
+        with pytest.raises(DataError, match="is of type"):
+            read_manifest(str(path))
+    named = pa.table({"path": pa.array(["a", "b", "a"]).dictionary_encode(), "end_s": [1, 2, 3]})
+    pq.write_table(named, path)
+    assert [row.said.end_s for row in read_manifest(str(path))] == [1.0, 2.0, 3.0]
 
 
 def test_a_missing_or_huge_manifest_is_named(tmp_path, monkeypatch):
