@@ -368,6 +368,12 @@ def test_a_redirect_is_judged_as_an_address_is(server, rules, canary, target):
     assert len(server.seen) == 1
 
 
+def test_a_user_name_is_refused_wherever_it_leads(server, rules):
+    with pytest.raises(FetchError, match=r"refused: .*user name"):
+        look_up(place(server, "ok", "user:word@public.test"), rules)
+    assert server.seen == []
+
+
 def test_a_name_is_resolved_once(server, rules, canary):
     """The second answer would be another machine."""
     answers = iter([["127.0.0.1"], [PRIVATE], [PRIVATE]])
@@ -405,7 +411,9 @@ def test_a_file_that_is_too_large_is_given_up(server, rules, tmp_path, path):
     with pytest.raises(FetchError, match="expected at most 1000") as caught:
         fetch(place(server, path), tmp_path / "f", max_bytes=1000, rules=rules)
     assert caught.value.reason is FailureReason.FILE_TOO_LARGE
-    assert not (tmp_path / "f").exists() or (tmp_path / "f").stat().st_size <= 1000
+    # what says its size is not even begun
+    assert (tmp_path / "f").exists() == (path == "unsized")
+    assert path == "ok" or (tmp_path / "f").stat().st_size <= 1000
 
 
 @pytest.mark.parametrize("path", ["drip", "drip_headers"])

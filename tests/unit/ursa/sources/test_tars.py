@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 
@@ -167,6 +168,17 @@ def test_headers_that_lie_cost_nothing(tmp_path, header):
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
     assert index.members[0].name == "a.mp4"
+
+
+def test_a_header_is_not_read_if_it_is_large(tmp_path):
+    header = member("p", b"", kind=tarfile.XHDTYPE, claim=40 << 20)
+    path = write_tar(tmp_path / "s.tar", [member("a.mp4", b"a"), header])
+    os.truncate(path, 64 << 20)
+    tracemalloc.start()
+    index = index_of(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+    assert "a header claims 41943040 bytes" in index.damage
 
 
 @pytest.mark.timeout(20)
