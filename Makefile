@@ -18,7 +18,7 @@ SERVICES := $(BIN)/python infra/local/services.py
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PRESET=tiny|small  SOURCE=directory or s3://...  PARAMS='--param only_new=true'"
+	@echo "  variables: PRESET=tiny|small  SOURCE=directory, manifest or s3://...  PARAMS='--param only_new=true'"
 	@echo "             URSA_PREFECT_PORT=4200  URSA_MLFLOW_PORT=5000  PYTHON=python3"
 
 $(STAMP): pyproject.toml constraints.txt

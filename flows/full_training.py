@@ -27,7 +27,7 @@ def full_training(
     nothing to do ends as `NothingChanged`.
 
     Args:
-        source_uri: Directory or `s3://` prefix with videos.
+        source_uri: Directory, `s3://` prefix, manifest or tar file with videos (docs/sources.md).
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         only_new: End as `NoNewData` when the newest version was made from the same files.

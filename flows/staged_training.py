@@ -29,7 +29,7 @@ def staged_training(
     """Train on images, then on videos, then with one time a frame.
 
     Args:
-        source_uri: Directory or `s3://` prefix with videos.
+        source_uri: Directory, `s3://` prefix, manifest or tar file with videos (docs/sources.md).
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
+
 import ursa
 from tasks import cluster, reports, tracking
 from tasks.options import ConfigOverrides, announce, show_library_logs, step
@@ -17,6 +19,7 @@ from tasks.settings import RuntimeSettings, absolute_uri
 from tasks.tracking import TrackedRun
 from ursa import ingestion, storage
 from ursa.artifacts import (
+    SCHEMA_VERSION,
     CheckpointRef,
     ClipSelection,
     SourceVideo,
@@ -26,6 +29,7 @@ from ursa.artifacts import (
 )
 from ursa.config import FrozenModel, Preset, RunConfig, fingerprint, load_config
 from ursa.errors import UrsaError
+from ursa.sources.listing import discover_videos
 
 
 class SourceListing(FrozenModel):
@@ -116,7 +120,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     """Check configuration, services, store and source; open the run in the tracking server.
 
     Args:
-        source_uri: A directory, a single file or an `s3://` prefix with videos.
+        source_uri: As `ursa.sources.listing.discover_videos` takes it.
         preset: Name of a preset.
         overrides: Values to change in it; None changes none.
 
@@ -134,12 +138,17 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     config = load_config(preset, given)
     tracking.check_service(settings.mlflow_tracking_uri)
     uri = absolute_uri(source_uri)
-    sources = ingestion.discover_videos(uri)
+    sources = discover_videos(
+        uri,
+        allow_https=config.ingestion.allow_https,
+        hash_cache=platformdirs.user_cache_path("ursa") / "hashes.sqlite",
+    )
     storage.check_store(settings.data_uri)
     source_fingerprint = fingerprint(
+        SCHEMA_VERSION,
         uri,
         [item.model_dump(mode="json") for item in sources],
-        ingestion.captions_digest(uri, sources),
+        ingestion.notes_digest(uri, sources),
     )
     sources_uri = settings.uri("sources", source_fingerprint[:32], "manifest.json")
     storage.commit_record(
@@ -192,7 +201,7 @@ def run_session(
     The flow that made the context closes the tracking run with the right status and stops Ray.
 
     Args:
-        source_uri: A directory, a single file or an `s3://` prefix with videos.
+        source_uri: As `ursa.sources.listing.discover_videos` takes it.
         preset: Name of a preset.
         overrides: Values to change in it; None changes none.
         context: That of the larger flow; then the other arguments are not read.

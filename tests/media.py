@@ -28,6 +28,7 @@ def ingestion_config(**changes) -> IngestionConfig:
         "min_clip_s": 1.0,
         "max_clip_s": 4.0,
         "max_failed_fraction": 1.0,
+        "allow_https": False,
     }
     return IngestionConfig.model_validate(values | changes)
 

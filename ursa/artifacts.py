@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ursa.config import FrozenModel, RunConfig, StageName
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of every manifest and Parquet schema; a reader refuses another one."""
 
 Modality = Literal["image", "video"]
@@ -26,6 +26,8 @@ class FailureReason(StrEnum):
     FILE_TOO_LARGE = "file_too_large"
     NOT_A_VIDEO = "not_a_video"
     UNAVAILABLE = "unavailable"
+    MISSING = "missing"
+    REFUSED = "refused"
     UNREADABLE = "unreadable"
     NO_VIDEO_STREAM = "no_video_stream"
     TOO_SHORT = "too_short"
@@ -55,9 +57,16 @@ class RejectReason(StrEnum):
 class SourceVideo(FrozenModel):
     """One file at the source. `etag` changes whenever the content may have changed."""
 
-    uri: str
+    uri: str = Field(description="of a member of a tar file: `<uri of the tar>#<name>`")
     num_bytes: int = Field(ge=0)
     etag: str
+    offset_bytes: int | None = Field(
+        default=None, ge=0, description="where a member begins in its tar file; None is no member"
+    )
+    problem: FailureReason | None = Field(
+        default=None, description="why it cannot be read, if that is known without reading it"
+    )
+    detail: str = Field(default="", description="more about the problem, in words")
 
 
 class VideoInfo(FrozenModel):
@@ -96,7 +105,10 @@ class Clip(FrozenModel):
     info: VideoInfo
     scores: ClipScores
     caption: str | None = None
-    caption_source: Literal["sidecar", "manifest", "template"] | None = None
+    caption_long: str | None = None
+    caption_source: Literal["sidecar", "manifest", "tar", "template"] | None = None
+    license: str | None = Field(default=None, description="of the source, as it was given")
+    attribution: str | None = Field(default=None, description="whom the source asks to name")
 
 
 class IngestedVideo(FrozenModel):

@@ -86,6 +86,7 @@ class IngestionConfig(ConfigSection):
     min_clip_s: float = Field(gt=0, description="shorter shots are dropped, seconds")
     max_clip_s: float = Field(gt=0, description="longer shots are cut into pieces, seconds")
     max_failed_fraction: Fraction = Field(description="more failed files stop the run")
+    allow_https: bool = Field(description="fetch videos that a source names by https:// addresses")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,6 @@
 """The ingestion and selection steps: foreign videos in, normalised and judged clips out.
 
-`discover_videos` lists a source, `ingest_video` does the work of one file and commits a unit
+`ursa.sources` lists a source, `ingest_video` does the work of one file and commits a unit
 record, `commit_clips` joins all units to a committed `ClipSet`, `select_clips` decides on stored
 scores. Every file of the source ends as clips or as a failure with a reason. The layout below
 the output URI is in docs/data-format.md.
@@ -11,9 +11,8 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 from ursa import storage
 from ursa.artifacts import (
@@ -39,26 +38,17 @@ from ursa.data.clips import (
     selection_row,
 )
 from ursa.errors import DataError, FailureBudgetExceeded
-from ursa.video.captions import CaptionRow, caption_of, clean_caption, parse_caption_rows
-from ursa.video.probe import (
-    NormalisedVideo,
-    QuarantinedError,
-    copy_foreign_file,
-    normalise_video,
-)
+from ursa.sources.names import last_segment, stand_in_etag
+from ursa.sources.notes import SourceNotes
+from ursa.sources.reading import copy_source
+from ursa.video.probe import NormalisedVideo, QuarantinedError, normalise_video
 from ursa.video.selection import choose_validation_sources, judge_clips
 
 logger = logging.getLogger(__name__)
 
 INGESTION_VERSION = 1
 """Raised when the same file and configuration would give other clips or scores."""
-CAPTION_FILE_NAME = "captions.jsonl"
-SIDECAR_LIMIT_BYTES = 64 << 10
-CAPTION_FILE_LIMIT_BYTES = 256 << 20
 
-_OTHER_SUFFIXES = frozenset(
-    {".txt", ".json", ".jsonl", ".md", ".vtt", ".srt", ".csv", ".tsv", ".yaml", ".yml", ".parquet"}
-)
 # these may come out differently on another day or machine, so they are not kept as done
 _UNSTABLE_FAILURES = frozenset(
     {
@@ -80,51 +70,8 @@ class IngestPlan(NamedTuple):
     fingerprint: str
 
 
-def discover_videos(source_uri: str) -> tuple[SourceVideo, ...]:
-    """List the files of a source that may be videos, sorted by URI.
-
-    Hidden files and plain texts are left out; everything else is looked at, whatever its name.
-    Pipes and devices are listed too, so that they are reported; links are not followed.
-
-    Args:
-        source_uri: A directory, a single file or an `s3://` prefix.
-
-    Returns:
-        The files; `etag` is the sha256 of a local file, or what the store says of an object.
-
-    Raises:
-        DataError: If it does not exist or holds no candidate file.
-        StorageError: If the store refuses or does not answer.
-    """
-    try:
-        files = storage.list_files(source_uri, with_etag=storage.is_remote(source_uri))
-        irregular = storage.list_irregular_files(source_uri)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"source {source_uri!r} does not exist or is empty; give a directory, a file or an "
-            "s3:// prefix that holds videos"
-        ) from error
-    sources = [
-        SourceVideo(uri=item.uri, num_bytes=item.num_bytes, etag=item.etag or _local_etag(item.uri))
-        for item in files
-        if _is_candidate(_relative_name(source_uri, item.uri))
-    ]
-    sources += [
-        SourceVideo(uri=uri, num_bytes=0, etag=_stand_in_etag("irregular", uri))
-        for uri in irregular
-        if _is_candidate(_relative_name(source_uri, uri))
-    ]
-    if not sources:
-        holds = f"{len(files)} files, but none that may be a video" if files else "no files"
-        raise DataError(
-            f"source {source_uri!r} holds {holds}; give a "
-            "directory or s3:// prefix with mp4, mkv, webm, mov, avi, mpg or gif files"
-        )
-    return tuple(sorted(sources, key=lambda source: source.uri))
-
-
-def captions_digest(source_uri: str, sources: Sequence[SourceVideo]) -> str:
-    """Return a hash of all captions that people have written about a source.
+def notes_digest(source_uri: str, sources: Sequence[SourceVideo]) -> str:
+    """Return a hash of all captions and licences that people have written about a source.
 
     Args:
         source_uri: Where the sources are.
@@ -133,7 +80,7 @@ def captions_digest(source_uri: str, sources: Sequence[SourceVideo]) -> str:
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    return _Captions.read(source_uri, sources).digest()
+    return SourceNotes.read(source_uri, sources).digest()
 
 
 def has_unstable_failures(clips: ClipSet) -> bool:
@@ -162,15 +109,16 @@ def plan_ingestion(
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    captions = _Captions.read(source_uri, sources)
+    notes = SourceNotes.read(source_uri, sources)
     plan_fingerprint = fingerprint(
         "ingestion",
         INGESTION_VERSION,
         SCHEMA_VERSION,
-        config,
+        # what may be fetched is seen in the sources
+        config.model_dump(mode="json", exclude={"allow_https"}),
         source_uri,
         [[source.uri, source.etag] for source in sources],
-        captions.digest(),
+        notes.digest(),
     )
     committed = storage.load_record(
         _set_uri(output_uri, plan_fingerprint, "manifest.json"), ClipSet
@@ -180,16 +128,19 @@ def plan_ingestion(
     try:
         units_uri = storage.join(output_uri, "clips", "units", _unit_fingerprint(config)[:16])
         present = {
-            _last_segment(item.uri) for item in storage.list_files(units_uri, with_etag=False)
+            last_segment(item.uri) for item in storage.list_files(units_uri, with_etag=False)
         }
     except FileNotFoundError:
         present = set()
     done: list[IngestedVideo] = []
     todo: list[SourceVideo] = []
     for source in sources:
+        if source.problem is not None:
+            done.append(_quarantined(source, source.problem, source.detail))
+            continue
         unit_uri = _unit_uri(output_uri, source, config)
         unit = None
-        if _last_segment(unit_uri) in present:
+        if last_segment(unit_uri) in present:
             unit = storage.load_record(unit_uri, IngestedVideo)
         if unit is None:
             todo.append(source)
@@ -201,9 +152,10 @@ def plan_ingestion(
 def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) -> IngestedVideo:
     """Turn one foreign file into normalised, measured clips and commit the unit record.
 
-    A unit that is committed already is returned at once. Timeouts, exhausted memory, crashes and
-    files that cannot be opened are returned but not committed: another attempt may fare better.
-    Captions are added by `commit_clips`.
+    A unit that is committed already is returned at once. Content that was met under another name
+    or etag is not decoded again: its unit is committed for this etag as well. Timeouts, exhausted
+    memory, crashes and files that cannot be opened are returned but not committed: another attempt
+    may fare better. Captions are added by `commit_clips`.
 
     Args:
         source: The file.
@@ -224,19 +176,17 @@ def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) 
         sha256: str | None = None
         is_final = True
         try:
-            sha256, video = _normalise(source, folder, config)
+            sha256, demuxer = copy_source(source, folder, config)
+            content_uri = _content_uri(output_uri, sha256, config)
+            known = storage.load_record(content_uri, IngestedVideo)
+            if known is not None:
+                return _rebind(storage.commit_record(unit_uri, known), source)
+            video = normalise_video(folder, demuxer, config)
             clips = tuple(_upload_clips(source, sha256, video, folder, output_uri))
         except QuarantinedError as error:
             # another attempt may fare better, or would find other content
-            is_final = error.reason not in _UNSTABLE_FAILURES
-            unit = IngestedVideo(
-                source=source,
-                source_sha256=sha256,
-                info=None,
-                clips=(),
-                failure=error.reason,
-                detail=error.detail,
-            )
+            is_final = error.reason not in {*_UNSTABLE_FAILURES, FailureReason.REFUSED}
+            unit = _quarantined(source, error.reason, error.detail, sha256)
         else:
             unit = IngestedVideo(
                 source=source,
@@ -253,6 +203,8 @@ def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) 
         logger.warning("%s: quarantined, %s (%s)", source.uri, unit.failure, unit.detail)
     if not is_final:
         return unit
+    if sha256 is not None:
+        unit = storage.commit_record(_content_uri(output_uri, sha256, config), unit)
     return _rebind(storage.commit_record(unit_uri, unit), source)
 
 
@@ -291,9 +243,9 @@ def commit_clips(
     ]
     if unstable:  # a set of its own name, so that a plan looks at these files again
         plan_fingerprint = fingerprint("clips-without", plan_fingerprint, sorted(unstable))
-    captions = _Captions.read(source_uri, [video.source for video in ordered])
-    captions.warn_about_unused_rows()
-    clips = [captions.applied_to(clip) for video in ordered for clip in video.clips]
+    notes = SourceNotes.read(source_uri, [video.source for video in ordered])
+    notes.warn_about_unused_rows()
+    clips = [notes.applied_to(clip) for video in ordered for clip in video.clips]
     clips_uri = put_table(
         _set_uri(output_uri, plan_fingerprint), "clips", CLIP_SCHEMA, map(clip_row, clips)
     )
@@ -389,106 +341,17 @@ def select_clips(
     )
 
 
-class _Captions:
-    """What is written about the videos of a source."""
-
-    def __init__(
-        self,
-        source_uri: str,
-        rows: Mapping[str, list[CaptionRow]],
-        sidecars: Mapping[str, str],
-        unused_names: Sequence[str],
-    ) -> None:
-        self._source_uri = source_uri
-        self._rows = rows
-        self._sidecars = sidecars
-        self._unused_names = unused_names
-
-    @classmethod
-    def read(cls, source_uri: str, sources: Sequence[SourceVideo]) -> "_Captions":
-        """Read the caption file and the texts beside the videos."""
-        names = {_relative_name(source_uri, source.uri): source.uri for source in sources}
-        files = {
-            _relative_name(source_uri, item.uri): item
-            for item in storage.list_files(source_uri, with_etag=False)
-        }
-        rows: dict[str, list[CaptionRow]] = {}
-        unused: list[str] = []
-        caption_file = files.get(CAPTION_FILE_NAME)
-        if caption_file is not None and caption_file.num_bytes <= CAPTION_FILE_LIMIT_BYTES:
-            parsed, bad_lines = parse_caption_rows(storage.read_bytes(caption_file.uri))
-            if bad_lines:
-                logger.warning(
-                    "%s: %d lines are left out, the first is line %d; expected objects with "
-                    "path and caption",
-                    caption_file.uri,
-                    len(bad_lines),
-                    bad_lines[0],
-                )
-            for row in parsed:
-                if row.path in names:
-                    rows.setdefault(names[row.path], []).append(row)
-                else:
-                    unused.append(row.path)
-        sidecars: dict[str, str] = {}
-        for name, uri in names.items():
-            for sidecar in (f"{name}.txt", f"{PurePosixPath(name).with_suffix('')}.txt"):
-                file = files.get(sidecar)
-                if file is not None and 0 < file.num_bytes <= SIDECAR_LIMIT_BYTES:
-                    text = storage.read_bytes(file.uri).decode("utf-8", "replace")
-                    sidecars[uri] = clean_caption(text)
-                    break
-        return cls(source_uri, rows, sidecars, unused)
-
-    def digest(self) -> str:
-        """Return a hash of everything that decides captions."""
-        return fingerprint(
-            {uri: [list(map(str, row)) for row in rows] for uri, rows in self._rows.items()},
-            dict(self._sidecars),
-        )
-
-    def applied_to(self, clip: Clip) -> Clip:
-        """Return the clip with its caption."""
-        caption = caption_of(
-            _relative_name(self._source_uri, clip.source_uri).rsplit("/", 1)[-1],
-            clip.start_s,
-            clip.end_s,
-            rows=self._rows.get(clip.source_uri, ()),
-            sidecar=self._sidecars.get(clip.source_uri),
-        )
-        return clip.model_copy(update={"caption": caption.text, "caption_source": caption.source})
-
-    def warn_about_unused_rows(self) -> None:
-        """Say which rows of the caption file name no video."""
-        if self._unused_names:
-            logger.warning(
-                "%s has %d rows for files that are no videos of this source, such as %r",
-                CAPTION_FILE_NAME,
-                len(self._unused_names),
-                self._unused_names[0],
-            )
-
-
-def _normalise(
-    source: SourceVideo, folder: Path, config: IngestionConfig
-) -> tuple[str, NormalisedVideo]:
-    if source.num_bytes > config.max_file_bytes:
-        # an object need not be fetched to know this
-        raise QuarantinedError(
-            FailureReason.FILE_TOO_LARGE,
-            f"{source.num_bytes} bytes, expected at most {config.max_file_bytes}",
-        )
-    try:
-        with storage.local_copy(source.uri) as path:
-            sha256, demuxer = copy_foreign_file(path, folder, config)
-    except FileNotFoundError as error:
-        raise QuarantinedError(
-            FailureReason.UNAVAILABLE, "it is gone since it was listed"
-        ) from error
-    if not storage.is_remote(source.uri) and sha256 != source.etag:
-        # what it holds now must not be kept under the hash of what it held
-        raise QuarantinedError(FailureReason.UNAVAILABLE, "it has changed since it was listed")
-    return sha256, normalise_video(folder, demuxer, config)
+def _quarantined(
+    source: SourceVideo, reason: FailureReason, detail: str, sha256: str | None = None
+) -> IngestedVideo:
+    return IngestedVideo(
+        source=source,
+        source_sha256=sha256,
+        info=None,
+        clips=(),
+        failure=reason,
+        detail=detail,
+    )
 
 
 def _upload_clips(
@@ -541,49 +404,23 @@ def _check_budget(
         )
 
 
-def _is_candidate(name: str) -> bool:
-    path = PurePosixPath(name)
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    return not is_hidden and path.suffix.lower() not in _OTHER_SUFFIXES
-
-
-def _local_etag(uri: str) -> str:
-    try:
-        return storage.sha256_file(storage.local_path(uri))
-    except OSError:
-        # it will fail again when it is ingested, and be reported then
-        return _stand_in_etag("unreadable", uri)
-
-
-def _stand_in_etag(kind: str, uri: str) -> str:
-    return hashlib.sha256(f"{kind}:{uri}".encode()).hexdigest()
-
-
-def _relative_name(source_uri: str, uri: str) -> str:
-    """Return the path of a file below the source, as a person would write it."""
-    if storage.is_remote(source_uri):
-        name = uri.removeprefix(source_uri.rstrip("/")).lstrip("/")
-        return name or _last_segment(uri)
-    root = storage.local_path(source_uri).absolute().as_uri().rstrip("/")
-    name = uri.removeprefix(root).lstrip("/") or _last_segment(uri)
-    return unquote(name, errors="replace")
-
-
-def _last_segment(uri: str) -> str:
-    return uri.rsplit("/", 1)[-1]
-
-
 def _unit_fingerprint(config: IngestionConfig) -> str:
-    settings = config.model_dump(mode="json", exclude={"max_failed_fraction"})
+    settings = config.model_dump(mode="json", exclude={"max_failed_fraction", "allow_https"})
     return fingerprint("ingestion-unit", INGESTION_VERSION, SCHEMA_VERSION, settings)
 
 
 def _unit_uri(output_uri: str, source: SourceVideo, config: IngestionConfig) -> str:
     etag = source.etag
     if not re.fullmatch(r"[0-9A-Za-z-]{32,}", etag):
-        etag = hashlib.sha256(etag.encode()).hexdigest()
+        # too short to be of the content alone
+        etag = stand_in_etag(source.uri, etag)
+    return _content_uri(output_uri, etag, config)
+
+
+def _content_uri(output_uri: str, sha256: str, config: IngestionConfig) -> str:
+    """Return the place of the unit of a content: of local files that of their etag."""
     return storage.join(
-        output_uri, "clips", "units", _unit_fingerprint(config)[:16], f"{etag[:32]}.json"
+        output_uri, "clips", "units", _unit_fingerprint(config)[:16], f"{sha256[:32]}.json"
     )
 
 

@@ -32,6 +32,7 @@ PUT_DEADLINE_S = 120.0
 """An upload that takes longer is abandoned and repeated; s3fs alone would wait for ever."""
 GET_DEADLINE_S = 300.0
 MANIFEST_LIMIT_BYTES = 64 << 20
+_RANGE_BYTES = 16 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Record = TypeVar("Record", bound=FrozenModel)
@@ -220,6 +221,97 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
             for path in paths
             if stat.S_ISREG(path.lstat().st_mode)
         )
+
+
+def stat_file(uri: str) -> StoredFile:
+    """Look up one regular file or object.
+
+    Args:
+        uri: A file or object.
+
+    Returns:
+        Size and etag; the etag of a local file is empty, its content is not read.
+
+    Raises:
+        FileNotFoundError: If there is no such object, or no regular file.
+        StorageError: If the store refuses or does not answer.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            status = local_path(uri).lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no regular file", uri)
+        return StoredFile(uri, status.st_size, "")
+    info = _s3_call("_info", uri, deadline_s=30.0)
+    if info["type"] != "file":
+        raise FileNotFoundError(errno.ENOENT, "no object of this name", uri)
+    return StoredFile(uri, int(info["size"]), str(info.get("ETag", "")).strip('"'))
+
+
+def read_range(uri: str, start: int, num_bytes: int) -> bytes:
+    """Return a part of a file or object; less where it ends sooner.
+
+    Args:
+        uri: A file or object.
+        start: First byte, from 0.
+        num_bytes: How many.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the URI.
+        StorageError: If the store refuses or does not answer.
+    """
+    if num_bytes <= 0:
+        return b""
+    if not is_remote(uri):
+        with _local_errors(uri), local_path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(num_bytes)
+    data: bytes = _s3_call(
+        "_cat_file", uri, start=start, end=start + num_bytes, deadline_s=GET_DEADLINE_S
+    )
+    return data
+
+
+def copy_range(uri: str, start: int, num_bytes: int, target: Path) -> None:
+    """Write a part of a file or object to a new local file, some MiB at a time.
+
+    Args:
+        uri: A file or object.
+        start: First byte, from 0.
+        num_bytes: How many; fewer are written where the file ends sooner.
+        target: The file, which must not exist yet.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the URI.
+        FileExistsError: If the target exists.
+        StorageError: If the store refuses or does not answer.
+    """
+    with target.open("xb") as file:
+        for offset in range(0, num_bytes, _RANGE_BYTES):
+            file.write(read_range(uri, start + offset, min(_RANGE_BYTES, num_bytes - offset)))
+
+
+def list_folder(uri: str) -> list[StoredFile]:
+    """List the objects right below a prefix, sorted by URI.
+
+    Args:
+        uri: An `s3://` prefix.
+
+    Returns:
+        The objects; none if there is no such prefix.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    try:
+        found: list[dict[str, Any]] = _s3_call("_ls", uri, detail=True, deadline_s=GET_DEADLINE_S)
+    except FileNotFoundError:
+        return []
+    return sorted(
+        StoredFile(f"s3://{info['name']}", int(info["size"]), str(info.get("ETag", "")).strip('"'))
+        for info in found
+        if info["type"] == "file" and not info["name"].endswith("/")
+    )
 
 
 def list_irregular_files(uri: str) -> list[str]:

@@ -585,7 +585,7 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
         if (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():
             raise ServiceError(
                 f"SOURCE={source} does not exist or is empty; give a directory that holds videos, "
-                "or an s3:// prefix"
+                "a manifest, a tar file or an s3:// prefix"
             )
         source = str(folder)
     up()

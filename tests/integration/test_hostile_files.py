@@ -8,7 +8,8 @@ import pytest
 from tests import media
 from ursa.artifacts import FailureReason
 from ursa.data.clips import read_clips
-from ursa.ingestion import commit_clips, discover_videos, ingest_video, plan_ingestion
+from ursa.ingestion import commit_clips, ingest_video, plan_ingestion
+from ursa.sources.listing import discover_videos
 from ursa.video.probe import QuarantinedError, copy_foreign_file, normalise_video
 
 LIMIT_S = 20.0

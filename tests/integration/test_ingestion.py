@@ -14,12 +14,12 @@ from ursa.data.clips import read_clips, read_failures, read_selection
 from ursa.errors import DataError, FailureBudgetExceeded, ShardFormatError, StorageError
 from ursa.ingestion import (
     commit_clips,
-    discover_videos,
     has_unstable_failures,
     ingest_video,
     plan_ingestion,
     select_clips,
 )
+from ursa.sources.listing import discover_videos
 
 CONFIG = media.ingestion_config(clip_height_px=72)
 

@@ -1,18 +1,12 @@
 """The store against a real S3 server process on loopback."""
 
 import contextlib
-import os
-import secrets
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import s3fs
 
 from tests import factories
 from ursa import storage
@@ -23,61 +17,21 @@ from ursa.training.checkpoint import latest_checkpoint
 from ursa.training.stage import find_stage, stage_fingerprint, train_stage
 
 pytest.importorskip("moto.server")
+pytestmark = pytest.mark.usefixtures("s3_environment")
 
 BUCKET = "ursa-test"
 RECORD = SourceVideo(uri="s3://b/a", num_bytes=3, etag="x")
 
 
-def free_port():
+@pytest.fixture
+def prefix(s3_prefix):
+    return s3_prefix
+
+
+def unused_tcp_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def server():
-    """A server process; its address, with one bucket in it."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                request = urllib.request.Request(f"{address}/{BUCKET}", method="PUT")
-                urllib.request.urlopen(request, timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, "the S3 server did not start"
-                assert time.monotonic() < deadline, "the S3 server does not answer"
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    # a client keeps the environment in which it was made
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def prefix(server, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    return f"s3://{BUCKET}/{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
@@ -188,7 +142,7 @@ def test_unknown_bucket_is_one_clear_line(prefix, tmp_path, call):
 
 @pytest.mark.parametrize("call", ["list", "check"])
 def test_unreachable_endpoint_is_one_clear_line(monkeypatch, tmp_path, call):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused_tcp_port()}")
     with at_most(30), pytest.raises(StorageError) as error:
         calls_on(f"s3://{BUCKET}/x", tmp_path)[call]()
     assert "AWS_ENDPOINT_URL" in str(error.value)

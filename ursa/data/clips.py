@@ -56,7 +56,10 @@ CLIP_SCHEMA = pa.schema(
         *_INFO_FIELDS,
         *_SCORE_FIELDS,
         pa.field("caption", pa.string()),
+        pa.field("caption_long", pa.string()),
         pa.field("caption_source", pa.string()),
+        pa.field("license", pa.string()),
+        pa.field("attribution", pa.string()),
     ],
     metadata={b"ursa.kind": b"clips", **_VERSION_METADATA},
 )

@@ -2,35 +2,47 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 MAX_CAPTION_CHARACTERS = 2000
 
-CaptionSource = Literal["sidecar", "manifest", "template"]
+CaptionSource = Literal["sidecar", "manifest", "tar", "template"]
+
+_MANIFEST: CaptionSource = "manifest"
 
 
 class Caption(NamedTuple):
-    """A caption and where it comes from."""
+    """A caption, its longer form if there is one, and where both come from."""
 
     text: str
+    text_long: str | None
     source: CaptionSource
 
 
+class Notes(NamedTuple):
+    """What is written about a video or a span of it, each in one clean line; None is not said."""
+
+    caption: str | None = None
+    caption_long: str | None = None
+    license: str | None = None
+    attribution: str | None = None
+
+
 class CaptionRow(NamedTuple):
-    """One row of a caption file: what is to be seen in a span of a video."""
+    """One row of a caption file: what is written about a span of a video."""
 
     path: str
     start_s: float
     end_s: float
-    text: str
+    notes: Notes
 
 
 def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
     """Read `captions.jsonl`: one JSON object a line.
 
-    Keys are `path` (relative to the file), `caption` and, optional, `start_s` and `end_s`;
-    others are passed over.
+    Keys are `path` (relative to the file), `caption` or `caption_long` and, optional, `start_s`,
+    `end_s`, `license` and `attribution`; others are passed over.
 
     Args:
         data: UTF-8 text; what is not is replaced.
@@ -50,6 +62,88 @@ def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
     return rows, bad_lines
 
 
+def parse_notes(values: Mapping[str, object]) -> Notes:
+    """Return what a row or an object says about a video; other keys are passed over.
+
+    Args:
+        values: May hold `caption`, `caption_long`, `license` (or `licence`) and `attribution`.
+
+    Raises:
+        TypeError: If one of them is neither text nor None.
+    """
+    return Notes(
+        caption=_optional_text(values.get("caption")),
+        caption_long=_optional_text(values.get("caption_long")),
+        license=_optional_text(values.get("license") or values.get("licence")),
+        attribution=_optional_text(values.get("attribution")),
+    )
+
+
+def parse_span(values: Mapping[str, object]) -> tuple[float, float]:
+    """Return the span of a row, `start_s` and `end_s` in seconds: all of the video if not given.
+
+    Args:
+        values: May hold numbers or their texts; an empty text counts as not given.
+
+    Raises:
+        ValueError: If one is no number, or the start is not before the end.
+        TypeError: If one is of another type.
+    """
+    start_s, end_s = (
+        default if values.get(key) in {None, ""} else float(values[key])  # type: ignore[arg-type]
+        for key, default in (("start_s", 0.0), ("end_s", float("inf")))
+    )
+    if not start_s < end_s:
+        raise ValueError(f"start_s {start_s:g} must be before end_s {end_s:g}")
+    return start_s, end_s
+
+
+def parse_text_beside(name: str, data: bytes) -> Notes:
+    """Read a text beside a video: `.json` is an object as `parse_notes` reads it, else a caption.
+
+    Args:
+        name: File name of the text.
+        data: UTF-8; what is not is replaced.
+
+    Returns:
+        What it says; nothing of JSON that is damaged or no object.
+    """
+    text = data.decode("utf-8", "replace")
+    if not name.lower().endswith(".json"):
+        return Notes(caption=clean_caption(text) or None)
+    try:
+        values = json.loads(text)
+        return parse_notes(values) if isinstance(values, dict) else Notes()
+    except (ValueError, TypeError, RecursionError):
+        return Notes()
+
+
+def names_beside(name: str, *, in_tar: bool = False) -> tuple[str, ...]:
+    """Return the names of texts that may say something about a video, the first ones first.
+
+    Args:
+        name: Such as `d/a.b.mp4`, for which it may be `d/a.b.mp4.txt` or `d/a.b.txt`; likewise
+            with `.json`.
+        in_tar: Whether it is a member of a tar file: then it may also be `d/a.txt`, since the key
+            of a webdataset sample ends at the first dot.
+    """
+    folder, slash, base = name.rpartition("/")
+    stems = dict.fromkeys((base, base.rpartition(".")[0] or base))
+    if in_tar:
+        stems[base.partition(".")[0] or base] = None
+    return tuple(f"{folder}{slash}{stem}{end}" for end in (".txt", ".json") for stem in stems)
+
+
+def join_notes(first: Notes, *others: Notes) -> Notes:
+    """Return the notes in which what the first ones do not say is taken from the next.
+
+    Args:
+        first: What counts most.
+        *others: What counts less, in this order.
+    """
+    return Notes(*(next(filter(None, said), None) for said in zip(first, *others, strict=True)))
+
+
 def clean_caption(text: str) -> str:
     """Return text in one line, without control characters and of bounded length.
 
@@ -61,28 +155,36 @@ def clean_caption(text: str) -> str:
 
 
 def caption_of(
-    name: str, start_s: float, end_s: float, *, rows: Sequence[CaptionRow], sidecar: str | None
+    name: str,
+    start_s: float,
+    end_s: float,
+    *,
+    rows: Sequence[CaptionRow],
+    beside: Notes,
+    beside_source: CaptionSource = "sidecar",
 ) -> Caption:
-    """Return the caption of a span of a video.
+    """Return the caption of a span of a video; one that is only long counts as short as well.
 
     Args:
         name: File name of the video.
         start_s: Start of the span.
         end_s: End of the span.
-        rows: Caption rows of this video; the one that overlaps the span most is used.
-        sidecar: Text beside the video, or None.
+        rows: Caption rows of this video; of those with a caption the one that overlaps the span
+            most is used.
+        beside: What the texts beside the video say.
+        beside_source: Where these texts are.
     """
     best_overlap_s = 0.0
     best: CaptionRow | None = None
     for row in rows:
         overlap_s = min(end_s, row.end_s) - max(start_s, row.start_s)
-        if overlap_s > best_overlap_s:
+        if overlap_s > best_overlap_s and (row.notes.caption or row.notes.caption_long):
             best_overlap_s, best = overlap_s, row
-    if best is not None:
-        return Caption(best.text, "manifest")
-    if sidecar:
-        return Caption(sidecar, "sidecar")
-    return Caption(template_caption(name), "template")
+    notes, source = (beside, beside_source) if best is None else (best.notes, _MANIFEST)
+    text = notes.caption or notes.caption_long
+    if text:
+        return Caption(text, notes.caption_long, source)
+    return Caption(template_caption(name), None, "template")
 
 
 def template_caption(name: str) -> str:
@@ -101,15 +203,19 @@ def template_caption(name: str) -> str:
 
 def _parse_row(line: str) -> CaptionRow:
     row = json.loads(line)
-    text = clean_caption(_text(row["caption"]))
-    start_s, end_s = float(row.get("start_s") or 0.0), row.get("end_s")
-    end_s = float("inf") if end_s is None else float(end_s)
-    if not text or not start_s < end_s:
-        raise ValueError(f"empty caption or span: {line[:80]!r}")
-    return CaptionRow(_text(row["path"]), start_s, end_s, text)
+    if not isinstance(row, dict):
+        raise TypeError(f"expected an object, got {line[:80]!r}")
+    notes = parse_notes(row)
+    if not (notes.caption or notes.caption_long):
+        raise ValueError(f"empty caption: {line[:80]!r}")
+    if not isinstance(row["path"], str):
+        raise TypeError(f"path must be text, got {row['path']!r}")
+    return CaptionRow(row["path"], *parse_span(row), notes)
 
 
-def _text(value: object) -> str:
+def _optional_text(value: object) -> str | None:
+    if value is None:
+        return None
     if not isinstance(value, str):
         raise TypeError(f"expected text, got {value!r}")
-    return value
+    return clean_caption(value) or None

@@ -97,8 +97,15 @@ class ChildResult(FrozenModel):
     peak_memory_bytes: int = Field(ge=0)
 
 
-def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tuple[str, Demuxer]:
-    """Copy a foreign file to `folder/input` if it may be a video.
+def copy_foreign_file(
+    path: Path,
+    folder: Path,
+    config: IngestionConfig,
+    *,
+    offset_bytes: int = 0,
+    num_bytes: int | None = None,
+) -> tuple[str, Demuxer]:
+    """Copy a foreign file, or a part of one, to `folder/input` if it may be a video.
 
     The copy has a neutral name and cannot change while it is decoded. Only a regular file is
     read: opening a pipe with a video name would block for ever.
@@ -107,6 +114,8 @@ def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tupl
         path: The foreign file.
         folder: Private directory of the caller.
         config: Limits.
+        offset_bytes: Where the part begins.
+        num_bytes: How long the part is; None goes to the end of the file.
 
     Returns:
         sha256 of the content and the demuxer to use.
@@ -116,7 +125,9 @@ def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tupl
         StorageConfigurationError: If there is no room for the copy.
     """
     with _open_regular(path) as source:
-        num_bytes = os.fstat(source.fileno()).st_size
+        source.seek(offset_bytes)
+        if num_bytes is None:
+            num_bytes = os.fstat(source.fileno()).st_size - offset_bytes
         if num_bytes == 0:
             raise QuarantinedError(FailureReason.EMPTY_FILE, "0 bytes")
         if num_bytes > config.max_file_bytes:
@@ -124,7 +135,7 @@ def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tupl
                 FailureReason.FILE_TOO_LARGE,
                 f"{num_bytes} bytes, expected at most {config.max_file_bytes}",
             )
-        chunk = _read(source, HEAD_BYTES)
+        chunk = _read(source, min(HEAD_BYTES, num_bytes))
         demuxer = detect_demuxer(chunk)
         if demuxer is None:
             raise QuarantinedError(FailureReason.NOT_A_VIDEO, describe_content(chunk))
@@ -134,7 +145,8 @@ def copy_foreign_file(path: Path, folder: Path, config: IngestionConfig) -> tupl
                 while chunk:
                     digest.update(chunk)
                     target.write(chunk)
-                    chunk = _read(source, _CHUNK_BYTES)
+                    num_bytes -= len(chunk)
+                    chunk = _read(source, min(_CHUNK_BYTES, num_bytes))
         except OSError as error:
             raise StorageConfigurationError(
                 f"cannot copy {path} to {folder} ({error.strerror}); free some space there or set "

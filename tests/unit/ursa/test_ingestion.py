@@ -3,12 +3,12 @@ import pytest
 from tests import media
 from ursa.errors import DataError
 from ursa.ingestion import (
-    captions_digest,
     commit_clips,
-    discover_videos,
     ingest_video,
+    notes_digest,
     plan_ingestion,
 )
+from ursa.sources.listing import discover_videos
 
 CONFIG = media.ingestion_config(clip_height_px=72)
 
@@ -37,7 +37,7 @@ def test_missing_or_empty_source_says_what_to_do(tmp_path):
 def test_captions_belong_to_the_source(tmp_path):
     media.save_video(tmp_path / "a.mp4", media.panning(30, step=2, height=72), 24.0)
     sources = discover_videos(str(tmp_path))
-    without = captions_digest(str(tmp_path), sources)
+    without = notes_digest(str(tmp_path), sources)
     (tmp_path / "a.txt").write_text("a moving texture")
     assert discover_videos(str(tmp_path)) == sources
-    assert captions_digest(str(tmp_path), sources) != without
+    assert notes_digest(str(tmp_path), sources) != without

@@ -4,9 +4,13 @@ import pytest
 
 from ursa.video.captions import (
     CaptionRow,
+    Notes,
     caption_of,
     clean_caption,
+    join_notes,
+    names_beside,
     parse_caption_rows,
+    parse_text_beside,
     template_caption,
 )
 
@@ -25,20 +29,27 @@ def test_rows_are_read_and_bad_lines_are_numbered():
     ]
     rows, bad_lines = parse_caption_rows("\n".join(lines).encode())
     assert rows == [
-        CaptionRow("a.mp4", 0.0, float("inf"), "A bee flies."),
-        CaptionRow("a.mp4", 1.0, 2.5, "A bee."),
+        CaptionRow("a.mp4", 0.0, float("inf"), Notes("A bee flies.")),
+        CaptionRow("a.mp4", 1.0, 2.5, Notes("A bee.")),
     ]
     assert bad_lines == [4, 5, 6, 7, 8, 9]
 
 
 def test_row_with_the_largest_overlap_wins_then_sidecar_then_name():
-    rows = [CaptionRow("a.mp4", 0, 2, "first"), CaptionRow("a.mp4", 2, 9, "second")]
-    assert caption_of("a.mp4", 1.5, 4, rows=rows, sidecar="beside") == ("second", "manifest")
-    assert caption_of("a.mp4", 20, 21, rows=rows, sidecar="beside") == ("beside", "sidecar")
-    assert caption_of("red_Bus-02.mp4", 0, 1, rows=[], sidecar=None) == (
-        "a video of red bus 02",
-        "template",
-    )
+    first, second, beside = Notes("first"), Notes("second", "the long second"), Notes("beside")
+    rows = [
+        CaptionRow("a.mp4", 0, 2, first),
+        CaptionRow("a.mp4", 2, 9, second),
+        CaptionRow("a.mp4", 0, 99, Notes(license="CC0")),
+    ]
+    said = caption_of("a.mp4", 1.5, 4, rows=rows, beside=beside)
+    assert said == ("second", "the long second", "manifest")
+    said = caption_of("a.mp4", 20, 21, rows=rows, beside=beside)
+    assert said == ("beside", None, "sidecar")
+    said = caption_of("a.mp4", 0, 1, rows=[], beside=Notes(None, "long"), beside_source="tar")
+    assert said == ("long", "long", "tar")
+    said = caption_of("red_Bus-02.mp4", 0, 1, rows=[], beside=Notes(license="CC0"))
+    assert said == ("a video of red bus 02", None, "template")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +64,21 @@ def test_row_with_the_largest_overlap_wins_then_sidecar_then_name():
 )
 def test_template_is_made_of_the_words_of_a_name(name, caption):
     assert template_caption(name) == caption
+
+
+def test_texts_beside_a_video_fill_each_other_up():
+    assert names_beside("d/a.b.mp4") == (
+        *("d/a.b.mp4.txt", "d/a.b.txt"),
+        *("d/a.b.mp4.json", "d/a.b.json"),
+    )
+    assert "d/a.txt" in names_beside("d/a.b.mp4", in_tar=True)
+    assert names_beside("a") == ("a.txt", "a.json")
+    short = parse_text_beside("a.txt", b" A\nbee. ")
+    data = {"caption": "x", "caption_long": "Long.", "licence": "CC0", "attribution": None, "w": 1}
+    long = parse_text_beside("a.JSON", json.dumps(data).encode())
+    assert join_notes(short, long) == Notes("A bee.", "Long.", "CC0", None)
+    for bad in (b"[1]", b"{", b'{"caption": 3}', b"[" * 100_000, b"\xff"):
+        assert parse_text_beside("a.json", bad) == Notes()
 
 
 def test_captions_are_one_bounded_line():

@@ -1,0 +1,274 @@
+import json
+import logging
+import os
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ursa import storage
+from ursa.errors import DataError
+from ursa.sources import manifest
+from ursa.sources.manifest import read_manifest
+from ursa.sources.names import resolve_name
+from ursa.video.captions import Notes
+
+ROWS = [
+    {"path": "a b.mp4", "caption": "A,  bee.", "license": "CC-BY-4.0", "start_s": 0, "end_s": 2.5},
+    {"path": "a b.mp4", "caption": 'A "bus".', "license": "CC-BY-4.0", "start_s": 2.5, "end_s": 9},
+    {"path": "sub/c.mp4", "caption": None, "caption_long": "Long.", "attribution": "Ann, Bo"},
+]
+
+
+def as_csv(rows):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    quoted = [
+        ["" if row.get(name) is None else str(row[name]).replace('"', '""') for name in names]
+        for row in rows
+    ]
+    lines = [",".join(f'"{value}"' for value in line) for line in ([*[names], *quoted])]
+    return "\ufeff" + "\r\n".join(lines)
+
+
+def write(folder, kind, rows):
+    path = folder / f"list.{kind}"
+    if kind == "csv":
+        path.write_text(as_csv(rows), "utf-8", newline="")
+    elif kind == "jsonl":
+        path.write_text("\n\n".join(map(json.dumps, rows)))
+    else:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_all_kinds_say_the_same(tmp_path, kind):
+    rows = read_manifest(write(tmp_path, kind, ROWS))
+    first = (tmp_path / "a b.mp4").as_uri()
+    assert [row.uri for row in rows] == [first, first, (tmp_path / "sub" / "c.mp4").as_uri()]
+    assert [row.number for row in rows] == [1, 2, 3]
+    assert [(row.said.start_s, row.said.end_s) for row in rows] == [
+        (0, 2.5),
+        (2.5, 9),
+        (0, float("inf")),
+    ]
+    assert [row.said.notes for row in rows] == [
+        Notes("A, bee.", None, "CC-BY-4.0", None),
+        Notes('A "bus".', None, "CC-BY-4.0", None),
+        Notes(None, "Long.", None, "Ann, Bo"),
+    ]
+
+
+def test_uri_column_british_spelling_and_unused_columns(tmp_path, caplog):
+    rows = [{"uri": "s3://b/k ey.mp4", "licence": "CC0", "width": 3, "fps": 2}]
+    for kind in ("csv", "jsonl", "parquet"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "ursa"):
+            (row,) = read_manifest(write(tmp_path, kind, rows))
+        assert (row.uri, row.said.notes.license) == ("s3://b/k ey.mp4", "CC0")
+        (line,) = caplog.messages
+        assert line.endswith("columns that are not used: fps, width")
+
+
+def test_a_text_file_has_one_name_a_line(tmp_path):
+    (tmp_path / "list.txt").write_text("# mine\n\n a.mp4 \nhttps://host.test/b.mp4?x=1\n")
+    uri = str(tmp_path / "list.txt")
+    rows = read_manifest(uri, allow_https=True)
+    assert [row.uri for row in rows] == [
+        (tmp_path / "a.mp4").as_uri(),
+        "https://host.test/b.mp4?x=1",
+    ]
+    with pytest.raises(DataError, match=r"1 https addresses, such as 'https://host.test/b.mp4"):
+        read_manifest(uri)
+    with pytest.raises(DataError, match=r'{"ingestion": {"allow_https": true}}'):
+        read_manifest(uri)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_manifest_without_names_is_named(tmp_path, kind):
+    uri = write(tmp_path, kind, [{"file": "a.mp4", "caption": "x"}])
+    with pytest.raises(DataError, match=r"expected `path` or `uri`, got 'caption', 'file'"):
+        read_manifest(uri)
+
+
+def test_equal_rows_count_once_and_others_are_refused(tmp_path, caplog):
+    rows = [{"path": "a.mp4", "caption": "x"}, {"path": "./a.mp4", "caption": " x "}]
+    with caplog.at_level(logging.WARNING, "ursa"):
+        (row,) = read_manifest(write(tmp_path, "csv", rows))
+    assert row.number == 1
+    assert "1 rows repeat others and count once, the first is row 2" in caplog.text
+    rows[1]["caption"] = "y"
+    with pytest.raises(DataError, match="rows 1 and 2 say different things about file:"):
+        read_manifest(write(tmp_path, "csv", rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "named"),
+    [
+        ("a.csv", b"path,caption\na.mp4,x,y\n", "line 2 has more values than the header"),
+        ("a.csv", b'path\n"a.mp4\n', r"no CSV after line 1 \(unexpected end"),
+        ("a.csv", b"path\n\xff.mp4\n", "byte 5 is no UTF-8"),
+        ("a.csv", b"", "got no rows"),
+        ("a.csv", b"path,start_s,end_s\na.mp4,2,1\nb.mp4,x,\n", "2 rows cannot be used.*row 1: "),
+        ("a.csv", b"path,end_s\na.mp4,nan\n", "row 1: start_s 0 must be before end_s nan"),
+        ("a.csv", b"path,caption\n,x\n", "row 1: `path` or `uri` must be text"),
+        ("a.jsonl", b'{"path": "a.mp4"}\n{broken\n', "line 2 is no JSON"),
+        ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        ("a.jsonl", b'{"path": 3}\n', "row 1: .* must be text, got 3"),
+        ("a.jsonl", b'{"path": "a.mp4", "caption": ["x"]}\n', "row 1: expected text"),
+        ("a.jsonl", b'{"path": "gopher://x/y"}\n', "row 1: 'gopher://x/y' is no address"),
+        ("a.parquet", b"PAR1xxxx", "is no Parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, data, named):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=named):
+        read_manifest(str(tmp_path / name))
+
+
+class Hostile(pa.ExtensionType):
+    """A type whose values run code when they are looked at."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self):
+        super().__init__(pa.string(), "test.hostile")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        return cls()
+
+    def __arrow_ext_scalar_class__(self):
+        class Value(pa.ExtensionScalar):
+            def as_py(self, **_):
+                Hostile.seen.append("run")
+
+        return Value
+
+
+def test_columns_of_strange_types_are_not_looked_at(tmp_path):
+    pa.register_extension_type(Hostile())
+    try:
+        values = pa.ExtensionArray.from_storage(Hostile(), pa.array(["a.mp4"]))
+        path = tmp_path / "list.parquet"
+        pq.write_table(pa.table({"path": values}), path)
+        pq.read_table(path).to_pylist()
+        assert Hostile.seen == ["run"]
+        with pytest.raises(DataError, match=r"column 'path' is of type .*expected text"):
+            read_manifest(str(path))
+        assert Hostile.seen == ["run"]
+    finally:
+        pa.unregister_extension_type("test.hostile")
+    for column in ({"path": [b"a"]}, {"path": ["a"], "start_s": [[1.0]]}, {"path": [3]}):
+        pq.write_table(pa.table(column), path)
+        with pytest.raises(DataError, match="is of type"):
+            read_manifest(str(path))
+    named = pa.table({"path": pa.array(["a", "b", "a"]).dictionary_encode(), "end_s": [1, 2, 3]})
+    pq.write_table(named, path)
+    assert [row.said.end_s for row in read_manifest(str(path))] == [1.0, 2.0, 3.0]
+
+
+def test_a_missing_or_huge_manifest_is_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="does not exist"):
+        read_manifest(str(tmp_path / "none.csv"))
+    path = tmp_path / "huge.csv"
+    path.touch()
+    os.truncate(path, (256 << 20) + 1)
+    with pytest.raises(DataError, match="expected at most 268435456"):
+        read_manifest(str(path))
+    monkeypatch.setattr(manifest, "UNPACKED_LIMIT_BYTES", 1 << 20)
+    # long names that pack into nothing
+    names = pa.table({"path": ["x" * 8000] * 200})
+    pq.write_table(names, tmp_path / "bomb.parquet", use_dictionary=False)
+    assert (tmp_path / "bomb.parquet").stat().st_size < 1 << 18
+    with pytest.raises(DataError, match="bytes unpacked, expected at most"):
+        read_manifest(str(tmp_path / "bomb.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a.mp4", "file:///m/f/a.mp4"),
+        ("./s/../a b%20.mp4", "file:///m/f/a%20b%2520.mp4"),
+        ("..a/b.mp4", "file:///m/f/..a/b.mp4"),
+        ("/else/a.mp4", "file:///else/a.mp4"),
+        ("file:///else/a%20b.mp4", "file:///else/a%20b.mp4"),
+        ("s3://b/../k", "s3://b/../k"),
+        ("../a.mp4", None),
+        ("s/../../a.mp4", None),
+        ("../f2/a.mp4", None),
+        ("", None),
+        ("a\0.mp4", None),
+        ("file://host/a.mp4", None),
+        ("file:///a%00b/../c.mp4", "file:///c.mp4"),
+        ("http://host/a.mp4", None),
+        ("subfile,,start,0,end,0,,:///etc/passwd", None),
+        ("s3://bucket", None),
+    ],
+)
+def test_names_stay_where_they_may(name, found):
+    if found is None:
+        with pytest.raises(DataError):
+            resolve_name("/m/f/list.csv", name)
+    else:
+        assert resolve_name("/m/f/list.csv", name) == found
+
+
+def test_a_manifest_of_a_store_names_no_file_of_this_machine():
+    assert resolve_name("s3://b/p/list.csv", "x/./a.mp4") == "s3://b/p/x/a.mp4"
+    assert resolve_name("s3://b/p/list.csv", "s3://c/a.mp4") == "s3://c/a.mp4"
+    for name in ("/etc/passwd", "file:///etc/passwd", "../a.mp4", "x/../../a.mp4"):
+        with pytest.raises(DataError):
+            resolve_name("s3://b/p/list.csv", name)
+
+
+def test_a_link_does_not_lead_out(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(DataError, match="leads out"):
+        resolve_name(str(tmp_path / "in" / "list.csv"), "link/a.mp4")
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path / "in")  # the folder itself may be one
+    assert resolve_name(str(linked / "list.csv"), "a.mp4") == (linked / "a.mp4").as_uri()
+
+
+part = st.sampled_from(
+    [
+        "..",
+        ".",
+        "",
+        "a",
+        "%2e%2e",
+        "\\..",
+        "..\\",
+        "\u2025",
+        "\uff0e\uff0e",
+        "x" * 300,
+        "~",
+        "$HOME",
+    ]
+)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(parts=st.lists(part, min_size=1, max_size=6))
+def test_no_relative_name_leads_out(tmp_path, parts):
+    name = "/".join(parts).lstrip("/")
+    try:
+        uri = resolve_name(str(tmp_path / "f" / "list.csv"), name)
+    except DataError:
+        return
+    path = storage.local_path(uri)
+    assert os.path.realpath(path).startswith(f"{os.path.realpath(tmp_path)}/f/")

@@ -1,0 +1,1 @@
+"""Where videos come from: trees, manifests, tar files, object stores and https addresses."""

@@ -1,0 +1,191 @@
+"""How files of a source are named: URIs, names as a person writes them, what may be a video."""
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+
+from ursa import storage
+from ursa.artifacts import SourceVideo
+from ursa.errors import DataError
+
+MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet", ".txt")
+TAR_SUFFIX = ".tar"
+_OTHER_SUFFIXES = frozenset(
+    {".txt", ".json", ".jsonl", ".md", ".vtt", ".srt", ".csv", ".tsv", ".yaml", ".yml", ".parquet"}
+)
+
+
+def is_https(uri: str) -> bool:
+    """Whether a URI is an https address.
+
+    Args:
+        uri: Any URI or path.
+    """
+    return uri[:8].lower() == "https://"
+
+
+def is_manifest(source_uri: str) -> bool:
+    """Whether a source is a file that names the videos: .csv, .jsonl, .parquet or .txt.
+
+    Args:
+        source_uri: The source; a local directory is none, whatever its name.
+    """
+    if not source_uri.lower().endswith(MANIFEST_SUFFIXES) or is_https(source_uri):
+        return False
+    return storage.is_remote(source_uri) or storage.local_path(source_uri).is_file()
+
+
+def is_tar(uri: str) -> bool:
+    """Whether a file is taken for a tar file: by its name.
+
+    Args:
+        uri: A file or object.
+    """
+    return uri.lower().endswith(TAR_SUFFIX)
+
+
+def is_candidate(name: str) -> bool:
+    """Whether a file may be a video: it is not hidden and has not the name of a text.
+
+    Args:
+        name: Path of the file relative to the source.
+    """
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and path.suffix.lower() not in _OTHER_SUFFIXES
+
+
+def relative_name(source_uri: str, uri: str) -> str:
+    """Return the path of a file below the source, as a person would write it.
+
+    Args:
+        source_uri: The source.
+        uri: A file of it, absolute; of a member of a tar file the `#` and its name stay.
+    """
+    if storage.is_remote(source_uri):
+        name = uri.removeprefix(source_uri.rstrip("/")).lstrip("/")
+        return name or last_segment(uri)
+    root = storage.local_path(source_uri).absolute().as_uri().rstrip("/")
+    name = uri.removeprefix(root).lstrip("/") or last_segment(uri)
+    return unquote(name, errors="replace")
+
+
+def file_name(source: SourceVideo) -> str:
+    """Return the file name of a video as a person would write it.
+
+    Args:
+        source: The video.
+    """
+    if source.offset_bytes is not None:
+        return PurePosixPath(member_name(source.uri)).name
+    if is_https(source.uri):
+        return unquote(PurePosixPath(urlsplit(source.uri).path).name, errors="replace")
+    name = last_segment(source.uri)
+    return name if storage.is_remote(source.uri) else unquote(name, errors="replace")
+
+
+def last_segment(uri: str) -> str:
+    """Return what follows the last slash.
+
+    Args:
+        uri: Any URI.
+    """
+    return uri.rsplit("/", 1)[-1]
+
+
+def member_uri(tar_uri: str, name: str) -> str:
+    """Return the URI of a member of a tar file.
+
+    Args:
+        tar_uri: The tar file.
+        name: The member; bytes that are no UTF-8 are surrogates, as `tarfile` gives them.
+    """
+    return f"{tar_uri}#{quote(name.encode('utf-8', 'surrogateescape'))}"
+
+
+def member_name(uri: str) -> str:
+    """Return the name of a member of a tar file, printable.
+
+    Args:
+        uri: Result of `member_uri`.
+    """
+    return unquote_to_bytes(uri.rpartition("#")[2]).decode("utf-8", "replace")
+
+
+def tar_of(uri: str) -> str:
+    """Return the tar file of a member.
+
+    Args:
+        uri: Result of `member_uri`.
+    """
+    return uri.rpartition("#")[0]
+
+
+def stand_in_etag(*parts: object) -> str:
+    """Return an etag for what has none, 64 hexadecimal digits.
+
+    Args:
+        *parts: All that tells it from others.
+    """
+    return hashlib.sha256(":".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()
+
+
+def resolve_name(manifest_uri: str, name: str) -> str:
+    """Return the URI of a file that a manifest names.
+
+    Args:
+        manifest_uri: The manifest.
+        name: Relative to the folder of the manifest, an absolute path, or an `s3://`, `file://`
+            or `https://` URI.
+
+    Raises:
+        DataError: If the name is not allowed: another scheme, a relative name that leads out of
+            the folder, or a file of this machine in a manifest of an object store.
+    """
+    if not name or "\0" in name:
+        raise DataError(f"{name!r} is no name of a file")
+    scheme, is_uri, rest = name.partition("://")
+    if is_uri:
+        return _checked_uri(manifest_uri, name, scheme.lower(), rest)
+    if storage.is_remote(manifest_uri):
+        if name.startswith("/"):
+            raise DataError(_NO_LOCAL_FILES.format(name))
+        parts = [part for part in name.split("/") if part not in {"", "."}]
+        if ".." in parts or not parts:
+            raise DataError(_LEADS_OUT.format(name))
+        return storage.join(manifest_uri.rpartition("/")[0], *parts)
+    folder = os.path.abspath(storage.local_path(manifest_uri).parent)  # noqa: PTH100
+    path = os.path.normpath(os.path.join(folder, name))  # noqa: PTH118  (a dot-dot goes first)
+    is_inside = path.startswith(folder.rstrip("/") + "/") and _stays_inside(path, folder)
+    if not os.path.isabs(name) and not is_inside:  # noqa: PTH117
+        raise DataError(_LEADS_OUT.format(name))
+    return Path(path).as_uri()
+
+
+_LEADS_OUT = (
+    "{!r} leads out of the folder of the manifest; write the absolute path or URI if it is meant"
+)
+_NO_LOCAL_FILES = "{!r} is a file of this machine, which a manifest on s3:// must not name"
+
+
+def _checked_uri(manifest_uri: str, name: str, scheme: str, rest: str) -> str:
+    if scheme == "https":
+        return name
+    if scheme == "s3" and all(rest.partition("/")):
+        return f"s3://{rest}"
+    if scheme == "file" and rest.startswith("/"):
+        if storage.is_remote(manifest_uri):
+            raise DataError(_NO_LOCAL_FILES.format(name))
+        return Path(os.path.normpath(storage.local_path(f"file://{rest}"))).as_uri()
+    raise DataError(
+        f"{name!r} is no address of a file; expected a path, s3://bucket/key, file:///path or "
+        "https://host/path"
+    )
+
+
+def _stays_inside(path: str, folder: str) -> bool:
+    """Whether a path has no link on its way that leads out of the folder."""
+    parent = os.path.realpath(os.path.dirname(path))  # noqa: PTH120
+    root = os.path.realpath(folder)
+    return parent == root or parent.startswith(root.rstrip("/") + "/")
