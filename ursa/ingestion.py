@@ -50,7 +50,7 @@ from ursa.video.selection import choose_validation_sources, judge_clips
 
 logger = logging.getLogger(__name__)
 
-INGESTION_VERSION = 1
+INGESTION_VERSION = 2
 """Raised when the same file and configuration would give other clips or scores."""
 CAPTION_FILE_NAME = "captions.jsonl"
 SIDECAR_LIMIT_BYTES = 64 << 10
@@ -510,6 +510,7 @@ def _upload_clips(
             media_uri=media_uri,
             media_sha256=media_sha256,
             info=clip.info,
+            cropped_px=clip.cropped_px,
             scores=clip.scores,
         )
 
