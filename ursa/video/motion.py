@@ -9,6 +9,7 @@ References:
     least squares: Odobez and Bouthemy, J. Vis. Commun. Image Represent. 6 (1995).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import cv2
@@ -25,11 +26,11 @@ MOVING_PX = 0.25
 
 _FLAT_WINDOW_PX = (7, 7)
 _SOBEL_SUM = 8.0
-_GRID_PX = 4
+_GRID_PX = 8
 _CELLS = 4
 _MIN_CELLS = 8
-_MIN_POINTS = 32
-_ROUNDS = 4
+_MIN_POINTS = 16
+_ROUNDS = 3
 _MIN_TOLERANCE_PX = 0.3
 _TOLERANCE = 2.5
 
@@ -42,9 +43,11 @@ class Displacement(NamedTuple):
     object_px: float
     moving_fraction: float
     """Share of the spots that are not flat whose flow is at least `MOVING_PX`, in [0, 1]."""
+    length_px: np.ndarray | None
+    """Length of the flow at every spot, shape (H, W), float32; None where nothing moves."""
 
 
-STILL = Displacement(0.0, 0.0, 0.0, 0.0)
+STILL = Displacement(0.0, 0.0, 0.0, 0.0, None)
 
 
 class FlowMeter:
@@ -79,6 +82,7 @@ class FlowMeter:
             camera_px=camera_px,
             object_px=object_px,
             moving_fraction=num_moving / max(num_seen, 1),
+            length_px=length,
         )
 
 
@@ -101,21 +105,25 @@ def split_motion(flow: np.ndarray, is_seen: np.ndarray) -> tuple[float, float]:
     grid = flow[half::_GRID_PX, half::_GRID_PX].astype(np.float64)
     rows, columns = grid.shape[:2]
     seen = is_seen[half::_GRID_PX, half::_GRID_PX].ravel()
+    basis, cell = _grid_basis(rows, columns)
+    vectors = grid.reshape(-1, 2)
+    camera = basis @ _fit_dominant(basis[seen], vectors[seen])
+    residual = _lengths(vectors - camera)
+    follows = seen & (residual <= _tolerance(residual[seen]))
+    if np.count_nonzero(np.bincount(cell[follows], minlength=_CELLS**2)) < _MIN_CELLS:
+        camera = np.zeros_like(camera)
+        residual = _lengths(vectors)
+    return float(_lengths(camera).mean()), float(np.where(seen, residual, 0.0).mean())
+
+
+@functools.lru_cache(maxsize=8)
+def _grid_basis(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (1, x, y) of every point of a grid, and the cell in which it lies."""
     y, x = np.mgrid[-1 : 1 : rows * 1j, -1 : 1 : columns * 1j]
     basis = np.stack([np.ones(x.size), x.ravel(), y.ravel()], axis=1)
-    vectors = grid.reshape(-1, 2)
-    affine = _fit_dominant(basis[seen], vectors[seen])
-    camera = basis @ affine
-    residual = np.linalg.norm(vectors - camera, axis=1)
-    follows = seen & (residual <= _tolerance(residual[seen])) if seen.any() else seen
-    cell = (np.arange(rows) * _CELLS // rows)[:, None] * _CELLS + np.arange(columns) * _CELLS // (
-        columns
-    )
-    if np.unique(cell.ravel()[follows]).size < _MIN_CELLS:
-        camera = np.zeros_like(camera)
-        residual = np.linalg.norm(vectors, axis=1)
-    camera_px = float(np.linalg.norm(camera, axis=1).mean())
-    return camera_px, float(np.where(seen, residual, 0.0).mean())
+    row, column = np.mgrid[:rows, :columns]
+    cell = (row * _CELLS // rows) * _CELLS + column * _CELLS // columns
+    return basis, cell.ravel()
 
 
 def _fit_dominant(basis: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -125,14 +133,21 @@ def _fit_dominant(basis: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         return affine
     affine[0] = np.median(vectors, axis=0)
     for _ in range(_ROUNDS):
-        residual = np.linalg.norm(vectors - basis @ affine, axis=1)
-        weight = np.clip(1 - (residual / (2 * _tolerance(residual))) ** 2, 0.0, None) ** 2
+        residual = _lengths(vectors - basis @ affine)
+        weight = np.maximum(1 - (residual / (2 * _tolerance(residual))) ** 2, 0.0) ** 2
         weighted = basis * weight[:, None]
         # a little of the identity: points on one line do not decide all three numbers
         affine = np.linalg.solve(weighted.T @ basis + 1e-3 * np.eye(3), weighted.T @ vectors)
     return affine
 
 
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    lengths: np.ndarray = np.hypot(vectors[:, 0], vectors[:, 1])
+    return lengths
+
+
 def _tolerance(residual: np.ndarray) -> float:
     """Return how far a point may be from the dominant motion and still follow it, pixels."""
+    if not residual.size:
+        return _MIN_TOLERANCE_PX
     return max(_MIN_TOLERANCE_PX, _TOLERANCE * float(np.median(residual)))

@@ -5,18 +5,19 @@ References:
     wide as the widest stroke leaves; characters are joined to lines as there (section 3.2).
 """
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+
+from ursa.video.motion import Displacement
 
 TEXT_HEIGHT_PX = 180
 """Text is looked for in pictures of at most this height, pixels."""
 TEXT_RATE_FPS = 4.0
 """Pictures a second in which text is looked for."""
 TEXT_PICTURES = 4
-"""Strokes must stay over this many of these pictures."""
+"""Strokes must stay over this many of these pictures; then the next ones are compared."""
 STROKE_LEVELS = 40
 """Least contrast of a stroke to the ground around it, 8-bit levels."""
 MIN_CHARACTERS = 4
@@ -25,9 +26,11 @@ STAY_LEVELS = 6.0
 """Least slope of an edge that counts as staying, 8-bit levels per pixel."""
 STAY_SIGNIFICANCE = 5.0
 """Mean of the slope at a spot over its standard error from which on it counts as staying."""
-MIN_STAY_PICTURES = 8
+MIN_STAY_PICTURES = 6
 """Pictures that are needed to know what stays."""
-SHIFT_PX = 1.5
+MIN_LOCAL_MOTION = 0.5
+"""Around an overlay the picture moves at least this share of its mean."""
+SHIFT_PX = 4.0
 """The picture must have moved by so much since the one before it, pixels at 256 px width."""
 MIN_MOVING_FRACTION = 0.5
 """And at least this share of what can be seen must move."""
@@ -35,9 +38,11 @@ MIN_MOVING_FRACTION = 0.5
 _STROKE_PX = 13
 _MIN_CHARACTER_PX = 5
 _MAX_CHARACTER_PX = 45
-_MAX_COMPONENTS = 600
+_MAX_COMPONENTS = 400
+_MAX_ADVANCE_PX = 100
 _MIN_OVERLAY_PX = 24
 _MIN_CROSSING = 0.25
+_AROUND_PX = (41, 41)
 
 
 class Box(NamedTuple):
@@ -60,7 +65,8 @@ class TextMeter:
         """
         self._step = max(1, round(fps / TEXT_RATE_FPS))
         self._num_frames = 0
-        self._strokes: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=TEXT_PICTURES)
+        self._strokes: tuple[np.ndarray, np.ndarray] | None = None
+        self._num_pictures = 0
         self._areas: list[float] = []
 
     def add(self, luma: np.ndarray) -> None:
@@ -72,27 +78,35 @@ class TextMeter:
         self._num_frames += 1
         if (self._num_frames - 1) % self._step:
             return
-        self._strokes.append(find_strokes(luma))
-        if len(self._strokes) == TEXT_PICTURES:
-            self._areas.append(self._area())
+        strokes = find_strokes(luma)
+        if self._strokes is not None:
+            bright, dark = (
+                cv2.bitwise_and(lasting, new)
+                for lasting, new in zip(self._strokes, strokes, strict=True)
+            )
+            strokes = (bright, dark)
+        self._strokes = strokes
+        self._num_pictures += 1
+        if self._num_pictures == TEXT_PICTURES:
+            self._areas.append(_text_area(strokes))
+            self._strokes = None
+            self._num_pictures = 0
 
     def area_fraction(self) -> float:
         """Return the share of the picture inside lines of text, averaged over time, in [0, 1]."""
-        if not self._areas and self._strokes:
-            return self._area()
+        if not self._areas and self._strokes is not None:
+            return _text_area(self._strokes)
         return float(np.mean(self._areas)) if self._areas else 0.0
 
-    def _area(self) -> float:
-        """Return the share of the picture in lines whose strokes are in all pictures kept."""
-        covered = np.zeros(self._strokes[0][0].shape, np.uint8)
-        for polarity in (0, 1):
-            lasting = self._strokes[0][polarity]
-            for strokes in list(self._strokes)[1:]:
-                lasting = cv2.bitwise_and(lasting, strokes[polarity])
-            for box in find_lines(lasting):
-                bottom, right = box.top + box.height, box.left + box.width
-                covered[box.top : bottom, box.left : right] = 1
-        return float(covered.mean())
+
+def _text_area(strokes: tuple[np.ndarray, np.ndarray]) -> float:
+    """Return the share of the picture in lines of bright or of dark strokes."""
+    covered = np.zeros(strokes[0].shape, np.uint8)
+    for mask in strokes:
+        for box in find_lines(mask):
+            bottom, right = box.top + box.height, box.left + box.width
+            covered[box.top : bottom, box.left : right] = 1
+    return float(covered.mean())
 
 
 def find_strokes(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,13 +148,16 @@ def find_lines(strokes: np.ndarray) -> list[Box]:
     if len(characters) > _MAX_COMPONENTS:  # leaves or gravel, no page of text at this size
         return []
     lines: list[list[Box]] = []
+    growing: list[list[Box]] = []
     for character in sorted(characters):
-        for line in lines:
-            if _continues(line[-1], character):
-                line.append(character)
-                break
-        else:
-            lines.append([character])
+        # nothing to the right of here can continue the others
+        growing = [line for line in growing if character.left - line[-1].left <= _MAX_ADVANCE_PX]
+        line = next((line for line in growing if _continues(line[-1], character)), None)
+        if line is None:
+            line = []
+            lines.append(line)
+            growing.append(line)
+        line.append(character)
     return [_hull(line) for line in lines if _is_line(line)]
 
 
@@ -186,20 +203,23 @@ class OverlayMeter:
     def __init__(self) -> None:
         self._sum: np.ndarray | None = None
         self._square_sum: np.ndarray | None = None
+        self._length_sum: np.ndarray | None = None
         self._num_pictures = 0
         self._moved_px = 0.0
 
-    def add(self, picture: np.ndarray, total_px: float, moving_fraction: float) -> None:
-        """Take in a picture and how it has moved since the one before.
+    def add(self, picture: np.ndarray, moved: Displacement) -> None:
+        """Take in a picture.
 
         Args:
             picture: Luma, 256 px wide, shape (H, W), uint8.
-            total_px: Mean length of the flow, pixels.
-            moving_fraction: Share of what can be seen that moves, in [0, 1].
+            moved: How it has moved since the one before.
         """
-        if moving_fraction < MIN_MOVING_FRACTION:
+        if moved.length_px is None or moved.moving_fraction < MIN_MOVING_FRACTION:
             return
-        self._moved_px += total_px
+        if self._length_sum is None:
+            self._length_sum = np.zeros_like(moved.length_px)
+        self._length_sum += moved.length_px
+        self._moved_px += moved.total_px
         if self._moved_px < SHIFT_PX:
             return
         self._moved_px = 0.0
@@ -222,7 +242,7 @@ class OverlayMeter:
         Returns:
             None if too little moves to tell.
         """
-        if self._sum is None or self._square_sum is None:
+        if self._sum is None or self._square_sum is None or self._length_sum is None:
             return None
         if self._num_pictures < MIN_STAY_PICTURES:
             return None
@@ -230,9 +250,13 @@ class OverlayMeter:
         mean = self._sum / count
         square = (mean * mean).sum(axis=0)
         variance = np.maximum(self._square_sum / count - square, 0.0)
-        # a picture moved by a pixel or two is not yet an independent one
-        stays = (square >= STAY_LEVELS**2) & (
-            square * count >= STAY_SIGNIFICANCE**2 * (variance + 1.0)
+        # what lies about the spot must move: the middle of a zoom does not
+        around = cv2.blur(self._length_sum, _AROUND_PX)
+        moves = around >= MIN_LOCAL_MOTION * self._length_sum.mean()
+        stays = (
+            moves
+            & (square >= STAY_LEVELS**2)
+            & (square * count >= STAY_SIGNIFICANCE**2 * (variance + 1.0))
         )
         return float(_overlay_mask(stays, mean).mean())
 

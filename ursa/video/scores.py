@@ -109,7 +109,7 @@ class ClipMeter:
             self._camera_sum += moved.camera_px
             self._object_sum += moved.object_px
             self._num_pairs += 1
-            self._overlay.add(small, moved.total_px, moved.moving_fraction)
+            self._overlay.add(small, moved)
         self._previous = small
 
 

@@ -9,6 +9,30 @@ from ursa.config import SelectionConfig
 _ONLY_WHERE_IT_MOVES = frozenset({"distinct_fps", "static_overlay_fraction"})
 
 
+THRESHOLD_KEYS: Mapping[RejectReason, str] = {
+    RejectReason.TOO_SHORT: "min_clip_s",
+    RejectReason.TOO_STATIC: "min_motion_px_per_s",
+    RejectReason.TOO_FAST: "max_motion_px_per_s",
+    RejectReason.CAMERA_TOO_FAST: "max_camera_motion_px_per_s",
+    RejectReason.OBJECTS_TOO_STATIC: "min_object_motion_px_per_s",
+    RejectReason.BLURRED: "min_sharpness",
+    RejectReason.TOO_DARK: "min_luminance",
+    RejectReason.TOO_BRIGHT: "max_luminance",
+    RejectReason.UNDEREXPOSED: "max_dark_fraction",
+    RejectReason.OVEREXPOSED: "max_bright_fraction",
+    RejectReason.BLACK_FRAMES: "max_black_fraction",
+    RejectReason.BLACK_BORDERS: "max_black_border_fraction",
+    RejectReason.FROZEN: "max_freeze_fraction",
+    RejectReason.SLIDESHOW: "max_slideshow_fraction",
+    RejectReason.REPEATED_FRAMES: "min_distinct_fps",
+    RejectReason.FLICKER: "max_flicker",
+    RejectReason.TEXT: "max_text_area_fraction",
+    RejectReason.OVERLAY: "max_static_overlay_fraction",
+    RejectReason.DUPLICATE: "drop_duplicates",
+}
+"""The key of `SelectionConfig` that decides about a reason."""
+
+
 def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectReason | None]:
     """Return for every clip the reason to reject it, or None to keep it.
 
@@ -74,14 +98,14 @@ def _thresholds(
     borders = config.max_black_border_fraction
     yield "black_border_fraction", None, borders, RejectReason.BLACK_BORDERS
     yield "sharpness", config.min_sharpness, None, RejectReason.BLURRED
-    yield "slideshow_fraction", None, config.max_slideshow_fraction, RejectReason.SLIDESHOW
-    yield "freeze_fraction", None, config.max_freeze_fraction, RejectReason.FROZEN
     yield "motion_px_per_s", config.min_motion_px_per_s, None, RejectReason.TOO_STATIC
     yield "motion_px_per_s", None, config.max_motion_px_per_s, RejectReason.TOO_FAST
     camera = config.max_camera_motion_px_per_s
     yield "camera_motion_px_per_s", None, camera, RejectReason.CAMERA_TOO_FAST
     objects = config.min_object_motion_px_per_s
     yield "object_motion_px_per_s", objects, None, RejectReason.OBJECTS_TOO_STATIC
+    yield "slideshow_fraction", None, config.max_slideshow_fraction, RejectReason.SLIDESHOW
+    yield "freeze_fraction", None, config.max_freeze_fraction, RejectReason.FROZEN
     yield "distinct_fps", config.min_distinct_fps, None, RejectReason.REPEATED_FRAMES
     yield "flicker", None, config.max_flicker, RejectReason.FLICKER
     yield "text_area_fraction", None, config.max_text_area_fraction, RejectReason.TEXT

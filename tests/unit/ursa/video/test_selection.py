@@ -3,6 +3,7 @@ import pytest
 from ursa.artifacts import Clip, ClipScores, RejectReason, VideoInfo
 from ursa.config import SelectionConfig
 from ursa.video.selection import (
+    THRESHOLD_KEYS,
     choose_validation_sources,
     judge_clip,
     judge_clips,
@@ -101,6 +102,13 @@ def test_thresholds(changes, reason):
 def test_every_score_has_a_threshold_of_its_own(threshold, passes, fails, reason):
     assert judge_scores(scores(), selection_config(**{threshold: passes})) is None
     assert judge_scores(scores(), selection_config(**{threshold: fails})) is reason
+
+
+def test_every_reason_but_a_missing_score_names_its_threshold():
+    assert set(RejectReason) - set(THRESHOLD_KEYS) == {RejectReason.NOT_MEASURED}
+    assert set(THRESHOLD_KEYS.values()) == set(SelectionConfig.model_fields) - {
+        "validation_fraction"
+    }
 
 
 def test_clips_may_be_too_short():
