@@ -35,6 +35,7 @@ WIDTH, HEIGHT = 256, 144
 NUM_FRAMES = 60
 CRF = 26
 VIDEOS = Path(__file__).parents[1] / "data" / "videos"
+NUM_VIDEOS = 7
 THRESHOLDS = {
     "black_fraction": 0.5,
     "freeze_fraction": 0.2,
@@ -84,6 +85,7 @@ class Tally(NamedTuple):
 def video_frame(index: int) -> np.ndarray:
     """A frame of one of the videos in tests/data, RGB, 256 px wide and 144 px high."""
     paths = sorted(VIDEOS.glob("*.mp4"))
+    assert len(paths) == NUM_VIDEOS
     path = paths[index % len(paths)]
     with av.open(path.as_posix()) as container:
         frames = container.decode(video=0)
@@ -585,6 +587,8 @@ def tally_duplicates(num_pictures: int) -> tuple[Tally, list[str]]:
                 wrong.append(f"missed: {name} ({bits} bits)")
     for first in range(num_pictures):
         for second in range(first):
+            if (first - second) % (2 * NUM_VIDEOS) == 0 and first % 2 == 0:
+                continue  # two frames of one video are no different pictures
             bits = (hashes[first] ^ hashes[second]).bit_count()
             counts[False, bits <= HASH_BITS] += 1
             if bits <= HASH_BITS:
