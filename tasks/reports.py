@@ -29,9 +29,11 @@ from ursa.artifacts import (
     EvalReport,
     IngestedVideo,
     ModelVersion,
+    RejectReason,
     SelectedClip,
     TokenDatasets,
 )
+from ursa.video.selection import THRESHOLD_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -181,9 +183,14 @@ def data_funnel(
             for reason, count in sorted(clips.failures.items())
         ),
         _funnel_row("clips made", clips.num_clips, clips.num_clips),
-        _funnel_row("shots too short", clips.num_dropped_shots, num_shots),
+        _funnel_row(
+            "shots too short",
+            clips.num_dropped_shots,
+            num_shots,
+            "between cuts, dissolves and fades; see `ingestion.min_clip_s`",
+        ),
         *(
-            _funnel_row(f"rejected: {reason}", count, clips.num_clips)
+            _funnel_row(f"rejected: {reason}", count, clips.num_clips, _threshold_of(reason))
             for reason, count in sorted(selection.rejections.items())
         ),
         _funnel_row("clips kept", selection.num_kept, clips.num_clips),
@@ -203,9 +210,14 @@ def data_funnel(
     table("data-funnel", rows, "From files to clips, and every file that could not be used.")
 
 
-def _funnel_row(step: str, count: int, total: int) -> dict[str, Any]:
+def _funnel_row(step: str, count: int, total: int, detail: str = "") -> dict[str, Any]:
     percent = f"{100 * count / total:.1f}" if total else ""
-    return {"step": step, "count": count, "percent": percent, "file": "", "detail": ""}
+    return {"step": step, "count": count, "percent": percent, "file": "", "detail": detail}
+
+
+def _threshold_of(reason: RejectReason) -> str:
+    key = THRESHOLD_KEYS.get(reason)
+    return "a score that a threshold needs" if key is None else f"see `selection.{key}`"
 
 
 def clip_examples(selected: Sequence[SelectedClip]) -> None:

@@ -320,11 +320,13 @@ def clip_of(path: Path, *, caption: str, info: VideoInfo, index: int = 0) -> Cli
         media_sha256=digest,
         info=info,
         scores=ClipScores(
-            motion_px_per_s=5.0 + index,
-            sharpness=100.0,
-            luminance=100.0,
-            black_border_fraction=0.0,
-            perceptual_hash=None,
+            **dict.fromkeys(ClipScores.model_fields)
+            | {
+                "motion_px_per_s": 5.0 + index,
+                "sharpness": 100.0,
+                "luminance": 100.0,
+                "black_border_fraction": 0.0,
+            }
         ),
         caption=caption,
         caption_source="manifest",

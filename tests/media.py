@@ -24,7 +24,13 @@ def ingestion_config(**changes) -> IngestionConfig:
         "child_memory_bytes": 2 << 30,
         "clip_fps": 12.0,
         "clip_height_px": 144,
+        "crop_borders": True,
         "shot_threshold": 27.0,
+        "shot_ratio": 2.2,
+        "adaptive_threshold": 18.0,
+        "adaptive_ratio": 3.5,
+        "transition_threshold": 10.0,
+        "max_transition_s": 1.0,
         "min_clip_s": 1.0,
         "max_clip_s": 4.0,
         "max_failed_fraction": 1.0,
@@ -41,9 +47,9 @@ def texture(height: int, width: int, *, seed: int = 0, grain: float = 2.0) -> np
     return ((soft - low) / (high - low) * 235 + 10).astype(np.uint8)
 
 
-def panning(num_frames: int, *, step: int, height: int = 144, width: int = 256, seed: int = 0):
+def panning(num_frames, *, step: int, height: int = 144, width: int = 256, seed=0, grain=2.0):
     """The whole picture moves by `step` px a frame to the left; shape (T, H, W, 3)."""
-    wide = texture(height, width + step * num_frames, seed=seed)
+    wide = texture(height, width + step * num_frames, seed=seed, grain=grain)
     return np.stack([wide[:, step * i : step * i + width] for i in range(num_frames)])
 
 

@@ -44,12 +44,24 @@ class FailureReason(StrEnum):
 class RejectReason(StrEnum):
     """Why a readable clip was not selected."""
 
+    TOO_SHORT = "too_short"
     TOO_STATIC = "too_static"
     TOO_FAST = "too_fast"
+    CAMERA_TOO_FAST = "camera_too_fast"
+    OBJECTS_TOO_STATIC = "objects_too_static"
     BLURRED = "blurred"
     TOO_DARK = "too_dark"
     TOO_BRIGHT = "too_bright"
+    UNDEREXPOSED = "underexposed"
+    OVEREXPOSED = "overexposed"
+    BLACK_FRAMES = "black_frames"
     BLACK_BORDERS = "black_borders"
+    FROZEN = "frozen"
+    SLIDESHOW = "slideshow"
+    REPEATED_FRAMES = "repeated_frames"
+    FLICKER = "flicker"
+    TEXT = "text"
+    OVERLAY = "overlay"
     DUPLICATE = "duplicate"
     NOT_MEASURED = "not_measured"
 
@@ -81,15 +93,64 @@ class VideoInfo(FrozenModel):
 
 
 class ClipScores(FrozenModel):
-    """Raw measurements of a clip; `None` is "not measured", never a sentinel number."""
+    """Raw measurements of a clip; `None` is "not measured", never a sentinel number.
+
+    Motion is measured on pictures 256 px wide, about 12 a second. How, in docs/filters.md.
+    """
 
     motion_px_per_s: float | None = Field(
-        description="mean optical flow magnitude at 256 px width, px/s"
+        description="mean optical flow magnitude, px/s, from 0; flat ground counts as still"
+    )
+    camera_motion_px_per_s: float | None = Field(
+        description="mean length of the affine motion that most of the flow follows, px/s, from 0"
+    )
+    object_motion_px_per_s: float | None = Field(
+        description="mean length of the flow less the camera's motion, px/s, from 0"
     )
     sharpness: float | None = Field(description="variance of the Laplacian of 8-bit luma")
     luminance: float | None = Field(description="mean luma, 0..255")
-    black_border_fraction: float | None = Field(description="share of the picture in black bars")
+    dark_fraction: float | None = Field(description="share of pixels of luma 0..8, in [0, 1]")
+    bright_fraction: float | None = Field(description="share of pixels of luma 247..255, in [0, 1]")
+    black_fraction: float | None = Field(
+        description="share of frames with 98 % of their pixels at luma 0..24, in [0, 1]"
+    )
+    black_border_fraction: float | None = Field(
+        description="share of the picture in black bars, in [0, 1], after bars were cut away"
+    )
+    freeze_fraction: float | None = Field(
+        description="share of frames in still runs of at least 0.5 s, in [0, 1]"
+    )
+    slideshow_fraction: float | None = Field(
+        description="share of frames in still runs that a cut or dissolve joins to another still, "
+        "in [0, 1]"
+    )
+    distinct_fps: float | None = Field(
+        description="frames a second that differ from the one before, outside of still runs; at "
+        "most the rate of the clip; None where all is still"
+    )
+    flicker: float | None = Field(
+        description="mean distance of mean luma from that of its neighbours in time, 8-bit levels"
+    )
+    text_area_fraction: float | None = Field(
+        description="share of the picture in lines of text that stay for a second, in [0, 1]"
+    )
+    static_overlay_fraction: float | None = Field(
+        description="share of the picture in edges that stay while it moves, in [0, 1]; None where "
+        "too little moves"
+    )
     perceptual_hash: str | None = Field(description="64-bit hash of the middle frame, hexadecimal")
+
+
+class CroppedPixels(FrozenModel):
+    """What was cut away around the picture, pixels of the upright source with square pixels."""
+
+    left: int = Field(ge=0)
+    top: int = Field(ge=0)
+    right: int = Field(ge=0)
+    bottom: int = Field(ge=0)
+
+
+NOT_CROPPED = CroppedPixels(left=0, top=0, right=0, bottom=0)
 
 
 class Clip(FrozenModel):
@@ -103,6 +164,9 @@ class Clip(FrozenModel):
     media_uri: str
     media_sha256: str
     info: VideoInfo
+    cropped_px: CroppedPixels = Field(
+        default=NOT_CROPPED, description="black bars that were cut away"
+    )
     scores: ClipScores
     caption: str | None = None
     caption_long: str | None = None

@@ -82,7 +82,29 @@ class IngestionConfig(ConfigSection):
     child_memory_bytes: int = Field(gt=0, description="address space of the decoding process")
     clip_fps: float = Field(gt=0, description="frame rate of normalised clips, frames per second")
     clip_height_px: int = Field(gt=0, description="normalised clips are at most this high, pixels")
-    shot_threshold: float = Field(gt=0, description="PySceneDetect ContentDetector threshold")
+    crop_borders: bool = Field(description="cut straight black bars off clips")
+    shot_threshold: float = Field(
+        gt=0,
+        description="change between two frames that may be a cut, PySceneDetect content_val: mean "
+        "of hue, saturation and value, 8-bit levels",
+    )
+    shot_ratio: float = Field(
+        ge=1, description="it is one if it is so many times the changes around it"
+    )
+    adaptive_threshold: float = Field(
+        gt=0, description="smaller change that may be a cut too, content_val"
+    )
+    adaptive_ratio: float = Field(
+        ge=1, description="it is one if it is so many times the changes around it"
+    )
+    transition_threshold: float | None = Field(
+        gt=0,
+        description="mean change of luma from one end of a dissolve or fade to the other, 8-bit "
+        "levels; None looks for none",
+    )
+    max_transition_s: float = Field(
+        gt=0, le=10, description="longest dissolve or fade that is seen as a whole, seconds"
+    )
     min_clip_s: float = Field(gt=0, description="shorter shots are dropped, seconds")
     max_clip_s: float = Field(gt=0, description="longer shots are cut into pieces, seconds")
     max_failed_fraction: Fraction = Field(description="more failed files stop the run")
@@ -106,6 +128,32 @@ class SelectionConfig(ConfigSection):
     min_luminance: float | None = Field(description="mean luma of the clip, 0..255")
     max_luminance: float | None = Field(description="mean luma of the clip, 0..255")
     max_black_border_fraction: float | None = Field(description="share of the picture in bars")
+    min_clip_s: float | None = Field(description="shorter clips are rejected, seconds")
+    max_camera_motion_px_per_s: float | None = Field(description="faster cameras, px/s")
+    min_object_motion_px_per_s: float | None = Field(description="slower objects, px/s")
+    max_dark_fraction: float | None = Field(description="share of pixels clipped at the dark end")
+    max_bright_fraction: float | None = Field(
+        description="share of pixels clipped at the bright end"
+    )
+    max_black_fraction: float | None = Field(description="share of frames that are black")
+    max_freeze_fraction: float | None = Field(description="share of frames in still runs")
+    max_slideshow_fraction: float | None = Field(
+        description="share of frames in stills that a cut or dissolve joins to another"
+    )
+    min_distinct_fps: float | None = Field(
+        description="frames a second that are not the one before once more; clips that are all "
+        "still have none and pass"
+    )
+    max_flicker: float | None = Field(
+        description="distance of mean luma from its neighbours in time, 8-bit levels"
+    )
+    max_text_area_fraction: float | None = Field(
+        description="share of the picture in lines of text"
+    )
+    max_static_overlay_fraction: float | None = Field(
+        description="share of the picture in edges that stay while it moves; clips in which too "
+        "little moves to tell pass"
+    )
     drop_duplicates: bool = Field(description="reject clips with equal source bytes and span")
     validation_fraction: Fraction = Field(description="share of clips held out, by source video")
 

@@ -46,7 +46,7 @@ from ursa.video.selection import choose_validation_sources, judge_clips
 
 logger = logging.getLogger(__name__)
 
-INGESTION_VERSION = 1
+INGESTION_VERSION = 2
 """Raised when the same file and configuration would give other clips or scores."""
 
 # these may come out differently on another day or machine, so they are not kept as done
@@ -373,6 +373,7 @@ def _upload_clips(
             media_uri=media_uri,
             media_sha256=media_sha256,
             info=clip.info,
+            cropped_px=clip.cropped_px,
             scores=clip.scores,
         )
 

@@ -34,7 +34,7 @@ def ingest(source, output, config=CONFIG):
 
 
 def selection_config(**changes):
-    values = {
+    values = dict.fromkeys(SelectionConfig.model_fields) | {
         "min_motion_px_per_s": 2.0,
         "max_motion_px_per_s": None,
         "min_sharpness": None,

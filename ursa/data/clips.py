@@ -39,9 +39,20 @@ _INFO_FIELDS = (
 )
 _SCORE_FIELDS = (
     pa.field("motion_px_per_s", pa.float64()),
+    pa.field("camera_motion_px_per_s", pa.float64()),
+    pa.field("object_motion_px_per_s", pa.float64()),
     pa.field("sharpness", pa.float64()),
     pa.field("luminance", pa.float64()),
+    pa.field("dark_fraction", pa.float64()),
+    pa.field("bright_fraction", pa.float64()),
+    pa.field("black_fraction", pa.float64()),
     pa.field("black_border_fraction", pa.float64()),
+    pa.field("freeze_fraction", pa.float64()),
+    pa.field("slideshow_fraction", pa.float64()),
+    pa.field("distinct_fps", pa.float64()),
+    pa.field("flicker", pa.float64()),
+    pa.field("text_area_fraction", pa.float64()),
+    pa.field("static_overlay_fraction", pa.float64()),
     pa.field("perceptual_hash", pa.string()),
 )
 CLIP_SCHEMA = pa.schema(
@@ -54,6 +65,16 @@ CLIP_SCHEMA = pa.schema(
         pa.field("media_uri", pa.string(), nullable=False),
         pa.field("media_sha256", pa.string(), nullable=False),
         *_INFO_FIELDS,
+        pa.field(
+            "cropped_px",
+            pa.struct(
+                [
+                    pa.field(side, pa.int32(), nullable=False)
+                    for side in ("left", "top", "right", "bottom")
+                ]
+            ),
+            nullable=False,
+        ),
         *_SCORE_FIELDS,
         pa.field("caption", pa.string()),
         pa.field("caption_long", pa.string()),

@@ -49,7 +49,10 @@ def read_last_frames(
         update={
             "clip_fps": fps,
             "clip_height_px": max(height_px, limits.clip_height_px),
+            "crop_borders": False,
             "shot_threshold": _NO_CUTS,
+            "adaptive_threshold": _NO_CUTS,
+            "transition_threshold": None,
             "min_side_px": _MIN_SIDE_PX,
             "min_fps": _MIN_FPS,
             "min_clip_s": num_frames / fps,

@@ -24,9 +24,10 @@ import cv2
 import numpy as np
 from av.stream import Disposition
 
-from ursa.artifacts import FailureReason, VideoInfo
+from ursa.artifacts import CroppedPixels, FailureReason, VideoInfo
 from ursa.config import IngestionConfig
 from ursa.errors import VideoDecodeError
+from ursa.video.borders import NO_MARGINS, Margins, brighter_of, even_margins, find_bars
 from ursa.video.clock import FrameClock
 from ursa.video.decode import verify_clip
 from ursa.video.encode import VideoWriter
@@ -43,7 +44,7 @@ from ursa.video.probe import (
     QuarantinedError,
 )
 from ursa.video.scores import ClipMeter
-from ursa.video.shots import ShotDetector, cut_spans, frame_limits
+from ursa.video.shots import Boundary, ShotDetector, cut_spans, frame_limits, lookback_s
 
 BLOCK_CLIPS = 4
 """A shot longer than this many greatest clips is cut while it is read, to bound the disk used."""
@@ -77,6 +78,11 @@ class Geometry(NamedTuple):
     display_height_px: int
     width_px: int
     height_px: int
+
+    @property
+    def display_size(self) -> tuple[int, int]:
+        """Width and height of the upright source with square pixels, pixels."""
+        return self.display_width_px, self.display_height_px
 
 
 class TimedFrame(NamedTuple):
@@ -288,18 +294,23 @@ class ClipSink:
 
         Args:
             folder: Where clips, the running shot and the progress are written.
-            config: Rate and length of clips.
+            config: Rate and length of clips, and whether bars are cut off.
         """
         self._folder = folder
         self._fps = config.clip_fps
+        self._crops = config.crop_borders
         self._shortest, self._longest = frame_limits(
             config.min_clip_s, config.max_clip_s, config.clip_fps
         )
+        # a boundary may be found so late
+        lookback = math.ceil(lookback_s(config) * config.clip_fps) + 1
+        self._block = BLOCK_CLIPS * self._longest + max(self._longest, lookback)
         self._spool = (folder / "spool").open("w+b")
         self._progress = folder / PROGRESS_NAME
         self._report_interval = PROGRESS_INTERVAL_S * config.clip_fps
         self._next_report = self._report_interval
         self._shape: tuple[int, int, int] = (0, 0, 0)
+        self._display_size = (0, 0)
         self._shot_start = 0
         self._spooled = 0
         self._has_clips = False
@@ -311,11 +322,12 @@ class ClipSink:
         """Frames taken in so far, over all shots."""
         return self._shot_start + self._spooled
 
-    def add(self, picture: np.ndarray) -> None:
+    def add(self, picture: np.ndarray, display_size: tuple[int, int]) -> None:
         """Take in the next frame of the running shot.
 
         Args:
             picture: RGB picture, shape (H, W, 3), uint8; the same shape throughout a shot.
+            display_size: Width and height of the upright source with square pixels, pixels.
 
         Raises:
             VideoDecodeError: If a long shot is cut and a clip does not read back as it was written.
@@ -328,10 +340,14 @@ class ClipSink:
             fresh.replace(self._progress)
             self._next_report += self._report_interval
         self._shape = picture.shape
+        self._display_size = display_size
         self._spool.write(picture.data)
         self._spooled += 1
-        if self._spooled == (BLOCK_CLIPS + 1) * self._longest:
-            self._cut_block()
+        if self._spooled == self._block:
+            num_written = BLOCK_CLIPS * self._longest
+            self._write_clips(num_written)
+            self._drop(num_written)
+            self._has_clips = True
 
     def end_shot(self) -> None:
         """Write the clips of the running shot and begin another one.
@@ -339,46 +355,77 @@ class ClipSink:
         Raises:
             VideoDecodeError: If a clip does not read back as it was written.
         """
-        spans = cut_spans(self._spooled, self._shortest, self._longest)
-        if self._spooled and not spans and not self._has_clips:
+        self.cut(self.num_frames, self.num_frames)
+
+    def cut(self, start: int, stop: int) -> None:
+        """End the running shot before a frame, and begin another one with a later frame.
+
+        Args:
+            start: Frame after the last of the shot that ends; frames count over all shots.
+            stop: First frame of the shot that begins; those between are left out.
+
+        Raises:
+            VideoDecodeError: If a clip does not read back as it was written.
+        """
+        num_frames = max(0, start - self._shot_start)
+        if not self._write_clips(num_frames) and num_frames and not self._has_clips:
             self.num_dropped_shots += 1
-        for start, stop in spans:
-            self._write_clip(start, stop)
-        self._begin(self._shot_start + self._spooled)
+        self._drop(max(num_frames, stop - self._shot_start))
         self._has_clips = False
 
-    def _begin(self, shot_start: int) -> None:
-        self._shot_start = shot_start
-        self._spooled = 0
-        self._spool.seek(0)
-        self._spool.truncate()
+    def _write_clips(self, num_frames: int) -> int:
+        """Write the clips in the first frames of the running shot; return their number."""
+        spans = cut_spans(num_frames, self._shortest, self._longest)
+        margins = self._margins(num_frames) if spans and self._crops else NO_MARGINS
+        for start, stop in spans:
+            self._write_clip(start, stop, margins)
+        return len(spans)
 
-    def _cut_block(self) -> None:
-        """Write the first clips of a long shot; the frames after them stay."""
-        num_written = BLOCK_CLIPS * self._longest
-        for start, stop in cut_spans(num_written, self._shortest, self._longest):
-            self._write_clip(start, stop)
-        self._has_clips = True
-        remaining = list(self._read(num_written, self._spooled))
-        self._begin(self._shot_start + num_written)
-        for picture in remaining:
-            self._spool.write(picture.data)
-        self._spooled = len(remaining)
+    def _margins(self, num_frames: int) -> Margins:
+        """Return what is to be cut around the picture, all through these frames."""
+        height_px, width_px, _ = self._shape
+        brightest: np.ndarray | None = None
+        for picture in self._read(0, num_frames):
+            brightest = brighter_of(brightest, picture)
+        if brightest is None:
+            return NO_MARGINS
+        margins = even_margins(find_bars(brightest), width_px, height_px)
+        left_px = width_px - margins.left - margins.right
+        left_height_px = height_px - margins.top - margins.bottom
+        return margins if min(left_px, left_height_px) >= MIN_OUTPUT_PX else NO_MARGINS
+
+    def _drop(self, num_frames: int) -> None:
+        """Forget the first frames of the running shot."""
+        num_bytes = math.prod(self._shape)
+        remaining = self._spooled - num_frames
+        for place in range(remaining):
+            self._spool.seek((num_frames + place) * num_bytes)
+            picture = self._spool.read(num_bytes)
+            self._spool.seek(place * num_bytes)
+            self._spool.write(picture)
+        self._spool.seek(remaining * num_bytes)
+        self._spool.truncate()
+        self._shot_start += num_frames
+        self._spooled = remaining
 
     def _read(self, start: int, stop: int) -> Iterator[np.ndarray]:
         num_bytes = math.prod(self._shape)
-        self._spool.seek(start * num_bytes)
-        for _ in range(start, stop):
+        for place in range(start, stop):
+            self._spool.seek(place * num_bytes)
             yield np.frombuffer(self._spool.read(num_bytes), np.uint8).reshape(self._shape)
+        self._spool.seek(self._spooled * num_bytes)
 
-    def _write_clip(self, start: int, stop: int) -> None:
-        height_px, width_px, _ = self._shape
+    def _write_clip(self, start: int, stop: int, margins: Margins) -> None:
+        rows = slice(margins.top, self._shape[0] - margins.bottom)
+        columns = slice(margins.left, self._shape[1] - margins.right)
+        height_px, width_px = rows.stop - rows.start, columns.stop - columns.start
         num_frames = stop - start
         name = f"clip-{len(self.clips):05d}.mp4"
         meter = ClipMeter(fps=self._fps, num_frames=num_frames)
         path = self._folder / name
         with VideoWriter(path, width_px=width_px, height_px=height_px, fps=self._fps) as writer:
-            for picture in self._read(start, stop):
+            for whole in self._read(start, stop):
+                picture = np.ascontiguousarray(whole[rows, columns])
                 writer.add(picture)
                 meter.add(picture)
         verify_clip(path, num_frames=num_frames, height_px=height_px, width_px=width_px)
@@ -395,8 +442,20 @@ class ClipSink:
                     duration_s=num_frames / self._fps,
                     codec="h264",
                 ),
+                cropped_px=self._cropped(margins),
                 scores=meter.scores(),
             )
+        )
+
+    def _cropped(self, margins: Margins) -> CroppedPixels:
+        """Return margins of the scaled picture as pixels of the source."""
+        across = self._display_size[0] / self._shape[1]
+        down = self._display_size[1] / self._shape[0]
+        return CroppedPixels(
+            left=round(margins.left * across),
+            top=round(margins.top * down),
+            right=round(margins.right * across),
+            bottom=round(margins.bottom * down),
         )
 
 
@@ -409,12 +468,14 @@ class Sampler:
         Args:
             video: Where frames come from.
             sink: Where pictures go.
-            config: Rate and greatest height of clips, threshold of shots.
+            config: Rate and greatest height of clips, thresholds of shots.
         """
         self._video = video
         self._sink = sink
         self._config = config
-        self._detector = ShotDetector(config.shot_threshold)
+        self._detector = ShotDetector(config)
+        self._positions: list[int] = []
+        self._forgotten = 0
         self._held: av.VideoFrame | None = None
         self._geometry: Geometry | None = None
         self.first_geometry: Geometry | None = None
@@ -429,12 +490,34 @@ class Sampler:
         for frame, time_s, is_break in self._video.frames():
             self._flush(time_s)
             geometry = self._geometry_of(frame)
-            if self._begins_shot(frame, geometry, is_break=is_break):
-                self._sink.end_shot()
+            # pictures of another size cannot be compared with those before
+            if self._geometry is not None and (is_break or geometry != self._geometry):
+                self._end_detection()
+            self._positions.append(self._sink.num_frames)
+            for boundary in self._detector.push(_detector_picture(frame), time_s):
+                self._cut(boundary)
             self._held, self._geometry = frame, geometry
         # the last picture counts if at least half of it lies within the video
         self._flush(self._video.duration_s - 0.5 / self._config.clip_fps)
+        self._end_detection()
+
+    def _end_detection(self) -> None:
+        """End the running shot; what comes is not compared with what was."""
+        self._positions.append(self._sink.num_frames)
+        for boundary in self._detector.finish():
+            self._cut(boundary)
         self._sink.end_shot()
+        self._detector = ShotDetector(self._config)
+        self._positions.clear()
+        self._forgotten = 0
+
+    def _cut(self, boundary: Boundary) -> None:
+        """Cut where frames of the file, by their numbers, were put into the sink."""
+        start, stop = (self._positions[number - self._forgotten] for number in boundary)
+        self._sink.cut(start, stop)
+        # no boundary will lie before this one
+        del self._positions[: boundary.stop - self._forgotten]
+        self._forgotten = boundary.stop
 
     def _flush(self, until_s: float) -> None:
         """Emit the held frame for every sampling time before `until_s`."""
@@ -444,7 +527,7 @@ class Sampler:
         while self._sink.num_frames / self._config.clip_fps < until_s - _ROUNDING:
             if picture is None:
                 picture = upright_picture(self._held, self._geometry)
-            self._sink.add(picture)
+            self._sink.add(picture, self._geometry.display_size)
 
     def _geometry_of(self, frame: av.VideoFrame) -> Geometry:
         known = self._geometry
@@ -471,17 +554,14 @@ class Sampler:
         self.first_geometry = self.first_geometry or geometry
         return geometry
 
-    def _begins_shot(self, frame: av.VideoFrame, geometry: Geometry, *, is_break: bool) -> bool:
-        if self._geometry is not None and geometry != self._geometry:
-            # pictures of another size cannot be compared with those before
-            self._detector = ShotDetector(self._config.shot_threshold)
-            is_break = True
-        width_px = min(DETECTOR_WIDTH_PX, 2 * (frame.width // 2))
-        height_px = max(16, round(frame.height * width_px / frame.width))
-        small = frame.to_ndarray(
-            format="bgr24", width=width_px, height=height_px, interpolation="AREA", threads=1
-        )
-        return self._detector.is_cut(small) or is_break
+
+def _detector_picture(frame: av.VideoFrame) -> np.ndarray:
+    """Return a frame as it is coded, scaled down, BGR."""
+    width_px = min(DETECTOR_WIDTH_PX, 2 * (frame.width // 2))
+    height_px = max(16, round(frame.height * width_px / frame.width))
+    return frame.to_ndarray(
+        format="bgr24", width=width_px, height=height_px, interpolation="AREA", threads=1
+    )
 
 
 def _timestamps(frame: av.VideoFrame) -> tuple[float | None, float | None]:

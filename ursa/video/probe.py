@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 import ursa
-from ursa.artifacts import ClipScores, FailureReason, VideoInfo
+from ursa.artifacts import ClipScores, CroppedPixels, FailureReason, VideoInfo
 from ursa.config import FrozenModel, IngestionConfig
 from ursa.errors import StorageConfigurationError, VideoDecodeError
 from ursa.video.containers import HEAD_BYTES, Demuxer, describe_content, detect_demuxer
@@ -69,6 +69,7 @@ class NormalisedClip(FrozenModel):
     start_s: float = Field(ge=0)
     end_s: float = Field(gt=0)
     info: VideoInfo
+    cropped_px: CroppedPixels
     scores: ClipScores
 
 

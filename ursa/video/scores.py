@@ -1,34 +1,24 @@
 """Raw measurements of a clip; what is good enough is decided elsewhere.
 
-Frames are pushed one by one and only running sums are kept. Motion is measured on pictures of a
-fixed width, so that its unit, pixels a second, means the same for every clip.
+Frames are pushed one by one; kept are running sums, a few pictures and two numbers a frame. What
+each score means, how well it does and where it comes from is in docs/filters.md.
 
 References:
-    Optical flow by dense inverse search: arXiv 1603.03590. Sharpness as the variance of the
-    Laplacian: Pech-Pacheco et al., ICPR 2000.
+    Sharpness as the variance of the Laplacian: Pech-Pacheco et al., ICPR 2000.
 """
-
-from typing import Any
 
 import cv2
 import numpy as np
 
 from ursa.artifacts import ClipScores
+from ursa.video.borders import black_border_fraction
+from ursa.video.exposure import ExposureMeter, flicker_levels
+from ursa.video.motion import MOTION_FPS, MOTION_WIDTH_PX, FlowMeter
+from ursa.video.overlays import OverlayMeter, TextMeter
+from ursa.video.stillness import StillnessMeter
 
-MOTION_WIDTH_PX = 256
-"""Width of the pictures on which motion is measured, pixels."""
-MOTION_FPS = 12.0
-"""Motion is measured between frames about this rate apart, frames per second."""
-BLACK_LUMA = 24
-"""Luma up to which a pixel counts as black, 0..255 (coded black is not quite 0)."""
-FLAT_SLOPE = 0.25
-"""Mean slope of luma below which a spot counts as flat, 8-bit levels per pixel."""
-
-_FLAT_WINDOW_PX = (7, 7)
-_SOBEL_SUM = 8.0
 _HASH_SIDE = 8
 _HASH_INPUT_SIDE = 32
-_BORDER_QUANTILE = 0.98
 
 
 class ClipMeter:
@@ -44,15 +34,21 @@ class ClipMeter:
         self._fps = fps
         self._hashed_frame = num_frames // 2
         self._num_frames = 0
-        # its type stub wants a picture to write to, which may be left out
-        self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self._flow = FlowMeter()
+        self._exposure = ExposureMeter()
+        self._stillness = StillnessMeter(fps)
+        self._text = TextMeter(fps)
+        self._overlay = OverlayMeter()
         self._motion_step = max(1, round(fps / MOTION_FPS))
         self._num_pairs = 0
         self._previous: np.ndarray | None = None
         self._brightest: np.ndarray | None = None
         self._motion_sum = 0.0
+        self._camera_sum = 0.0
+        self._object_sum = 0.0
         self._sharpness_sum = 0.0
         self._luminance_sum = 0.0
+        self._lumas: list[float] = []
         self._hash: str | None = None
 
     def add(self, frame: np.ndarray) -> None:
@@ -62,13 +58,16 @@ class ClipMeter:
             frame: RGB picture, shape (H, W, 3), uint8.
         """
         luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        small = _at_motion_width(luma)
         if self._num_frames % self._motion_step == 0:
-            self._add_motion(luma)
+            self._add_motion(small)
         self._sharpness_sum += float(cv2.Laplacian(luma, cv2.CV_32F).var())
-        self._luminance_sum += float(luma.mean())
-        self._brightest = (
-            luma.copy() if self._brightest is None else np.maximum(self._brightest, luma)
-        )
+        self._lumas.append(float(luma.mean()))
+        self._luminance_sum += self._lumas[-1]
+        self._brightest = luma if self._brightest is None else cv2.max(self._brightest, luma)
+        self._exposure.add(luma)
+        self._stillness.add(small)
+        self._text.add(luma)
         if self._num_frames == self._hashed_frame:
             self._hash = perceptual_hash(luma)
         self._num_frames += 1
@@ -76,62 +75,48 @@ class ClipMeter:
     def scores(self) -> ClipScores:
         """Return the measurements of all frames added so far."""
         if self._brightest is None:
-            return ClipScores(
-                motion_px_per_s=None,
-                sharpness=None,
-                luminance=None,
-                black_border_fraction=None,
-                perceptual_hash=None,
-            )
-        pair_s = self._motion_step / self._fps
-        num_pairs = self._num_pairs
+            return ClipScores(**dict.fromkeys(ClipScores.model_fields))
+        dark, bright, black = self._exposure.fractions()
+        distinct = self._stillness.distinct_frames()
         return ClipScores(
-            motion_px_per_s=self._motion_sum / (num_pairs * pair_s) if num_pairs else None,
+            motion_px_per_s=self._per_second(self._motion_sum),
+            camera_motion_px_per_s=self._per_second(self._camera_sum),
+            object_motion_px_per_s=self._per_second(self._object_sum),
             sharpness=self._sharpness_sum / self._num_frames,
             luminance=self._luminance_sum / self._num_frames,
+            dark_fraction=dark,
+            bright_fraction=bright,
+            black_fraction=black,
             black_border_fraction=black_border_fraction(self._brightest),
+            freeze_fraction=self._stillness.freeze_fraction(),
+            slideshow_fraction=self._stillness.slideshow_fraction(),
+            distinct_fps=self._stillness.distinct_fps(),
+            flicker=flicker_levels([self._lumas[index] for index in distinct]),
+            text_area_fraction=self._text.area_fraction(),
+            static_overlay_fraction=self._overlay.area_fraction(),
             perceptual_hash=self._hash,
         )
 
-    def _add_motion(self, luma: np.ndarray) -> None:
-        height_px, width_px = luma.shape
-        size = (MOTION_WIDTH_PX, max(16, round(height_px * MOTION_WIDTH_PX / width_px)))
-        small = cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
+    def _per_second(self, displacement_sum: float) -> float | None:
+        """Return a sum over pairs of pictures as a speed; None if there is no pair."""
+        pair_s = self._motion_step / self._fps
+        return displacement_sum / (self._num_pairs * pair_s) if self._num_pairs else None
+
+    def _add_motion(self, small: np.ndarray) -> None:
         if self._previous is not None:
-            self._motion_sum += self._displacement(self._previous, small)
+            moved = self._flow.measure(self._previous, small)
+            self._motion_sum += moved.total_px
+            self._camera_sum += moved.camera_px
+            self._object_sum += moved.object_px
             self._num_pairs += 1
+            self._overlay.add(small, moved)
         self._previous = small
 
-    def _displacement(self, first: np.ndarray, second: np.ndarray) -> float:
-        """Return the mean length of the optical flow between two pictures, pixels."""
-        # a repeated frame has moved by nothing; the search would find noise
-        if np.array_equal(first, second):
-            return 0.0
-        flow = self._flow.calc(first, second, None)
-        length = cv2.magnitude(flow[..., 0], flow[..., 1])
-        # the search spreads motion over flat ground, where none can be seen
-        gradient_x, gradient_y = cv2.spatialGradient(first)
-        slope: Any = cv2.magnitude(gradient_x.astype(np.float32), gradient_y.astype(np.float32))
-        length[cv2.blur(slope / _SOBEL_SUM, _FLAT_WINDOW_PX) < FLAT_SLOPE] = 0.0
-        return float(length.mean())
 
-
-def black_border_fraction(brightest: np.ndarray) -> float:
-    """Return the share of the picture that lies in black bars along its edges.
-
-    Args:
-        brightest: Greatest luma of every pixel over the clip, shape (H, W), uint8.
-
-    Returns:
-        Share in [0, 1]; 1 for a picture that is black everywhere.
-    """
-    rows = np.quantile(brightest, _BORDER_QUANTILE, axis=1) > BLACK_LUMA
-    columns = np.quantile(brightest, _BORDER_QUANTILE, axis=0) > BLACK_LUMA
-    lit_rows, lit_columns = np.flatnonzero(rows), np.flatnonzero(columns)
-    if not lit_rows.size or not lit_columns.size:
-        return 1.0
-    inner = (lit_rows[-1] - lit_rows[0] + 1) * (lit_columns[-1] - lit_columns[0] + 1)
-    return float(1.0 - inner / brightest.size)
+def _at_motion_width(luma: np.ndarray) -> np.ndarray:
+    height_px, width_px = luma.shape
+    size = (MOTION_WIDTH_PX, max(16, round(height_px * MOTION_WIDTH_PX / width_px)))
+    return cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
 
 
 def perceptual_hash(luma: np.ndarray) -> str:

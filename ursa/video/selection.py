@@ -1,10 +1,36 @@
 """Which clips are used, and for what: pure rules over stored scores; no frame is decoded here."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ursa.artifacts import Clip, ClipScores, RejectReason
 from ursa.config import SelectionConfig
+
+_ONLY_WHERE_IT_MOVES = frozenset({"distinct_fps", "static_overlay_fraction"})
+
+
+THRESHOLD_KEYS: Mapping[RejectReason, str] = {
+    RejectReason.TOO_SHORT: "min_clip_s",
+    RejectReason.TOO_STATIC: "min_motion_px_per_s",
+    RejectReason.TOO_FAST: "max_motion_px_per_s",
+    RejectReason.CAMERA_TOO_FAST: "max_camera_motion_px_per_s",
+    RejectReason.OBJECTS_TOO_STATIC: "min_object_motion_px_per_s",
+    RejectReason.BLURRED: "min_sharpness",
+    RejectReason.TOO_DARK: "min_luminance",
+    RejectReason.TOO_BRIGHT: "max_luminance",
+    RejectReason.UNDEREXPOSED: "max_dark_fraction",
+    RejectReason.OVEREXPOSED: "max_bright_fraction",
+    RejectReason.BLACK_FRAMES: "max_black_fraction",
+    RejectReason.BLACK_BORDERS: "max_black_border_fraction",
+    RejectReason.FROZEN: "max_freeze_fraction",
+    RejectReason.SLIDESHOW: "max_slideshow_fraction",
+    RejectReason.REPEATED_FRAMES: "min_distinct_fps",
+    RejectReason.FLICKER: "max_flicker",
+    RejectReason.TEXT: "max_text_area_fraction",
+    RejectReason.OVERLAY: "max_static_overlay_fraction",
+    RejectReason.DUPLICATE: "drop_duplicates",
+}
+"""The key of `SelectionConfig` that decides about a reason."""
 
 
 def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectReason | None]:
@@ -19,7 +45,7 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectRe
     verdicts: list[RejectReason | None] = []
     seen: set[str] = set()
     for clip in clips:
-        verdict = judge_scores(clip.scores, config)
+        verdict = judge_clip(clip, config)
         if verdict is None and config.drop_duplicates and clip.clip_id in seen:
             verdict = RejectReason.DUPLICATE
         seen.add(clip.clip_id)
@@ -27,34 +53,64 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectRe
     return verdicts
 
 
+def judge_clip(clip: Clip, config: SelectionConfig) -> RejectReason | None:
+    """Return the first threshold that a clip misses, or None.
+
+    Args:
+        clip: A measured clip.
+        config: Thresholds; None is none.
+    """
+    if config.min_clip_s is not None and clip.info.duration_s < config.min_clip_s:
+        return RejectReason.TOO_SHORT
+    return judge_scores(clip.scores, config)
+
+
 def judge_scores(scores: ClipScores, config: SelectionConfig) -> RejectReason | None:
     """Return the first threshold that the scores of a clip miss, or None.
 
     Args:
         scores: Measurements of a clip.
-        config: Thresholds; None is none. A score that is needed but not measured is a reason too.
+        config: Thresholds; None is none. A score that is needed but not measured is a reason too,
+            except the two that say nothing about a clip in which (almost) nothing moves.
     """
-    thresholds = (
-        (scores.luminance, config.min_luminance, None, RejectReason.TOO_DARK),
-        (scores.luminance, None, config.max_luminance, RejectReason.TOO_BRIGHT),
-        (
-            scores.black_border_fraction,
-            None,
-            config.max_black_border_fraction,
-            RejectReason.BLACK_BORDERS,
-        ),
-        (scores.sharpness, config.min_sharpness, None, RejectReason.BLURRED),
-        (scores.motion_px_per_s, config.min_motion_px_per_s, None, RejectReason.TOO_STATIC),
-        (scores.motion_px_per_s, None, config.max_motion_px_per_s, RejectReason.TOO_FAST),
-    )
-    for value, least, greatest, reason in thresholds:
+    for name, least, greatest, reason in _thresholds(config):
         if least is None and greatest is None:
             continue
+        value = getattr(scores, name)
         if value is None:
+            if name in _ONLY_WHERE_IT_MOVES:
+                continue
             return RejectReason.NOT_MEASURED
         if (least is not None and value < least) or (greatest is not None and value > greatest):
             return reason
     return None
+
+
+def _thresholds(
+    config: SelectionConfig,
+) -> Iterator[tuple[str, float | None, float | None, RejectReason]]:
+    """Yield score, least value, greatest value and reason, the plainest reasons first."""
+    yield "black_fraction", None, config.max_black_fraction, RejectReason.BLACK_FRAMES
+    yield "luminance", config.min_luminance, None, RejectReason.TOO_DARK
+    yield "luminance", None, config.max_luminance, RejectReason.TOO_BRIGHT
+    yield "dark_fraction", None, config.max_dark_fraction, RejectReason.UNDEREXPOSED
+    yield "bright_fraction", None, config.max_bright_fraction, RejectReason.OVEREXPOSED
+    borders = config.max_black_border_fraction
+    yield "black_border_fraction", None, borders, RejectReason.BLACK_BORDERS
+    yield "sharpness", config.min_sharpness, None, RejectReason.BLURRED
+    yield "motion_px_per_s", config.min_motion_px_per_s, None, RejectReason.TOO_STATIC
+    yield "motion_px_per_s", None, config.max_motion_px_per_s, RejectReason.TOO_FAST
+    camera = config.max_camera_motion_px_per_s
+    yield "camera_motion_px_per_s", None, camera, RejectReason.CAMERA_TOO_FAST
+    objects = config.min_object_motion_px_per_s
+    yield "object_motion_px_per_s", objects, None, RejectReason.OBJECTS_TOO_STATIC
+    yield "slideshow_fraction", None, config.max_slideshow_fraction, RejectReason.SLIDESHOW
+    yield "freeze_fraction", None, config.max_freeze_fraction, RejectReason.FROZEN
+    yield "distinct_fps", config.min_distinct_fps, None, RejectReason.REPEATED_FRAMES
+    yield "flicker", None, config.max_flicker, RejectReason.FLICKER
+    yield "text_area_fraction", None, config.max_text_area_fraction, RejectReason.TEXT
+    overlay = config.max_static_overlay_fraction
+    yield "static_overlay_fraction", None, overlay, RejectReason.OVERLAY
 
 
 def choose_validation_sources(

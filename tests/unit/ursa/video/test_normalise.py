@@ -1,11 +1,12 @@
 import itertools
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import pytest
 
 from tests import media
-from ursa.artifacts import FailureReason
+from ursa.artifacts import NOT_CROPPED, CroppedPixels, FailureReason
 from ursa.errors import StorageConfigurationError
 from ursa.video.decode import read_frames
 from ursa.video.normalise import answer, normalise, plan_geometry
@@ -96,14 +97,14 @@ def test_shots_are_cut_and_short_ones_dropped(tmp_path):
 
 
 def test_long_shot_is_cut_in_blocks_without_loss(tmp_path):
-    path = media.save_video(tmp_path / "a.mp4", numbered(100), 12.0)
+    path = media.save_video(tmp_path / "a.mp4", numbered(127), 12.0)
     video = normalised(path, tmp_path / "work", max_clip_s=1.0, min_clip_s=0.5)
     spans = [(clip.start_s, clip.end_s) for clip in video.clips]
     assert spans[0][0] == 0.0
     assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
-    assert spans[-1][1] == pytest.approx(100 / 12)
+    assert spans[-1][1] == pytest.approx(127 / 12)
     shown = [n for clip in video.clips for n in numbers_in(read_clip(tmp_path / "work", clip))]
-    assert shown == list(range(100))
+    assert shown == list(range(127))
     assert video.num_dropped_shots == 0
 
 
@@ -175,10 +176,75 @@ def test_containers_and_codecs(tmp_path, suffix, codec, pix_fmt):
 def test_letterbox_and_motion_are_measured_on_the_clip(tmp_path):
     frames = media.letterboxed(media.panning(48, step=1), 32)
     path = media.save_video(tmp_path / "a.mp4", frames, 24.0)
-    (clip,) = normalised(path, tmp_path / "work", clip_height_px=208).clips
+    limits = {"clip_height_px": 208, "crop_borders": False}
+    (clip,) = normalised(path, tmp_path / "work", **limits).clips
+    assert (clip.info.height_px, clip.cropped_px) == (208, NOT_CROPPED)
     assert clip.scores.black_border_fraction == pytest.approx(64 / 208, abs=0.02)
     # 24 px/s over the part that is not black
     assert clip.scores.motion_px_per_s == pytest.approx(24 * 144 / 208, rel=0.2)
+
+
+def test_bars_are_cut_off_before_the_clip_is_measured(tmp_path):
+    frames = media.letterboxed(media.panning(48, step=1), 32)
+    path = media.save_video(tmp_path / "a.mp4", frames, 24.0)
+    # scaled to half: a bar of 16 px
+    (clip,) = normalised(path, tmp_path / "work", clip_height_px=104).clips
+    assert (clip.info.width_px, clip.info.height_px) == (128, 72)
+    assert clip.cropped_px == CroppedPixels(left=0, top=32, right=0, bottom=32)
+    assert clip.scores.black_border_fraction == 0.0
+    assert clip.scores.motion_px_per_s == pytest.approx(24, rel=0.1)
+    found = read_clip(tmp_path / "work", clip, [4])[0].astype(int)
+    assert np.abs(found - cv2.resize(frames[8, 32:-32], (128, 72)).astype(int)).mean() < 12
+
+
+def test_bars_are_cut_off_a_turned_picture_with_wide_pixels(tmp_path):
+    upright = np.pad(media.panning(30, step=1), ((0, 0), (0, 0), (20, 20), (0, 0)))
+    stored = np.rot90(upright, 1, axes=(1, 2))
+    path = media.save_video(tmp_path / "a.mp4", stored, 12.0, pixel_aspect=Fraction(1, 2))
+    media.set_rotation(path, 90)
+    (clip,) = normalised(path, tmp_path / "work", clip_height_px=72).clips
+    # a pixel as stored is half as wide as high: upright, half as high as wide
+    assert clip.cropped_px == CroppedPixels(left=20, top=0, right=20, bottom=0)
+    assert (clip.info.width_px, clip.info.height_px) == (256, 72)
+
+
+def test_bars_that_do_not_stay_are_no_bars(tmp_path):
+    whole = media.panning(48, step=1)
+    frames = np.concatenate([media.letterboxed(whole[:24, 32:-32], 32), whole[24:]])
+    path = media.save_video(tmp_path / "a.mp4", frames, 24.0)
+    limits = {"shot_threshold": 1e9, "adaptive_threshold": 1e9, "transition_threshold": None}
+    (clip,) = normalised(path, tmp_path / "work", **limits).clips
+    assert (clip.info.height_px, clip.cropped_px) == (144, NOT_CROPPED)
+
+
+def test_black_clip_keeps_its_size(tmp_path):
+    path = media.save_video(tmp_path / "a.mp4", media.flat(48, (0, 0, 0)), 24.0)
+    (clip,) = normalised(path, tmp_path / "work").clips
+    assert (clip.info.height_px, clip.cropped_px) == (144, NOT_CROPPED)
+    assert (clip.scores.black_fraction, clip.scores.dark_fraction) == (1.0, 1.0)
+
+
+def test_dissolve_is_left_out_of_the_clips(tmp_path):
+    before, after = (media.panning(72, step=0, seed=seed, grain=16) for seed in (1, 2))
+    weight = np.clip((np.arange(72) - 36) / 24, 0, 1)[:, None, None, None]
+    frames = ((1 - weight) * before + weight * after).astype(np.uint8)
+    path = media.save_video(tmp_path / "a.mp4", np.concatenate([frames, after]), 24.0)
+    first, *others = normalised(path, tmp_path / "work").clips
+    assert 1.0 <= first.end_s <= 1.6
+    assert 2.4 <= others[0].start_s <= 3.0
+    found = read_clip(tmp_path / "work", others[0], [0])[0].astype(int)
+    assert np.abs(found - after[0]).mean() < 4
+
+
+def test_cuts_found_late_are_made_at_their_frame_in_long_shots(tmp_path):
+    frames = np.concatenate([numbered(61), numbered(127)[61:] // 4])
+    path = media.save_video(tmp_path / "a.mp4", frames, 12.0)
+    limits = {"max_clip_s": 1.0, "min_clip_s": 0.5, "transition_threshold": 250.0}
+    video = normalised(path, tmp_path / "work", **limits)
+    ends = [clip.end_s for clip in video.clips]
+    assert pytest.approx(61 / 12) in ends
+    assert [clip.start_s for clip in video.clips][1:] == ends[:-1]
+    assert sum(clip.info.num_frames for clip in video.clips) == 127
 
 
 def test_truncated_file_gives_what_is_whole(tmp_path):

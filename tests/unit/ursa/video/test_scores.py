@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from tests.media import flat, letterboxed, moving_square, panning, still, texture
+from ursa.video.borders import NO_MARGINS, Margins, even_margins, find_bars
 from ursa.video.scores import ClipMeter, perceptual_hash
 
 
@@ -82,3 +83,65 @@ def test_hash_survives_scaling_but_not_another_picture():
 
     assert distance(first, smaller) <= 4
     assert distance(first, second) >= 16
+
+
+def test_shares_of_clipped_pixels_and_black_frames():
+    frames = flat(8, (120, 120, 120), height=64, width=64)
+    frames[:, :16] = 255
+    frames[:, 16:24] = 0
+    frames[:2] = 10
+    scores = measure(frames)
+    assert scores.bright_fraction == pytest.approx(0.25 * 6 / 8)
+    assert scores.dark_fraction == pytest.approx(0.125 * 6 / 8)
+    assert scores.black_fraction == pytest.approx(2 / 8)
+
+
+def test_pan_is_the_camera_and_a_square_an_object():
+    pan = measure(panning(12, step=2))
+    assert pan.camera_motion_px_per_s == pytest.approx(24, rel=0.1)
+    assert pan.object_motion_px_per_s < 2
+    square = measure(moving_square(12, step=2))
+    assert square.camera_motion_px_per_s == 0.0
+    assert square.object_motion_px_per_s == pytest.approx(square.motion_px_per_s, rel=0.3)
+
+
+def test_freeze_is_counted_to_the_frame():
+    frames = np.concatenate([panning(30, step=2), still(18, seed=5)])
+    assert measure(frames, fps=24.0).freeze_fraction == pytest.approx(18 / 48)
+    # 0.46 s are no freeze
+    assert measure(frames[:41], fps=24.0).freeze_fraction == 0.0
+
+
+def test_slideshow_needs_two_stills_that_differ():
+    two = np.concatenate([still(18, seed=5), still(18, seed=6)])
+    assert measure(two, fps=24.0).slideshow_fraction == 1.0
+    assert measure(still(36), fps=24.0).slideshow_fraction == 0.0
+    assert measure(still(36), fps=24.0).freeze_fraction == 1.0
+
+
+def test_distinct_rate_leaves_stills_out():
+    frames = np.concatenate([np.repeat(panning(18, step=2), 2, axis=0), still(24, seed=4)])
+    assert measure(frames, fps=24.0).distinct_fps == pytest.approx(12, abs=0.7)
+    assert measure(still(24), fps=24.0).distinct_fps is None
+
+
+def test_flicker_is_half_the_second_difference_of_frames_that_differ():
+    ground = panning(24, step=1).astype(float) / 2
+    light = np.where(np.arange(24) % 2, 60, 50)[:, None, None, None]
+    assert measure((ground + light).astype(np.uint8)).flicker == pytest.approx(10, abs=0.5)
+    fade = np.linspace(0, 100, 24)[:, None, None, None]
+    held = np.repeat((ground + fade).astype(np.uint8)[::3], 3, axis=0)
+    assert measure(held).flicker < 0.5
+
+
+@pytest.mark.parametrize("margins", [Margins(0, 20, 0, 20), Margins(31, 0, 31, 0)])
+def test_bars_come_in_pairs(margins):
+    left, top, right, bottom = margins
+    inside = texture(144, 256)[top : 144 - bottom, left : 256 - right, 0]
+    assert find_bars(np.pad(inside, ((top, bottom), (left, right)))) == margins
+    assert find_bars(np.pad(inside, ((top, 0), (left, 0)))) == NO_MARGINS
+
+
+def test_cut_margins_leave_even_sides():
+    assert even_margins(Margins(1, 0, 2, 5), 64, 36) == Margins(1, 0, 3, 5 + 1)
+    assert even_margins(NO_MARGINS, 64, 36) == NO_MARGINS

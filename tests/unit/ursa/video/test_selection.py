@@ -2,11 +2,17 @@ import pytest
 
 from ursa.artifacts import Clip, ClipScores, RejectReason, VideoInfo
 from ursa.config import SelectionConfig
-from ursa.video.selection import choose_validation_sources, judge_clips, judge_scores
+from ursa.video.selection import (
+    THRESHOLD_KEYS,
+    choose_validation_sources,
+    judge_clip,
+    judge_clips,
+    judge_scores,
+)
 
 
 def selection_config(**changes):
-    values = {
+    values = dict.fromkeys(SelectionConfig.model_fields) | {
         "min_motion_px_per_s": 2.0,
         "max_motion_px_per_s": 200.0,
         "min_sharpness": 10.0,
@@ -26,6 +32,17 @@ def scores(**changes):
         "luminance": 120.0,
         "black_border_fraction": 0.0,
         "perceptual_hash": "0" * 16,
+        "camera_motion_px_per_s": 12.0,
+        "object_motion_px_per_s": 8.0,
+        "dark_fraction": 0.1,
+        "bright_fraction": 0.1,
+        "black_fraction": 0.1,
+        "freeze_fraction": 0.1,
+        "slideshow_fraction": 0.1,
+        "distinct_fps": 11.0,
+        "flicker": 0.5,
+        "text_area_fraction": 0.01,
+        "static_overlay_fraction": 0.01,
     }
     return ClipScores.model_validate(values | changes)
 
@@ -64,6 +81,47 @@ def clip(clip_id):
 )
 def test_thresholds(changes, reason):
     assert judge_scores(scores(**changes), selection_config()) == reason
+
+
+@pytest.mark.parametrize(
+    ("threshold", "passes", "fails", "reason"),
+    [
+        ("max_camera_motion_px_per_s", 12.0, 11.9, RejectReason.CAMERA_TOO_FAST),
+        ("min_object_motion_px_per_s", 8.0, 8.1, RejectReason.OBJECTS_TOO_STATIC),
+        ("max_dark_fraction", 0.1, 0.09, RejectReason.UNDEREXPOSED),
+        ("max_bright_fraction", 0.1, 0.09, RejectReason.OVEREXPOSED),
+        ("max_black_fraction", 0.1, 0.09, RejectReason.BLACK_FRAMES),
+        ("max_freeze_fraction", 0.1, 0.09, RejectReason.FROZEN),
+        ("max_slideshow_fraction", 0.1, 0.09, RejectReason.SLIDESHOW),
+        ("min_distinct_fps", 11.0, 11.1, RejectReason.REPEATED_FRAMES),
+        ("max_flicker", 0.5, 0.4, RejectReason.FLICKER),
+        ("max_text_area_fraction", 0.01, 0.009, RejectReason.TEXT),
+        ("max_static_overlay_fraction", 0.01, 0.009, RejectReason.OVERLAY),
+    ],
+)
+def test_every_score_has_a_threshold_of_its_own(threshold, passes, fails, reason):
+    assert judge_scores(scores(), selection_config(**{threshold: passes})) is None
+    assert judge_scores(scores(), selection_config(**{threshold: fails})) is reason
+
+
+def test_every_reason_but_a_missing_score_names_its_threshold():
+    assert set(RejectReason) - set(THRESHOLD_KEYS) == {RejectReason.NOT_MEASURED}
+    assert set(THRESHOLD_KEYS.values()) == set(SelectionConfig.model_fields) - {
+        "validation_fraction"
+    }
+
+
+def test_clips_may_be_too_short():
+    assert judge_clip(clip("a"), selection_config(min_clip_s=1.0)) is None
+    assert judge_clip(clip("a"), selection_config(min_clip_s=1.1)) is RejectReason.TOO_SHORT
+
+
+def test_a_clip_that_does_not_move_has_no_overlay_and_no_repeated_frames():
+    config = selection_config(min_distinct_fps=11.0, max_static_overlay_fraction=0.01)
+    nothing = scores(distinct_fps=None, static_overlay_fraction=None)
+    assert judge_scores(nothing, config) is None
+    config = selection_config(max_flicker=1.0)
+    assert judge_scores(scores(flicker=None), config) is RejectReason.NOT_MEASURED
 
 
 def test_a_threshold_can_be_switched_off():

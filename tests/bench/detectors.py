@@ -1,0 +1,721 @@
+"""How well the scores of a clip tell what they are for, on clips with known answers.
+
+    python tests/bench/detectors.py              # the tables of docs/filters.md, a few minutes
+    python tests/bench/detectors.py --seeds 1    # a quick look
+    python tests/bench/detectors.py --cost       # time a frame, with and without each part
+
+Every clip is made from drawn pictures and from frames of the videos in tests/data, written as
+H.264 at a low rate and read back, so that the scores see noise of compression. For each score
+there are clips that have the fault and difficult ones that have not. A clip counts as found if its
+score is beyond the threshold given.
+"""
+
+import argparse
+import collections
+import functools
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import cv2
+import numpy as np
+from scipy.stats import spearmanr
+
+from ursa.artifacts import ClipScores
+from ursa.config import IngestionConfig, load_config
+from ursa.video.borders import brighter_of, find_bars
+from ursa.video.scores import ClipMeter, perceptual_hash
+from ursa.video.shots import ShotDetector
+
+FPS = 24.0
+WIDTH, HEIGHT = 256, 144
+NUM_FRAMES = 60
+CRF = 26
+VIDEOS = Path(__file__).parents[1] / "data" / "videos"
+NUM_VIDEOS = 7
+THRESHOLDS = {
+    "black_fraction": 0.5,
+    "freeze_fraction": 0.2,
+    "slideshow_fraction": 0.3,
+    "flicker": 1.5,
+    "text_area_fraction": 0.01,
+    "static_overlay_fraction": 0.002,
+}
+"""A clip beyond these is taken to have the fault; they bound the thresholds of a selection."""
+HASH_BITS = 8
+"""Clips whose hashes differ in at most so many bits are taken for duplicates."""
+CUT_TOLERANCE = 2
+"""A boundary is found if one is reported this near, frames."""
+
+
+class Case(NamedTuple):
+    """A clip and whether it has the fault."""
+
+    name: str
+    frames: np.ndarray
+    is_faulty: bool
+
+
+class Tally(NamedTuple):
+    """Counts of one detector."""
+
+    true_found: int
+    false_found: int
+    missed: int
+    clean: int
+
+    @property
+    def precision(self) -> float:
+        """Share of what was found that is there."""
+        return self.true_found / max(self.true_found + self.false_found, 1)
+
+    @property
+    def recall(self) -> float:
+        """Share of what is there that was found."""
+        return self.true_found / max(self.true_found + self.missed, 1)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def video_frame(index: int) -> np.ndarray:
+    """A frame of one of the videos in tests/data, RGB, 256 px wide and 144 px high."""
+    paths = sorted(VIDEOS.glob("*.mp4"))
+    assert len(paths) == NUM_VIDEOS
+    path = paths[index % len(paths)]
+    with av.open(path.as_posix()) as container:
+        frames = container.decode(video=0)
+        for _ in range(40 + 11 * (index // len(paths))):
+            next(frames)
+        return next(frames).to_ndarray(format="rgb24", width=WIDTH, height=HEIGHT)
+
+
+def drawn_picture(seed: int, *, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Soft and fine texture with shapes on it, RGB."""
+    rng = np.random.default_rng(seed)
+    picture = np.zeros((height, width, 3), np.float32)
+    for grain, weight in ((24, 3.0), (8, 1.5), (2.5, 0.8), (1, 0.3)):
+        noise = rng.normal(size=(height, width, 3)).astype(np.float32)
+        soft = cv2.GaussianBlur(noise, (0, 0), grain)
+        picture += weight * soft / soft.std()
+    picture = 128 + 30 * picture / picture.std() + rng.normal(0, 20, 3).astype(np.float32)
+    for _ in range(height * width // 4000):
+        color = rng.uniform(20, 235, 3).tolist()
+        center = (int(rng.integers(width)), int(rng.integers(height)))
+        axes = (int(rng.integers(4, 28)), int(rng.integers(4, 28)))
+        cv2.ellipse(
+            picture, center, axes, float(rng.uniform(0, 180)), 0, 360, color, -1, cv2.LINE_AA
+        )
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def picture(seed: int) -> np.ndarray:
+    """A drawn picture or a frame of a video, by turns."""
+    return drawn_picture(seed) if seed % 2 else video_frame(seed // 2)
+
+
+def shifted(image: np.ndarray, x: float, y: float = 0.0, zoom: float = 1.0) -> np.ndarray:
+    """The picture seen by a camera moved by (x, y) px; it is mirrored beyond its edges."""
+    matrix = np.array([[zoom, 0, -x], [0, zoom, -y]], np.float32)
+    size = (image.shape[1], image.shape[0])
+    return cv2.warpAffine(
+        image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+    )
+
+
+def pan(image: np.ndarray, step: float, num_frames: int = NUM_FRAMES) -> np.ndarray:
+    """The camera moves by `step` px a frame."""
+    return np.stack([shifted(image, step * k, 0.3 * step * k) for k in range(num_frames)])
+
+
+def still(image: np.ndarray, num_frames: int = NUM_FRAMES) -> np.ndarray:
+    """Nothing moves."""
+    return np.repeat(image[None], num_frames, axis=0)
+
+
+def grainy(frames: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
+    """Noise that is new in every frame."""
+    noise = np.random.default_rng(seed).normal(0, sigma, frames.shape)
+    return np.clip(frames + noise, 0, 255).astype(np.uint8)
+
+
+def scaled(frames: np.ndarray, gain: Sequence[float] | float, offset: float = 0) -> np.ndarray:
+    """Every frame brighter or darker by a factor of its own."""
+    factor = np.broadcast_to(np.asarray(gain, np.float32), len(frames))
+    return np.clip(frames * factor[:, None, None, None] + offset, 0, 255).astype(np.uint8)
+
+
+def dissolve(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """One shot turns into the other over the whole of their common length."""
+    weight = ((np.arange(len(before)) + 1) / (len(before) + 1))[:, None, None, None]
+    return ((1 - weight) * before + weight * after).astype(np.uint8)
+
+
+def repeated(frames: np.ndarray, times: int) -> np.ndarray:
+    """Only every so many-th frame, held."""
+    return np.repeat(frames[::times], times, axis=0)[: len(frames)]
+
+
+def with_object(frames: np.ndarray, side: int, step: float, seed: int) -> np.ndarray:
+    """A textured square crosses the picture."""
+    patch = drawn_picture(seed, height=side, width=side)
+    out = frames.copy()
+    top = (HEIGHT - side) // 2
+    for k, frame in enumerate(out):
+        left = int(10 + step * k) % (WIDTH - side)
+        frame[top : top + side, left : left + side] = patch
+    return out
+
+
+def with_bars(frames: np.ndarray, rows: int, columns: int = 0, level: int = 0) -> np.ndarray:
+    """Black bars over the edges of the picture."""
+    out = frames.copy()
+    for part in (out[:, :rows], out[:, HEIGHT - rows :], out[:, :, :columns]):
+        part[:] = level
+    out[:, :, WIDTH - columns :] = level
+    return out
+
+
+def with_text(frames: np.ndarray, seed: int) -> np.ndarray:
+    """A line or two of text, white with a dark edge or plain."""
+    rng = np.random.default_rng(seed)
+    words = ["Revenge is coming", "subscribe now", "Breaking news: 24 dead", "NEXT EPISODE 7 pm"]
+    fonts = [cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX]
+    font = fonts[int(rng.integers(len(fonts)))]
+    scale = float(rng.uniform(0.35, 0.8))
+    place = (int(rng.integers(4, 40)), int(rng.integers(30, HEIGHT - 8)))
+    text = words[int(rng.integers(len(words)))]
+    color, edge = ((255, 255, 255), (0, 0, 0)) if rng.uniform() < 0.7 else ((20, 20, 20), None)
+    out = frames.copy()
+    for frame in out:
+        if edge is not None:
+            cv2.putText(frame, text, place, font, scale, edge, 3, cv2.LINE_AA)
+        cv2.putText(frame, text, place, font, scale, color, 1, cv2.LINE_AA)
+    return out
+
+
+def with_watermark(frames: np.ndarray, seed: int, alpha: float) -> np.ndarray:
+    """A half transparent sign in a corner."""
+    rng = np.random.default_rng(seed)
+    mark = np.zeros((HEIGHT, WIDTH), np.uint8)
+    x = int(rng.choice([12, WIDTH - 70]))
+    y = int(rng.choice([14, HEIGHT - 32]))
+    cv2.circle(mark, (x + 9, y + 9), 8, 255, 2, cv2.LINE_AA)
+    cv2.putText(mark, "TV 5", (x + 20, y + 15), cv2.FONT_HERSHEY_DUPLEX, 0.5, 255, 1, cv2.LINE_AA)
+    weight = (alpha / 255 * mark)[None, :, :, None]
+    return ((1 - weight) * frames + weight * 255).astype(np.uint8)
+
+
+# --- clips with known answers ---------------------------------------------------------------------
+
+
+def clean_cases(seed: int) -> Iterator[Case]:
+    """Difficult clips that have none of the faults of the later lists."""
+    image = picture(seed)
+    yield Case("slow pan", pan(image, 0.15), False)
+    yield Case("pan", pan(image, 2.0), False)
+    yield Case("fast pan", pan(image, 9.0), False)
+    yield Case("pan with grain", grainy(pan(image, 1.0), 6.0, seed), False)
+    yield Case("pan, low contrast", scaled(pan(image, 1.0), 0.25, 90), False)
+    yield Case("dark pan", scaled(pan(image, 1.0), 0.2), False)
+    fine = np.random.default_rng(seed).integers(60, 200, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    yield Case("fine texture", pan(cv2.GaussianBlur(fine, (0, 0), 0.8), 1.5), False)
+    yield Case("12 fps source", repeated(pan(image, 1.5), 2), False)
+    yield Case("6 fps source", repeated(pan(image, 1.5), 4), False)
+    yield Case("fade in", scaled(pan(image, 1.0), np.linspace(0.25, 1, NUM_FRAMES)), False)
+    zoom = [shifted(image, 0.3 * k, 0.2 * k, 1 + 0.004 * k) for k in range(NUM_FRAMES)]
+    yield Case("zoom", np.stack(zoom), False)
+
+
+def black_cases(seed: int) -> Iterator[Case]:
+    """Black clips, and dark ones that show something."""
+    image = picture(seed)
+    rng = np.random.default_rng(seed)
+    black = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    yield Case("black", black, True)
+    yield Case("black with noise", rng.integers(0, 18, black.shape).astype(np.uint8), True)
+    ends = np.concatenate([scaled(pan(image, 1.0, 18), np.linspace(1, 0, 18)), black[:42]])
+    yield Case("fades to black early", ends, True)
+    night = scaled(pan(image, 1.0), 0.05)
+    for place in rng.integers(5, 120, (14, 2)):
+        cv2_place = (int(place[1]) * 2, int(place[0]))
+        for frame in night:
+            cv2.circle(frame, cv2_place, 3, (200, 190, 120), -1)
+    yield Case("night with lights", night, False)
+    yield Case("dark scene", scaled(pan(image, 1.0), 0.3), False)
+    yield Case("fade out at the end", scaled(pan(image, 1.0), np.linspace(1.2, 0, 60)), False)
+
+
+def freeze_cases(seed: int) -> Iterator[Case]:
+    """Clips that stop, and clips that only seem to."""
+    image = picture(seed)
+    moving = pan(image, 1.5)
+    yield Case("stops", np.concatenate([moving[:36], still(moving[36], 24)]), True)
+    yield Case("begins late", np.concatenate([still(moving[0], 18), moving[:42]]), True)
+    yield Case("hangs twice", np.concatenate([moving[:14], still(moving[14], 16)] * 2), True)
+    yield Case("never moves", still(image), True)
+    dark = scaled(moving, 0.25)
+    yield Case("stops, dark", np.concatenate([dark[:36], still(dark[36], 24)]), True)
+    yield Case("small object", with_object(still(image), 12, 1.0, seed), False)
+    yield Case("grain on a still", grainy(still(image), 8.0, seed), False)
+    yield from clean_cases(seed)
+
+
+def slideshow_cases(seed: int) -> Iterator[Case]:
+    """Stills one after the other, and what is like that."""
+    images = [picture(seed + 2 * k + 1) for k in range(3)]
+    yield Case("cuts", np.concatenate([still(image, 20) for image in images]), True)
+    joined = [still(images[0], 16), dissolve(still(images[0], 10), still(images[1], 10))]
+    joined += [still(images[1], 16), dissolve(still(images[1], 10), still(images[2], 10))]
+    yield Case("dissolves", np.concatenate([*joined, still(images[2], 16)]), True)
+    soft = dissolve(still(images[1], 24), still(images[2], 24))
+    yield Case(
+        "long dissolve", np.concatenate([still(images[1], 20), soft, still(images[2], 20)]), True
+    )
+    moving = pan(images[0], 1.5)
+    yield Case("one still", still(images[0]), False)
+    stop = [still(moving[0], 16), moving[:28], still(moving[27], 16)]
+    yield Case("stop, go, stop", np.concatenate(stop), False)
+    shots = np.concatenate([pan(image, 1.0, 20) for image in images])
+    yield Case("moving shots", shots, False)
+    yield Case("time-lapse of 4 fps", repeated(pan(images[0], 4.0), 6), False)
+    yield from clean_cases(seed)
+
+
+def flicker_cases(seed: int) -> Iterator[Case]:
+    """Lamps and shutters, and honest changes of light."""
+    image = picture(seed)
+    moving = pan(image, 1.0)
+    k = np.arange(NUM_FRAMES)
+    rng = np.random.default_rng(seed)
+    yield Case("every other frame", scaled(moving, 1 + 0.04 * (-1.0) ** k), True)
+    yield Case("8 Hz", scaled(moving, 1 + 0.06 * np.sin(2 * np.pi * 8 / FPS * k)), True)
+    yield Case("random gain", scaled(moving, rng.normal(1, 0.04, NUM_FRAMES)), True)
+    yield Case("strobe", scaled(moving, np.where(k % 6 == 0, 1.4, 0.9)), True)
+    yield Case("slow light", scaled(moving, 1 + 0.3 * np.sin(2 * np.pi * 0.5 / FPS * k)), False)
+    yield Case("object crosses", with_object(still(image), 60, 4.0, seed), False)
+    fade = repeated(scaled(moving, np.linspace(0.2, 1, NUM_FRAMES)), 3)
+    yield Case("fade of 8 fps", fade, False)
+    yield from clean_cases(seed)
+
+
+def text_cases(seed: int) -> Iterator[Case]:
+    """Lines of text over pictures, and pictures full of detail."""
+    image = picture(seed)
+    yield Case("over a pan", with_text(pan(image, 1.0), seed), True)
+    yield Case("over a still", with_text(still(image), seed + 100), True)
+    yield Case("over a dark pan", with_text(scaled(pan(image, 1.0), 0.4), seed + 200), True)
+    yield Case("over a fast pan", with_text(pan(image, 5.0), seed + 300), True)
+    yield Case("still", still(drawn_picture(seed + 50)), False)
+    leaves = np.random.default_rng(seed).normal(size=(HEIGHT, WIDTH)).astype(np.float32)
+    leaves = cv2.GaussianBlur(leaves, (0, 0), 2.5)
+    blobs = np.where(leaves > 0, 200, 60).astype(np.uint8)
+    yield Case("still blobs", still(np.repeat(blobs[..., None], 3, axis=2)), False)
+    rails = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+    rails[40:100, ::14] = rails[40:100, 1::14] = rails[40:100, 2::14] = 220
+    yield Case("fence", pan(rails, 1.0), False)
+    yield from clean_cases(seed)
+
+
+def watermark_cases(seed: int) -> Iterator[Case]:
+    """Signs in a corner, and straight lines that move along themselves."""
+    image = picture(seed)
+    for alpha in (0.9, 0.6, 0.4):
+        yield Case(f"alpha {alpha}", with_watermark(pan(image, 2.0), seed, alpha), True)
+    yield Case("slow pan below it", with_watermark(pan(image, 0.8), seed, 0.8), True)
+    yield Case("fast pan below it", with_watermark(pan(image, 6.0), seed, 0.8), True)
+    lines = drawn_picture(seed)
+    lines[60:64] = 240
+    lines[100:103] = 10
+    frames = np.stack([shifted(lines, 2.0 * k) for k in range(NUM_FRAMES)])
+    yield Case("horizon", frames, False)
+    yield Case("tripod", with_object(still(image), 50, 3.0, seed), False)
+    yield from clean_cases(seed)
+
+
+CASES: dict[str, tuple[str, Callable[[int], Iterator[Case]]]] = {
+    "black": ("black_fraction", black_cases),
+    "freeze": ("freeze_fraction", freeze_cases),
+    "slideshow": ("slideshow_fraction", slideshow_cases),
+    "flicker": ("flicker", flicker_cases),
+    "text overlay": ("text_area_fraction", text_cases),
+    "watermark": ("static_overlay_fraction", watermark_cases),
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def compressed(frames: np.ndarray, crf: int = CRF) -> np.ndarray:
+    """The frames as they come out of an H.264 file."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=int(FPS))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        stream.options = {"preset": "veryfast", "crf": str(crf)}
+        for frame in frames:
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode(None))
+    buffer.seek(0)
+    with av.open(buffer) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def measure(frames: np.ndarray, fps: float = FPS) -> ClipScores:
+    """All scores of a clip."""
+    meter = ClipMeter(fps=fps, num_frames=len(frames))
+    for frame in frames:
+        meter.add(frame)
+    return meter.scores()
+
+
+def tally(score: str, threshold: float, cases: Sequence[Case]) -> tuple[Tally, list[str]]:
+    """Count right and wrong answers; also return the wrong ones."""
+    counts = collections.Counter()
+    wrong: list[str] = []
+    for case in cases:
+        value = getattr(measure(compressed(case.frames)), score)
+        found = value is not None and value > threshold
+        counts[case.is_faulty, found] += 1
+        if found != case.is_faulty:
+            shown = "none" if value is None else f"{value:.4f}"
+            wrong.append(f"{'missed' if case.is_faulty else 'false'}: {case.name} ({shown})")
+    return (
+        Tally(counts[True, True], counts[False, True], counts[True, False], counts[False, False]),
+        wrong,
+    )
+
+
+# --- cuts and transitions -------------------------------------------------------------------------
+
+
+class Edit(NamedTuple):
+    """Shots joined in a known way: first and last frame of every joint."""
+
+    name: str
+    frames: np.ndarray
+    joints: tuple[tuple[int, int], ...]
+
+
+def cut_edits(seed: int) -> Iterator[Edit]:
+    """Hard cuts, and fast motion without any."""
+    shots = [pan(picture(seed + k), 1.0, 30) for k in range(3)]
+    yield Edit("slow shots", np.concatenate(shots), ((30, 30), (60, 60)))
+    fast = [pan(picture(seed + k), 6.0, 30) for k in range(3)]
+    yield Edit("fast shots", np.concatenate(fast), ((30, 30), (60, 60)))
+    dark = [scaled(shot, 0.4) for shot in shots]
+    yield Edit("dark shots", np.concatenate(dark), ((30, 30), (60, 60)))
+    held = [repeated(pan(picture(seed + k), 2.0, 30), 3) for k in range(3)]
+    yield Edit("shots of 8 fps", np.concatenate(held), ((30, 30), (60, 60)))
+    for step in (8.0, 16.0, 30.0):
+        yield Edit(f"pan of {step:g} px", pan(picture(seed), step, 60), ())
+    whip = np.cumsum(np.concatenate([np.zeros(20), np.linspace(0, 40, 10), np.linspace(40, 0, 10)]))
+    image = picture(seed)
+    yield Edit("whip pan", np.stack([shifted(image, float(x)) for x in whip]), ())
+    yield Edit("8 fps", repeated(pan(image, 4.0, 60), 3), ())
+    yield Edit("object", with_object(still(image), 70, 2.5, seed), ())
+
+
+def transition_edits(seed: int) -> Iterator[Edit]:
+    """Dissolves and fades, and changes that are none."""
+    for length, step in ((10, 0.0), (12, 1.0), (24, 0.5), (24, 1.5), (40, 0.5)):
+        before = pan(picture(seed), step, 30 + length)
+        after = pan(picture(seed + 1), step, 30 + length)
+        joint = dissolve(before[30:], after[:length])
+        frames = np.concatenate([before[:30], joint, after[length:]])
+        yield Edit(f"dissolve {length} frames, {step:g} px", frames, ((30, 29 + length),))
+    for length in (8, 16, 30):
+        before, after = (
+            pan(picture(seed), 1.0, 30 + length),
+            pan(picture(seed + 1), 1.0, 30 + length),
+        )
+        before = scaled(before, [1.0] * 30 + np.linspace(1, 0, length).tolist())
+        after = scaled(after, np.linspace(0, 1, length).tolist() + [1.0] * 30)
+        frames = np.concatenate([before, after])
+        yield Edit(f"fade of 2 x {length} frames", frames, ((30, 29 + 2 * length),))
+    image = picture(seed)
+    gain = np.concatenate([np.ones(20), np.linspace(1, 0.55, 20), np.full(20, 0.55)])
+    yield Edit("exposure falls", scaled(pan(image, 1.0), gain), ())
+    for step in (0.5, 2.0, 6.0):
+        yield Edit(f"pan of {step:g} px", pan(image, step, 72), ())
+    zoom = [shifted(image, k, 0.6 * k, 1 + 0.015 * k) for k in range(72)]
+    yield Edit("zoom", np.stack(zoom), ())
+    yield Edit("object", with_object(pan(image, 0.5, 72), 90, 2.0, seed), ())
+    yield Edit("grain", grainy(pan(image, 1.0, 72), 8.0, seed), ())
+
+
+def boundaries(frames: np.ndarray, config: IngestionConfig) -> list[tuple[int, int]]:
+    """What the detector of shots finds."""
+    detector = ShotDetector(config)
+    found = []
+    for number, frame in enumerate(frames):
+        found += detector.push(np.ascontiguousarray(frame[..., ::-1]), number / FPS)
+    return [tuple(boundary) for boundary in found + detector.finish()]
+
+
+def tally_edits(edits: Sequence[Edit], config: IngestionConfig) -> tuple[Tally, list[str]]:
+    """Match joints with what was found; a joint is found if a boundary overlaps it."""
+    counts = collections.Counter()
+    wrong: list[str] = []
+    for edit in edits:
+        found = boundaries(compressed(edit.frames), config)
+        left = set(found)
+        missed = 0
+        for start, stop in edit.joints:
+            hits = {
+                item
+                for item in found
+                if item[0] <= stop + CUT_TOLERANCE and item[1] >= start - CUT_TOLERANCE
+            }
+            counts["true"] += bool(hits)
+            missed += not hits
+            left -= hits
+        counts["missed"] += missed
+        counts["false"] += len(left)
+        counts["clean"] += not edit.joints and not found
+        if missed or left:
+            wrong.append(f"{edit.name}: {edit.joints}, found {found}")
+    return Tally(counts["true"], counts["false"], counts["missed"], counts["clean"]), wrong
+
+
+# --- bars, duplicates, motion ---------------------------------------------------------------------
+
+
+def bar_cases(seed: int) -> Iterator[tuple[str, np.ndarray, tuple[int, int, int, int]]]:
+    """Clips, and the bars in them: left, top, right, bottom."""
+    moving = pan(picture(seed), 1.5, 30)
+    for rows in (3, 6, 10, 18, 26, 40):
+        yield f"{rows} rows", with_bars(moving, rows), (0, rows, 0, rows)
+    for columns in (8, 32, 60):
+        yield f"{columns} columns", with_bars(moving, 0, columns), (columns, 0, columns, 0)
+    yield "both", with_bars(moving, 14, 30), (30, 14, 30, 14)
+    yield "grey bars", with_bars(moving, 18, level=14), (0, 18, 0, 18)
+    dark = scaled(moving, 0.35)
+    yield "dark scene in bars", with_bars(dark, 18), (0, 18, 0, 18)
+    yield "still in bars", with_bars(still(picture(seed), 30), 18), (0, 18, 0, 18)
+    none = (0, 0, 0, 0)
+    yield "none", moving, none
+    yield "dark scene", dark, none
+    yield "very dark scene", scaled(moving, 0.12), none
+    yield "black", np.zeros_like(moving), none
+    y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
+    vignette = np.clip(1.3 - 1.1 * np.hypot(x, y), 0, 1)[None, :, :, None]
+    yield "vignette", (moving * vignette).astype(np.uint8), none
+    skyline = np.array(moving)
+    roofs = 40 + (20 * np.sin(np.arange(WIDTH) / 7)).astype(int)
+    for column, roof in enumerate(roofs):
+        skyline[:, :roof, column] = 4
+        skyline[:, HEIGHT - 20 :, column] = 4
+    yield "night sky and street", skyline, none
+    disc = cv2.circle(np.zeros((HEIGHT, WIDTH, 1), np.uint8), (128, 72), 50, 1, -1)
+    yield "spotlight", moving * disc, none
+    stage = np.array(moving)
+    stage[:, :50] = 3
+    yield "dark above only", stage, none
+    late = np.concatenate([with_bars(moving[:15], 18), moving[15:]])
+    yield "bars half of the time", late, none
+
+
+def box_iou(found: Sequence[int], true: Sequence[int]) -> float:
+    """Intersection over union of the boxes inside two sets of bars."""
+    left, top = max(found[0], true[0]), max(found[1], true[1])
+    right, bottom = max(found[2], true[2]), max(found[3], true[3])
+    common = (WIDTH - left - right) * (HEIGHT - top - bottom)
+    areas = [(WIDTH - b[0] - b[2]) * (HEIGHT - b[1] - b[3]) for b in (found, true)]
+    return common / (sum(areas) - common)
+
+
+def bars_of(frames: np.ndarray) -> tuple[int, int, int, int]:
+    """The bars that are found in a clip."""
+    brightest = None
+    for frame in frames:
+        brightest = brighter_of(brightest, frame)
+    return tuple(find_bars(brightest))
+
+
+def tally_bars(seeds: Sequence[int]) -> tuple[Tally, list[float], list[str]]:
+    """Count bars found, with the overlap of the boxes of those that are there."""
+    counts = collections.Counter()
+    overlaps: list[float] = []
+    wrong: list[str] = []
+    for seed in seeds:
+        for name, frames, true in bar_cases(seed):
+            found = bars_of(compressed(frames))
+            counts[any(true), any(found)] += 1
+            if any(true) and any(found):
+                overlaps.append(box_iou(found, true))
+            if any(true) != any(found):
+                wrong.append(f"{name}: {found}, expected {true}")
+    return (
+        Tally(counts[True, True], counts[False, True], counts[True, False], counts[False, False]),
+        overlaps,
+        wrong,
+    )
+
+
+def tally_duplicates(num_pictures: int) -> tuple[Tally, list[str]]:
+    """Compare hashes of pictures, of copies of them, and of other pictures."""
+
+    def hash_of(image: np.ndarray) -> int:
+        return int(perceptual_hash(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)), 16)
+
+    originals = [picture(seed) for seed in range(num_pictures)]
+    hashes = [hash_of(image) for image in originals]
+    counts = collections.Counter()
+    wrong: list[str] = []
+    for index, image in enumerate(originals):
+        half = cv2.resize(image, (WIDTH // 2, HEIGHT // 2), interpolation=cv2.INTER_AREA)
+        copies = {
+            "low rate": compressed(still(image, 3), 38)[1],
+            "half size": half,
+            "small and low rate": compressed(still(half, 3), 32)[1],
+            "darker": scaled(image[None], 0.7)[0],
+            "grain": grainy(image[None], 10.0)[0],
+            "cropped by 3 %": image[4:-4, 8:-8],
+        }
+        for name, copy in copies.items():
+            bits = (hash_of(copy) ^ hashes[index]).bit_count()
+            counts[True, bits <= HASH_BITS] += 1
+            if bits > HASH_BITS:
+                wrong.append(f"missed: {name} ({bits} bits)")
+    for first in range(num_pictures):
+        for second in range(first):
+            if (first - second) % (2 * NUM_VIDEOS) == 0 and first % 2 == 0:
+                continue  # two frames of one video are no different pictures
+            bits = (hashes[first] ^ hashes[second]).bit_count()
+            counts[False, bits <= HASH_BITS] += 1
+            if bits <= HASH_BITS:
+                wrong.append(f"false: pictures {first} and {second} ({bits} bits)")
+    return (
+        Tally(counts[True, True], counts[False, True], counts[True, False], counts[False, False]),
+        wrong,
+    )
+
+
+def motion_speeds(seeds: Sequence[int]) -> tuple[list[float], dict[str, list[float]]]:
+    """True speeds of pans, px/s, and what is measured."""
+    true: list[float] = []
+    measured = collections.defaultdict(list)
+    for seed in seeds:
+        for step in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
+            scores = measure(compressed(pan(picture(seed), step, 24)))
+            true.append(step * np.hypot(1, 0.3) * FPS)
+            for name in ("motion", "camera_motion", "object_motion"):
+                measured[name].append(getattr(scores, f"{name}_px_per_s"))
+    return true, measured
+
+
+def object_speeds(seeds: Sequence[int]) -> tuple[list[float], dict[str, list[float]]]:
+    """True speeds of an object, averaged over the picture, before a camera that pans at 24 px/s."""
+    side = 60
+    true: list[float] = []
+    measured = collections.defaultdict(list)
+    for seed in seeds:
+        for step in (0.0, 1.0, 2.0, 3.0, 4.0):
+            ground = np.stack([shifted(picture(seed), k) for k in range(24)])
+            scores = measure(compressed(with_object(ground, side, step, seed + 1)))
+            # the object moves to the right, the picture to the left
+            true.append((step + 1.0) * FPS * side * side / (WIDTH * HEIGHT))
+            for name in ("camera_motion", "object_motion"):
+                measured[name].append(getattr(scores, f"{name}_px_per_s"))
+    return true, measured
+
+
+def distinct_rates(seeds: Sequence[int]) -> list[tuple[float, float]]:
+    """True rates of distinct frames, and what is measured."""
+    pairs = []
+    for seed in seeds:
+        for times in (1, 2, 3, 4, 6):
+            frames = compressed(repeated(pan(picture(seed), 1.0), times))
+            pairs.append((FPS / times, measure(frames).distinct_fps or 0.0))
+    return pairs
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def row(name: str, threshold: str, result: Tally, note: str = "") -> str:
+    """A line of the table."""
+    return (
+        f"| {name} | {threshold} | {result.true_found + result.missed} | "
+        f"{result.false_found + result.clean} | {result.precision:.3f} | {result.recall:.3f} | "
+        f"{note} |"
+    )
+
+
+def report(seeds: Sequence[int]) -> None:
+    """Print the tables."""
+    config = load_config("tiny").ingestion
+    faults: dict[str, list[str]] = {}
+    print("| what | threshold | with | without | precision | recall | |")
+    print("|---|---|---|---|---|---|---|")
+    for name, edits in (("hard cuts", cut_edits), ("dissolves and fades", transition_edits)):
+        result, faults[name] = tally_edits([e for seed in seeds for e in edits(seed)], config)
+        print(row(name, "preset", result, "without: clips that stay whole"))
+    result, overlaps, faults["bars"] = tally_bars(seeds)
+    note = f"IoU of the box: mean {np.mean(overlaps):.3f}, least {min(overlaps):.3f}"
+    print(row("letterbox and pillarbox", "fixed", result, note))
+    for name, (score, make) in CASES.items():
+        cases = [case for seed in seeds for case in make(seed)]
+        result, faults[name] = tally(score, THRESHOLDS[score], cases)
+        print(row(name, f"`{score}` > {THRESHOLDS[score]:g}", result))
+    result, faults["duplicates"] = tally_duplicates(10 * len(seeds))
+    print(row("duplicates", f"hashes differ in <= {HASH_BITS} bits", result))
+    print()
+    speeds, measured = motion_speeds(seeds)
+    print("| score | against | Spearman | median ratio |")
+    print("|---|---|---|---|")
+    for name in ("motion", "camera_motion"):
+        rank = spearmanr(speeds, measured[name]).statistic
+        ratio = np.median(np.divide(measured[name], speeds))
+        print(f"| `{name}_px_per_s` | speed of a pan | {rank:.3f} | {ratio:.2f} |")
+    share = np.median(np.divide(measured["object_motion"], speeds))
+    print(f"| `object_motion_px_per_s` | speed of a pan: should be 0 | | {share:.2f} |")
+    speeds, measured = object_speeds(seeds)
+    rank = spearmanr(speeds, measured["object_motion"]).statistic
+    ratio = np.median(np.divide(measured["object_motion"], speeds))
+    print(f"| `object_motion_px_per_s` | an object over a pan | {rank:.3f} | {ratio:.2f} |")
+    pairs = distinct_rates(seeds)
+    error = np.abs(np.array([found - true for true, found in pairs]))
+    print(f"| `distinct_fps` | rate | mean error {error.mean():.2f} | worst {error.max():.2f} |")
+    print()
+    for name, lines in faults.items():
+        for line, count in collections.Counter(lines).items():
+            print(f"- {name}: {line}" + (f" x {count}" if count > 1 else ""))
+
+
+def cost(num_frames: int = 240) -> None:
+    """Print the time a frame takes, in one thread."""
+    cv2.setNumThreads(1)
+    image = cv2.resize(drawn_picture(1), (320, 180))
+    frames = np.stack([shifted(image, 1.0 * k) for k in range(num_frames)])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        measure(frames)
+        times.append((time.perf_counter() - start) / num_frames)
+    print(f"{1000 * min(times):.2f} ms a frame of 320 x 180 px at 24 frames per second")
+
+
+def main() -> None:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description="How well the scores of a clip do.")
+    parser.add_argument("--seeds", type=int, default=6, help="sets of pictures")
+    parser.add_argument("--cost", action="store_true", help="only the time a frame takes")
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    if options.cost:
+        cost()
+    else:
+        report(range(options.seeds))
+
+
+if __name__ == "__main__":
+    main()
