@@ -159,6 +159,25 @@ def clips_of(table: pa.Table) -> list[Clip]:
     return [_clip_of(row) for row in table.to_pylist()]
 
 
+def unchecked_clips(table: pa.Table) -> list[Clip]:
+    """Return the rows of a table as clips whose values are not validated again: much faster.
+
+    Args:
+        table: A table of `CLIP_SCHEMA`, whose types and hash are right.
+    """
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    parts = []
+    for kind in (VideoInfo, ClipScores):
+        names = tuple(kind.model_fields)
+        values = zip(*(columns.pop(name) for name in names), strict=True)
+        parts.append([kind.model_construct(**dict(zip(names, row, strict=True))) for row in values])
+    names = tuple(columns)
+    return [
+        Clip.model_construct(info=info, scores=scores, **dict(zip(names, row, strict=True)))
+        for info, scores, row in zip(*parts, zip(*columns.values(), strict=True), strict=True)
+    ]
+
+
 def read_failures(clips: ClipSet) -> list[IngestedVideo]:
     """Return the quarantined files of a committed set with their reasons, in order of source.
 
