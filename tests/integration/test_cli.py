@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests import data_roots, media
-from ursa import storage
+from tests import media
 from ursa.config import load_config
 from ursa.video.decode import video_info
 
@@ -116,80 +114,6 @@ def test_a_plan_that_cannot_be_made(arguments, message):
     done = ursa("plan", *arguments)
     assert done.returncode == 1
     assert done.stderr == f"error: {message}\n"
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return data_roots.write_data_root(tmp_path_factory.mktemp("root"))
-
-
-def test_damage_is_named_and_repaired(data_root):
-    done = ursa("data", "verify", data_root.uri, "--media")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("all is whole\n")
-    shard = data_root.shards()[0]
-    data_roots.flip_bit(shard, 40, 6)
-    found = json.loads(ursa("data", "verify", data_root.uri, "--json").stdout)
-    assert [problem["uri"] for problem in found["problems"]] == [str(shard)]
-    done = ursa("data", "verify", env=os.environ | {"URSA_DATA_URI": data_root.uri})
-    assert done.returncode == 1
-    assert f"{shard}\n" in done.stdout
-    assert f"to do: ursa data repair {data_root.uri}\n\n1 problems" in done.stdout
-    done = ursa("data", "repair", data_root.uri)
-    assert done.returncode == 0, done.stderr
-    assert f"repaired  {shard}\n" in done.stdout
-    assert done.stdout.endswith("1 repaired, 0 left\n")
-    assert ursa("data", "verify", data_root.uri).returncode == 0
-    table = storage.local_path(data_root.selection.selection_uri)
-    data = table.read_bytes()
-    table.unlink()
-    done = ursa("data", "repair", data_root.uri)
-    table.write_bytes(data)
-    assert done.returncode == 1
-    assert f"LEFT  {table}\n" in done.stdout
-    assert "run the pipeline again" in done.stdout
-
-
-def test_data_are_counted_shown_and_judged_again(data_root, tmp_path):
-    done = ursa("data", "stats", data_root.uri, "--json")
-    assert json.loads(done.stdout)["num_kept"] == 4, done.stderr
-    assert "rejected: too_dark" in ursa("data", "stats", data_root.uri).stdout
-    done = ursa(
-        *("data", "what-if", data_root.uri, "--list", "--set", "selection.min_luminance=null"),
-        *("--set", "selection.min_sharpness=null", "--set", "selection.min_motion_px_per_s=null"),
-    )
-    assert "1 clips more, 0 clips less" in done.stdout, done.stderr
-    assert "too_dark file://" in done.stdout
-    done = ursa("data", "sample", data_root.uri, "--rejected", "--out", tmp_path / "look")
-    (path,) = done.stdout.split()
-    assert video_info(Path(path)).num_frames > 0
-    assert (tmp_path / "look" / "examples.json").is_file()
-    done = ursa("data", "card", data_root.uri, "--out", tmp_path / "card.html")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "card.html").read_text("utf-8").endswith("</html>\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("verify", "nowhere"), "nowhere holds no committed clips"),
-        (("stats", "nowhere"), "no committed selection at "),
-        (("sample", "--out", "x", "--kept", "--reason", "blurred"), "kept clips have no reason"),
-        (("card", "--out", "x.txt"), "--out must be a .html in a directory that exists, got x.txt"),
-        (("what-if", "--set", "min_sharpness"), "--set takes section.name=value, got"),
-        (("what-if", "--set", "selection.sharpness=3"), "did you mean 'min_sharpness'?"),
-        (("what-if", "--set", "seed=1", "--set", "seed.x=1"), "seed has a value already"),
-        (("verify", "--set", "selection.min_sharpness=[1"), "'[1' is no value"),
-    ],
-)
-def test_a_mistake_about_data_is_one_line(tmp_path, arguments, message):
-    environment = {"PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin"}
-    done = ursa("data", *arguments, cwd=tmp_path, env=environment)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_version_is_printed():

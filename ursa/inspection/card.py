@@ -117,10 +117,7 @@ def _head(stats: DataStats, selection: ClipSelection) -> str:
         ("clips", f"{stats.num_clips:,}"),
         ("kept", f"{stats.num_kept:,}"),
         ("kept, minutes", f"{stats.kept_duration_s / 60:,.1f}"),
-        (
-            "tokens" if num_sets < 2 else f"tokens in {num_sets} sets",
-            f"{sum(part.num_tokens for part in stats.tokens):,}",
-        ),
+        ("tokens" if num_sets == 1 else f"tokens in {num_sets} sets", f"{num_tokens:,}"),
     )
     cells = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts)
     return (
