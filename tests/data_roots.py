@@ -58,24 +58,30 @@ def write_source(folder: Path) -> Path:
     return folder
 
 
-def write_data_root(folder: Path) -> DataRoot:
+def write_data_root(folder: Path, uri: str | None = None) -> DataRoot:
     """Ingest, select and tokenize; the visual tokenizer has random weights."""
-    config, source, uri = root_config(), write_source(folder / "videos"), str(folder / "data")
+    config, source, uri = root_config(), write_source(folder / "videos"), uri or f"{folder}/data"
     files = ingestion.discover_videos(str(source))
     plan = ingestion.plan_ingestion(str(source), files, uri, config.ingestion)
     videos = [ingestion.ingest_video(file, uri, config.ingestion) for file in plan.todo]
     clips = ingestion.commit_clips(str(source), videos, uri, plan.fingerprint, config.ingestion)
     selection = ingestion.select_clips(clips, config.selection, seed=config.seed, output_uri=uri)
-    written = factories.write_visual_tokenizer(f"{uri}/tokenizers/visual/{'0' * 32}")
-    manifest_uri = f"{uri}/tokenizers/visual/{'0' * 32}/manifest.json"
-    tokenizer = storage.commit_record(
-        manifest_uri, TokenizerRef(**{**written.model_dump(), "manifest_uri": manifest_uri})
-    )
+    tokenizer = commit_tokenizer(uri, folder)
     units = plan_tokenization(selection, tokenizer, config, output_uri=uri)
     work = ClipTokenizer(tokenizer, config)
     done = [work(unit) for unit in units.todo]
     datasets = commit_tokens(units, done, tokenizer, config, output_uri=uri)
     return DataRoot(uri, source, config, selection, datasets)
+
+
+def commit_tokenizer(uri: str, folder: Path, *, seed: int = 0) -> TokenizerRef:
+    """Commit a visual tokenizer where runs do; another seed replaces its weights."""
+    written = factories.write_visual_tokenizer(str(folder), seed=seed)
+    place = f"{uri}/tokenizers/visual/{'0' * 32}"
+    storage.upload_directory(storage.local_path(written.directory_uri), f"{place}/model")
+    values = {"manifest_uri": f"{place}/manifest.json", "directory_uri": f"{place}/model"}
+    record = TokenizerRef(**{**written.model_dump(), **values})
+    return storage.commit_record(record.manifest_uri, record)
 
 
 def flip_bit(path: Path, place: int, bit: int) -> None:

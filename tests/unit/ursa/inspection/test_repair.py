@@ -76,13 +76,12 @@ def test_another_configuration_says_so(root):
     assert "name the one that made it with --preset and --set" in repair.detail
 
 
-def test_bytes_that_come_out_differently_are_not_written(root):
+def test_bytes_that_come_out_differently_are_not_written(root, tmp_path):
     """A tokenizer with other weights stands for another processor."""
     before = hashes(root)
     for path in root.shards():
         path.unlink()
-    folder = Path(root.uri) / "tokenizers" / "visual" / ("0" * 32)
-    factories.write_visual_tokenizer(str(folder), seed=1)
+    data_roots.commit_tokenizer(root.uri, tmp_path, seed=1)
     report = repair_root(root.uri)
     assert report.num_left == len(report.repairs) == 4
     assert "has other bytes" in report.repairs[0].detail
