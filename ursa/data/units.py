@@ -178,8 +178,9 @@ def expected_sample_ids(
         split: The clip's split.
         settings: Rate and distance of the samples, numbers of variants.
     """
+    samples = clip_samples(clip, settings)[modality]
     return [
         sample_id(clip.clip_id, modality, sample.start_s, variant)
         for variant in range(1 + num_variants(modality, split, settings))
-        for sample in clip_samples(clip, settings)[modality]
+        for sample in samples
     ]

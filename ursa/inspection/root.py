@@ -187,22 +187,66 @@ def find_recipe(
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    candidates: list[TokenizationRecipe] = []
-    folder_uri = datasets.manifest_uri.rpartition("/")[0]
-    try:
-        recipe = storage.load_record(storage.join(folder_uri, RECIPE_NAME), TokenizationRecipe)
-    except ManifestError:
-        recipe = None
-    if recipe is not None:
-        candidates.append(recipe)
-    if recipe is None or recipe.fingerprint != datasets.fingerprint:
-        candidates += [
-            TokenizationRecipe(selection=selection, visual_tokenizer=tokenizer, settings=part)
-            for selection in good_records(root_uri, SELECTIONS, ClipSelection)
-            for tokenizer in good_records(root_uri, VISUAL_TOKENIZERS, TokenizerRef)
-            for part in settings
-        ]
+    recipe = read_recipe(datasets)
+    if isinstance(recipe, TokenizationRecipe):
+        return recipe
+    candidates = (
+        TokenizationRecipe(selection=selection, visual_tokenizer=tokenizer, settings=part)
+        for selection in good_records(root_uri, SELECTIONS, ClipSelection)
+        for tokenizer in good_records(root_uri, VISUAL_TOKENIZERS, TokenizerRef)
+        for part in settings
+    )
     return next((item for item in candidates if item.fingerprint == datasets.fingerprint), None)
+
+
+def read_recipe(datasets: TokenDatasets) -> TokenizationRecipe | str | None:
+    """Return the recipe beside the manifest of a token data set.
+
+    Args:
+        datasets: The committed data sets.
+
+    Returns:
+        The recipe, or what is wrong with it, or None if there is none, as older code wrote none.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    uri = recipe_uri(datasets)
+    try:
+        recipe = storage.load_record(uri, TokenizationRecipe)
+    except ManifestError as error:
+        return str(error)
+    if recipe is not None and recipe.fingerprint != datasets.fingerprint:
+        return f"has fingerprint {recipe.fingerprint}, the data set {datasets.fingerprint}"
+    return recipe
+
+
+def recipe_difference(recipe: TokenizationRecipe) -> str | None:
+    """Return in what a recipe differs from the records that it repeats; None if it does not.
+
+    Args:
+        recipe: The recipe of a token data set.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    for part in (recipe.selection, recipe.visual_tokenizer):
+        try:
+            committed = storage.load_record(part.manifest_uri, type(part))
+        except ManifestError as error:
+            return str(error)
+        if committed != part:
+            return f"differs from {part.manifest_uri}: one of both is damaged or missing"
+    return None
+
+
+def recipe_uri(datasets: TokenDatasets) -> str:
+    """Return where the recipe of a token data set is.
+
+    Args:
+        datasets: The committed data sets.
+    """
+    return storage.join(datasets.manifest_uri.rpartition("/")[0], RECIPE_NAME)
 
 
 def find_thresholds(

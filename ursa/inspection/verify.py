@@ -132,6 +132,7 @@ def _verify_selections(tally: Tally) -> None:
         if not tally.is_at(uri, record.manifest_uri, record.fingerprint):
             continue
         hint = remake_hint(uri, record.selection_uri)
+        _verify_parent(tally, record, hint)
         try:
             clips, verdicts = read_selection_tables(record)
         except ShardFormatError as error:
@@ -142,6 +143,17 @@ def _verify_selections(tally: Tally) -> None:
         tally.num_bytes += storage.size_bytes(record.selection_uri)
         for detail in _selection_errors(record, clips, verdicts):
             tally.add(ProblemKind.CONTENT, record.selection_uri, detail, hint)
+
+
+def _verify_parent(tally: Tally, record: ClipSelection, hint: str) -> None:
+    """Compare the record of the clips in a selection with the one that is committed."""
+    uri = record.clips.manifest_uri
+    try:
+        if storage.load_record(uri, ClipSet) != record.clips:
+            detail = f"differs from the record of its clips at {uri}: one of both is damaged"
+            tally.add(ProblemKind.CONTENT, record.manifest_uri, detail, hint)
+    except ManifestError:
+        return  # named where clips are verified
 
 
 def _selection_errors(record: ClipSelection, clips: pa.Table, verdicts: pa.Table) -> Sequence[str]:

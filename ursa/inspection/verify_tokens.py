@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ursa import storage
-from ursa.artifacts import Modality, ShardInfo, TokenDataset, TokenDatasets
-from ursa.config import TokenizationConfig
+from ursa.artifacts import Modality, ShardInfo, Split, TokenDataset, TokenDatasets
+from ursa.config import TokenizationConfig, fingerprint
 from ursa.data.shards import read_shard
 from ursa.data.units import (
     MODALITIES,
@@ -25,7 +25,15 @@ from ursa.data.units import (
 )
 from ursa.errors import ManifestError, ShardFormatError
 from ursa.inspection.problems import ProblemKind, Tally, remake_hint, repair_hint
-from ursa.inspection.root import TOKENS, find_recipe, iter_records, list_below
+from ursa.inspection.root import (
+    TOKENS,
+    find_recipe,
+    iter_records,
+    list_below,
+    read_recipe,
+    recipe_difference,
+    recipe_uri,
+)
 
 KEY_DIGITS = 16
 """How much of a unit's key is in the name of its shards."""
@@ -93,17 +101,19 @@ class _TokenSet:
         self._manifest_uri = datasets.manifest_uri
         self._seen_clips: dict[Modality, set[str]] = {"image": set(), "video": set()}
         self._left = {
-            (modality, shard_key(shard)): (dataset, shard)
-            for dataset in self._parts()
-            for modality in (dataset.modality,)
-            for shard in dataset.shards
+            (modality, shard_key(shard)): (datasets.get(modality, split), shard)
+            for modality in MODALITIES
+            for split in SPLITS
+            for shard in datasets.get(modality, split).shards
         }
 
     def verify(self) -> set[str]:
         """Go through all shards; return the keys of their units, cut."""
         keys = {key for _, key in self._left}
-        for dataset in self._parts():
-            self._verify_counts(dataset)
+        self._verify_recipe()
+        for modality in MODALITIES:
+            for split in SPLITS:
+                self._verify_header(modality, split)
         are_known = self._recipe is not None and self._verify_units(self._recipe)
         if self._recipe is None:
             self._tally.not_checked.append(
@@ -116,18 +126,36 @@ class _TokenSet:
                 self._add_content(shard.uri, detail)
         return keys
 
-    def _parts(self) -> list[TokenDataset]:
-        return [self._datasets.get(modality, split) for modality in MODALITIES for split in SPLITS]
+    def _verify_recipe(self) -> None:
+        recipe = read_recipe(self._datasets)
+        if recipe is None:
+            return
+        detail = recipe if isinstance(recipe, str) else recipe_difference(recipe)
+        if detail is not None:
+            hint = "delete it, and name the settings with --preset and --set; training needs none"
+            self._tally.add(ProblemKind.MANIFEST, recipe_uri(self._datasets), detail, hint)
 
-    def _verify_counts(self, dataset: TokenDataset) -> None:
+    def _verify_header(self, modality: Modality, split: Split) -> None:
+        """Compare what the manifest says of one data set with what else is known."""
+        whole, dataset = self._datasets, self._datasets.get(modality, split)
         num_samples = sum(shard.num_samples for shard in dataset.shards)
-        num_tokens = num_samples * math.prod(dataset.latent_shape)
-        if (num_samples, num_tokens) != (dataset.num_samples, dataset.num_tokens):
-            self._add_content(
-                self._manifest_uri,
-                f"{dataset.modality} {dataset.split}: says {dataset.num_samples} samples and "
-                f"{dataset.num_tokens} tokens, its shards have {num_samples} and {num_tokens}",
-            )
+        stated: dict[str, object] = {
+            "manifest_uri": whole.manifest_uri,
+            "modality": modality,
+            "split": split,
+            "fingerprint": fingerprint(whole.fingerprint, modality, split),
+            "num_samples": num_samples,
+            "num_tokens": num_samples * math.prod(dataset.latent_shape),
+        }
+        if self._recipe is not None:
+            tokenizer = self._recipe.visual_tokenizer
+            stated["visual_tokenizer_fingerprint"] = tokenizer.fingerprint
+            stated["codebook_size"] = tokenizer.vocab_size
+        for name, expected in stated.items():
+            found = getattr(dataset, name)
+            if found != expected:
+                detail = f"{modality}_{split}: {name} is {found}, expected {expected}"
+                self._add_content(self._manifest_uri, detail)
 
     def _verify_units(self, recipe: TokenizationRecipe) -> bool:
         """Go through the units; return whether all of them are known."""

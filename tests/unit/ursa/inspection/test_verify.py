@@ -134,6 +134,20 @@ def test_counts_of_manifests_are_compared(root):
     assert "not a manifest" in " ".join(problem.detail for problem in problems(root))
 
 
+def test_a_changed_letter_of_a_manifest_is_found(root):
+    """Records repeat each other, so that one that was changed differs from the other."""
+    random = np.random.default_rng(0)
+    for pattern in ("clips/sets", "selections", "tokens"):
+        for path in Path(root.uri).glob(f"{pattern}/*/*.json"):
+            for place in random.integers(path.stat().st_size, size=20):
+                data_roots.flip_bit(path, int(place), 1)
+                found = verify_root(root.uri, config=root.config).problems
+                data_roots.flip_bit(path, int(place), 1)
+                data = path.read_bytes()
+                is_space = data[int(place)] in b" \n" and data[int(place)] ^ 2 in b" \n\t\r"
+                assert found or is_space, (path.name, data[max(0, place - 30) : place + 10])
+
+
 def test_a_unit_that_is_not_in_the_data_set_is_found(root):
     def without_shard(record):
         record["image_train"]["shards"] = []
@@ -209,7 +223,7 @@ def write_large_root(folder):
             latent_shape=shape,
             shards=shards,
             schema_version=SCHEMA_VERSION,
-            fingerprint=print_,
+            fingerprint=fingerprint(print_, modality, split),
         )
         for modality in ("image", "video")
         for split in ("train", "validation")
