@@ -7,6 +7,7 @@ from tasks.context import RunContext
 from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
+from ursa.data.units import TokenizedUnit
 
 
 @step(run_name="tokenize clips")
@@ -40,7 +41,7 @@ def tokenize_clips(
             new = cluster.map_units(
                 functools.partial(tokenization.ClipTokenizer, visual_tokenizer, config),
                 plan.todo,
-                tokenization.TokenizedUnit,
+                TokenizedUnit,
                 RuntimeSettings.from_env(),
                 on_progress=advance,
             )

@@ -153,6 +153,39 @@ def put_if_absent(uri: str, data: bytes) -> bytes:
         return path.read_bytes()
 
 
+def put_named_by_hash(uri: str, data: bytes) -> None:
+    """Write content under a name that holds its hash; whole content there is left alone.
+
+    Args:
+        uri: A file or object whose name could hold no other content.
+        data: The content.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    if put_if_absent(uri, data) != data:
+        write_bytes(uri, data)  # what stood there was damaged
+
+
+def damage_of(uri: str, sha256: str) -> str | None:
+    """Return what is wrong with a file or object whose hash is known; None if it is whole.
+
+    Args:
+        uri: A file or object.
+        sha256: What it must have, 64 hexadecimal digits.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    try:
+        found = hashlib.sha256(read_bytes(uri)).hexdigest()
+    except FileNotFoundError:
+        return "it is missing"
+    if found != sha256:
+        return f"sha256 is {found[:16]}..., expected {sha256[:16]}..."
+    return None
+
+
 def exists(uri: str) -> bool:
     """Whether a file or object stands at the URI.
 
@@ -173,6 +206,40 @@ def exists(uri: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def size_bytes(uri: str) -> int:
+    """Return the size of a file or object, bytes.
+
+    Args:
+        uri: A file or object.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the URI.
+        StorageError: If the store refuses or does not answer.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            return local_path(uri).stat().st_size
+    info: dict[str, Any] = _s3_call("_info", uri, deadline_s=30.0)
+    return int(info["size"])
+
+
+def modified_s(uri: str) -> float:
+    """Return when a file or object was written last, seconds since 1970.
+
+    Args:
+        uri: A file or object.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the URI.
+        StorageError: If the store refuses or does not answer.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            return local_path(uri).stat().st_mtime
+    info: dict[str, Any] = _s3_call("_info", uri, deadline_s=30.0)
+    return float(info["LastModified"].timestamp())
 
 
 def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:

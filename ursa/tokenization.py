@@ -17,16 +17,28 @@ from ursa.artifacts import (
     Clip,
     ClipSelection,
     Modality,
-    ShardInfo,
     Split,
     TokenDataset,
     TokenDatasets,
     TokenizerRef,
 )
-from ursa.config import FrozenModel, RunConfig, TokenizationConfig, fingerprint
+from ursa.config import RunConfig, TokenizationConfig, fingerprint
 from ursa.data.addresses import address_seed
-from ursa.data.clips import clip_frames, clip_windows, read_selection
-from ursa.data.shards import write_shard
+from ursa.data.shards import shard_bytes, write_shard
+from ursa.data.units import (
+    MODALITIES,
+    RECIPE_NAME,
+    SPLITS,
+    FailedClip,
+    Sample,
+    TokenizationRecipe,
+    TokenizationUnit,
+    TokenizedUnit,
+    clip_samples,
+    iter_units,
+    num_variants,
+    sample_id,
+)
 from ursa.errors import FailureBudgetExceeded, StorageError, UrsaError
 from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
 from ursa.video.decode import read_frames
@@ -35,37 +47,6 @@ from ursa.video.variants import ZOOM, vary
 logger = logging.getLogger(__name__)
 
 _BATCH_WINDOWS = 8
-MODALITIES: tuple[Modality, ...] = ("image", "video")
-SPLITS: tuple[Split, ...] = ("train", "validation")
-
-
-class TokenizationUnit(FrozenModel):
-    """A few clips of one split that become one shard a modality."""
-
-    key: str
-    split: Split
-    clips: tuple[Clip, ...]
-    output_uri: str
-
-
-class FailedClip(FrozenModel):
-    """A clip that could not be tokenized, and why."""
-
-    clip_id: str
-    source_uri: str
-    detail: str
-
-
-class TokenizedUnit(FrozenModel):
-    """What became of a unit, committed."""
-
-    key: str
-    split: Split
-    image: ShardInfo | None
-    video: ShardInfo | None
-    num_clips: int
-    num_too_short: int
-    failed: tuple[FailedClip, ...]
 
 
 class TokenizationPlan(NamedTuple):
@@ -74,7 +55,12 @@ class TokenizationPlan(NamedTuple):
     committed: TokenDatasets | None
     done: tuple[TokenizedUnit, ...]
     todo: tuple[TokenizationUnit, ...]
-    fingerprint: str
+    recipe: TokenizationRecipe
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the data sets."""
+        return self.recipe.fingerprint
 
 
 def plan_tokenization(
@@ -99,41 +85,34 @@ def plan_tokenization(
         ShardFormatError: If a table of the clips is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    settings = config.tokenization
-    print_ = fingerprint(
-        "tokens", SCHEMA_VERSION, selection.fingerprint, visual_tokenizer.fingerprint, settings
+    recipe = TokenizationRecipe(
+        selection=selection, visual_tokenizer=visual_tokenizer, settings=config.tokenization
     )
-    committed = storage.load_record(_root(output_uri, print_, "manifest.json"), TokenDatasets)
+    manifest_uri = _root(output_uri, recipe.fingerprint, "manifest.json")
+    committed = storage.load_record(manifest_uri, TokenDatasets)
     if committed is not None:
-        return TokenizationPlan(committed, (), (), print_)
-    kept = [item for item in read_selection(selection) if item.kept]
+        return TokenizationPlan(committed, (), (), recipe)
     done, todo = [], []
-    for split in SPLITS:
-        clips = [item.clip for item in kept if item.split == split]
-        for start in range(0, len(clips), settings.clips_per_shard):
-            part = tuple(clips[start : start + settings.clips_per_shard])
-            # captions and motion go into the rows, so the whole clip record is the identity
-            key = fingerprint(
-                "token-unit", SCHEMA_VERSION, settings, visual_tokenizer.fingerprint, split, *part
-            )[:32]
-            unit = TokenizationUnit(key=key, split=split, clips=part, output_uri=output_uri)
-            result = storage.load_record(_unit_uri(unit), TokenizedUnit)
-            if result is None:
-                todo.append(unit)
-            else:
-                done.append(result)
-    return TokenizationPlan(None, tuple(done), tuple(todo), print_)
+    for unit in iter_units(recipe, output_uri):
+        result = storage.load_record(unit.record_uri, TokenizedUnit)
+        if result is None:
+            todo.append(unit)
+        else:
+            done.append(result)
+    return TokenizationPlan(None, tuple(done), tuple(todo), recipe)
 
 
 class ClipTokenizer:
     """The unit function, with the visual tokenizer loaded once a process."""
 
-    def __init__(self, visual_tokenizer: TokenizerRef, config: RunConfig) -> None:
+    def __init__(
+        self, visual_tokenizer: TokenizerRef, config: RunConfig | TokenizationConfig
+    ) -> None:
         """Load the tokenizer; runs in the process that uses it.
 
         Args:
             visual_tokenizer: The committed tokenizer.
-            config: The run; `tokenization` matters.
+            config: The run, of which `tokenization` matters, or that section alone.
 
         Raises:
             ConfigError: If there is no such tokenizer.
@@ -141,7 +120,7 @@ class ClipTokenizer:
         """
         with storage.local_directory(visual_tokenizer.directory_uri) as folder:
             self._tokenizer = load_visual_tokenizer(folder)
-        self._settings = config.tokenization
+        self._settings = config.tokenization if isinstance(config, RunConfig) else config
 
     def __call__(self, unit: TokenizationUnit) -> TokenizedUnit:
         """Tokenize a unit and commit its record; a unit that is committed is returned as it is.
@@ -156,7 +135,7 @@ class ClipTokenizer:
             StorageError: If the store does not answer; a clip that cannot be read is not an
                 exception but an entry of `failed`.
         """
-        done = storage.load_record(_unit_uri(unit), TokenizedUnit)
+        done = storage.load_record(unit.record_uri, TokenizedUnit)
         if done is not None:
             return done
         rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
@@ -187,7 +166,7 @@ class ClipTokenizer:
             for modality in MODALITIES
         }
         return storage.commit_record(
-            _unit_uri(unit),
+            unit.record_uri,
             TokenizedUnit(
                 key=unit.key,
                 split=unit.split,
@@ -198,6 +177,34 @@ class ClipTokenizer:
                 failed=tuple(failed),
             ),
         )
+
+    def remake(self, unit: TokenizationUnit, record: TokenizedUnit | None) -> dict[Modality, bytes]:
+        """Return the shards of a committed unit again, as bytes; nothing is written.
+
+        Args:
+            unit: The unit.
+            record: What became of it; clips that failed then are left out again. None: none failed.
+
+        Returns:
+            Bytes by modality. On another processor or with other versions of the libraries they
+            may differ from those that the record names.
+
+        Raises:
+            VideoDecodeError: If a clip cannot be read.
+            FileNotFoundError: If a clip is missing.
+            StorageError: If the store refuses or does not answer.
+        """
+        left_out = {clip.clip_id for clip in record.failed} if record is not None else set()
+        rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
+        for clip in unit.clips:
+            if clip.clip_id not in left_out:
+                found = tokenize_clip(clip, unit.split, self._tokenizer, self._settings)
+                for modality in MODALITIES:
+                    rows[modality] += found[modality]
+        num_codes = len(self._tokenizer.codebook)
+        return {
+            modality: shard_bytes(part, codebook_size=num_codes) for modality, part in rows.items()
+        }
 
 
 def tokenize_clip(
@@ -217,12 +224,8 @@ def tokenize_clip(
     Raises:
         VideoDecodeError: If the clip cannot be read.
     """
-    images = [(start, [index]) for start, index in clip_frames(clip, settings.image_stride_s)]
-    videos = list(clip_windows(clip, settings))
-    samples: dict[Modality, list[tuple[float, list[int]]]] = {"image": images, "video": videos}
-    num_variants: dict[Modality, int] = {"image": 0, "video": 0}
-    if split == "train":
-        num_variants = {"image": settings.image_variants, "video": settings.video_variants}
+    samples = clip_samples(clip, settings)
+    variants = {modality: num_variants(modality, split, settings) for modality in MODALITIES}
     rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
     wanted = sorted({index for found in samples.values() for _, part in found for index in part})
     with storage.local_copy(clip.media_uri) as path:
@@ -230,11 +233,11 @@ def tokenize_clip(
         height, width = settings.height_px, settings.width_px
         small = read_frames(path, wanted, height_px=height, width_px=width)
         large = small
-        if any(num_variants.values()):
+        if any(variants.values()):
             large = read_frames(path, wanted, height_px=ZOOM * height, width_px=ZOOM * width)
     place = {index: position for position, index in enumerate(wanted)}
     for modality in MODALITIES:
-        for variant in range(1 + num_variants[modality]):
+        for variant in range(1 + variants[modality]):
             for part in _parts(samples[modality]):
                 windows = []
                 for start, indices in part:
@@ -298,6 +301,7 @@ def commit_tokens(
         for modality in MODALITIES
         for split in SPLITS
     }
+    storage.commit_record(_root(output_uri, plan.fingerprint, RECIPE_NAME), plan.recipe)
     return storage.commit_record(
         manifest_uri,
         TokenDatasets(
@@ -357,7 +361,7 @@ def _row(
 ) -> dict[str, Any]:
     frames, rows, columns = grid.shape
     return {
-        "sample_id": f"{clip.clip_id}-{modality}-{round(start_s * 1000):07d}-{variant}",
+        "sample_id": sample_id(clip.clip_id, modality, start_s, variant),
         "clip_id": clip.clip_id,
         "source_uri": clip.source_uri,
         "source_sha256": clip.source_sha256,
@@ -374,14 +378,10 @@ def _row(
     }
 
 
-def _parts(samples: list[tuple[float, list[int]]]) -> Iterator[list[tuple[float, list[int]]]]:
+def _parts(samples: list[Sample]) -> Iterator[list[Sample]]:
     for start in range(0, len(samples), _BATCH_WINDOWS):
         yield samples[start : start + _BATCH_WINDOWS]
 
 
 def _root(output_uri: str, print_: str, *parts: str) -> str:
     return storage.join(output_uri, "tokens", print_[:32], *parts)
-
-
-def _unit_uri(unit: TokenizationUnit) -> str:
-    return storage.join(unit.output_uri, "tokens", "units", f"{unit.key}.json")

@@ -8,11 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests import factories
+from tests import data_roots, factories
 from ursa import storage
 from ursa.artifacts import SourceVideo
+from ursa.data.clips import read_selection
 from ursa.data.dataset import TokenSamples
-from ursa.errors import ManifestError, StorageConfigurationError, StorageError
+from ursa.errors import DataError, ManifestError, StorageConfigurationError, StorageError
+from ursa.inspection.repair import repair_root
+from ursa.inspection.stats import data_stats
+from ursa.inspection.verify import verify_root
+from ursa.inspection.what_if import what_if
 from ursa.training.checkpoint import latest_checkpoint
 from ursa.training.stage import find_stage, stage_fingerprint, train_stage
 
@@ -197,3 +202,24 @@ def test_shards_are_read_from_the_store(prefix):
     samples = TokenSamples(dataset)
     rows = factories.token_rows("video", 6)
     assert samples.sample_ids == [row["sample_id"] for row in rows]
+
+
+def test_a_data_root_in_the_store_is_verified_and_repaired(prefix, tmp_path):
+    root = data_roots.write_data_root(tmp_path, prefix)
+    whole = verify_root(prefix, with_media=True)
+    assert (whole.problems, whole.not_checked) == ((), ())
+    shards = root.datasets.video_train.shards
+    clip = read_selection(root.selection)[0].clip
+    before = {item.uri: item.etag for item in storage.list_files(prefix)}
+    storage.remove_file(shards[0].uri)
+    storage.write_bytes(clip.media_uri, b"x" + storage.read_bytes(clip.media_uri)[1:])
+    found = {problem.uri for problem in verify_root(prefix, with_media=True).problems}
+    assert found == {shards[0].uri, clip.media_uri}
+    assert repair_root(prefix, config=root.config).num_left == 0
+    assert {item.uri: item.etag for item in storage.list_files(prefix)} == before
+    stats = data_stats(prefix)
+    assert stats.media_bytes > 0
+    assert len(stats.tokens) == 4
+    assert what_if(prefix, root.config).then.num_kept == stats.num_kept == 4
+    with pytest.raises(DataError, match="holds no committed clips"):
+        verify_root(f"{prefix}-not")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from ursa import __version__
-from ursa.cli import path
+from ursa.cli import data, path
 from ursa.cli.demo import demo
 from ursa.cli.generate import generate
 from ursa.cli.plan import plan
@@ -22,6 +22,7 @@ app.command(generate)
 app.command(demo)
 app.command(plan)
 app.command(path.app)
+app.command(data.app)
 
 
 @app.command

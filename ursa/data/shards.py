@@ -13,6 +13,8 @@ from ursa.artifacts import SCHEMA_VERSION, ShardInfo
 from ursa.data.schema import token_schema
 from ursa.errors import ShardFormatError
 
+_REPAIR = "`ursa data repair` with the data root makes it again"
+
 
 def write_shard(
     rows: Sequence[dict[str, Any]], uri_prefix: str, *, codebook_size: int
@@ -30,14 +32,24 @@ def write_shard(
     Raises:
         StorageError: If the store refuses or does not answer.
     """
+    data = shard_bytes(rows, codebook_size=codebook_size)
+    digest = hashlib.sha256(data).hexdigest()
+    uri = f"{uri_prefix}-{digest[:16]}.parquet"
+    storage.put_named_by_hash(uri, data)
+    return ShardInfo(uri=uri, num_samples=len(rows), num_bytes=len(data), sha256=digest)
+
+
+def shard_bytes(rows: Sequence[dict[str, Any]], *, codebook_size: int) -> bytes:
+    """Return rows as the bytes of a shard: the same rows give the same bytes.
+
+    Args:
+        rows: Values by the column names of `token_schema`.
+        codebook_size: Number of codes of the visual tokenizer.
+    """
     table = pa.Table.from_pylist(list(rows), schema=token_schema(codebook_size))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
-    digest = hashlib.sha256(data).hexdigest()
-    uri = f"{uri_prefix}-{digest[:16]}.parquet"
-    storage.put_if_absent(uri, data)
-    return ShardInfo(uri=uri, num_samples=len(rows), num_bytes=len(data), sha256=digest)
+    return buffer.getvalue()
 
 
 def read_shard(shard: ShardInfo, *, codebook_size: int) -> pa.Table:
@@ -57,16 +69,16 @@ def read_shard(shard: ShardInfo, *, codebook_size: int) -> pa.Table:
     try:
         data = storage.read_bytes(shard.uri)
     except FileNotFoundError as error:
-        raise ShardFormatError(f"{shard.uri}: the shard is missing; run tokenization again") from (
-            error
-        )
+        raise ShardFormatError(f"{shard.uri}: the shard is missing; {_REPAIR}") from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != shard.sha256:
         raise ShardFormatError(
-            f"{shard.uri}: sha256 is {digest[:16]}..., expected {shard.sha256[:16]}...; delete the "
-            "file and run tokenization again"
+            f"{shard.uri}: sha256 is {digest[:16]}..., expected {shard.sha256[:16]}...; {_REPAIR}"
         )
-    table = pq.read_table(io.BytesIO(data))
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except pa.ArrowException as error:
+        raise ShardFormatError(f"{shard.uri}: no Parquet file ({error})") from error
     expected = token_schema(codebook_size)
     if not table.schema.equals(expected, check_metadata=True):
         raise ShardFormatError(

@@ -34,7 +34,7 @@ def test_name_holds_the_hash(shard):
 
 def test_missing_shard(shard):
     storage.remove_file(shard.uri)
-    with pytest.raises(ShardFormatError, match="is missing; run tokenization again"):
+    with pytest.raises(ShardFormatError, match="is missing; `ursa data repair`"):
         read_shard(shard, codebook_size=60)
 
 

@@ -1,0 +1,101 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests import browser, data_roots
+from ursa.inspection.card import data_card, escape
+from ursa.inspection.pictures import score_histograms
+from ursa.inspection.root import find_thresholds
+
+STRUCTURE = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "div", "p", "br"}
+CONTENT = {"b", "i", "span", "table", "tr", "th", "td", "figure", "img", "figcaption"}
+
+
+class Elements(HTMLParser):
+    """All elements with their attributes, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_texts_of_users_stay_texts(root):
+    page = data_card(root.uri, config=root.config)
+    elements = Elements(page)
+    assert {tag for tag, _ in elements.found} <= STRUCTURE | CONTENT
+    assert "<script" not in page.lower()
+    assert data_roots.CAPTION in elements.text
+    assert "<b>pan & scan.mp4" in elements.text  # the name of a file
+
+
+def test_the_card_loads_nothing(root):
+    elements = Elements(data_card(root.uri))
+    sources = [attrs["src"] for tag, attrs in elements.found if tag == "img"]
+    assert len(sources) == 1 + 5
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not any({"href", "onload", "onerror"} & set(attrs) for _, attrs in elements.found)
+    assert "url(" not in elements.text
+
+
+def test_the_card_shows_counts_reasons_and_tokens(root):
+    text = Elements(data_card(root.uri, config=root.config)).text
+    for part in ("quarantined: not_a_video", "rejected: too_dark", "128x96", "sidecar", "template"):
+        assert part in text
+    assert "Dashed: the thresholds of this selection." in text
+    assert f"{root.datasets.video_train.num_tokens:,}" in text
+    assert data_card(root.uri) == data_card(root.uri)
+
+
+def test_unknown_thresholds_and_missing_clips_are_said(root):
+    for path in root.media():
+        path.unlink()
+    other = data_roots.root_config(selection={"min_sharpness": 31.0})
+    text = Elements(data_card(root.uri, config=other)).text
+    assert text.count("the clip is missing or damaged") == 5
+    assert "thresholds that made this selection are not known" in text
+
+
+def test_thresholds_are_proved_by_the_fingerprint(root):
+    other = data_roots.root_config(selection={"min_sharpness": 31.0})
+    assert find_thresholds(root.selection, [other, root.config]) == root.config.selection
+    assert find_thresholds(root.selection, [other]) is None
+
+
+@pytest.mark.parametrize("text", ["<script>&\"'", "\udcff", "a\x00b"])
+def test_any_text_can_be_written(text):
+    assert not re.search(r"[<>\"']", escape(text))
+    escape(text).encode()
+
+
+def test_scores_that_are_not_measured_are_left_out(root):
+    table = pa.table({"sharpness": [1.0, None, 3.0], "luminance": pa.nulls(3, pa.float64())})
+    kept = np.array([True, True, False])
+    assert score_histograms(table, kept, root.config.selection).startswith(b"\x89PNG")
+    assert score_histograms(table.select(["luminance"]), kept, None) is None
+
+
+@browser.needs_browser
+def test_a_browser_shows_all_pictures_and_runs_nothing(root, tmp_path):
+    page = tmp_path / "card.html"
+    page.write_text(data_card(root.uri, config=root.config), "utf-8")
+    with browser.open_browser(tmp_path / "profile") as driver:
+        driver.get(page.as_uri())
+        browser.wait_for(driver, "Rejected clips", data_roots.CAPTION)
+        widths = driver.execute_script("return [...document.images].map(i => i.naturalWidth)")
+        overflow = driver.execute_script(
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert driver.get_log("browser") == []
+    assert len(widths) == 6
+    assert min(widths) >= 480
+    assert overflow == 0

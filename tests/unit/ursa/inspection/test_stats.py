@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ursa.data.clips import read_clips, read_selection
+from ursa.errors import DataError
+from ursa.inspection.stats import QUANTILES, data_stats
+
+
+def test_counts_are_those_of_the_rows(root):
+    stats = data_stats(root.uri)
+    clips = read_clips(root.selection.clips)
+    kept = [item.clip for item in read_selection(root.selection) if item.kept]
+    assert (stats.num_files, stats.num_failed_files) == (4, 1)
+    assert (stats.num_clips, stats.num_kept) == (5, 4) == (len(clips), len(kept))
+    assert stats.duration_s == pytest.approx(sum(clip.info.duration_s for clip in clips))
+    assert stats.kept_duration_s == pytest.approx(sum(clip.info.duration_s for clip in kept))
+    assert stats.resolutions == {"128x96": 5}
+    assert stats.frame_rates == {"12": 5}
+    assert stats.captions == {"template": 3, "sidecar": 2}
+    assert stats.licences == {"unknown": 5}
+    funnel = {row.step: (row.count, row.total) for row in stats.funnel}
+    assert funnel["quarantined: not_a_video"] == (1, 4)
+    assert funnel["rejected: too_dark"] == (1, 5)
+    assert funnel["clips kept"] == (4, 5)
+    assert stats.media_bytes == sum(path.stat().st_size for path in root.media())
+    assert stats.shard_bytes == sum(path.stat().st_size for path in root.shards())
+    assert stats.table_bytes == sum(
+        path.stat().st_size
+        for pattern in ("clips/sets/*/clips-*", "selections/*/selection-*")
+        for path in Path(root.uri).glob(pattern)
+    )
+
+
+def test_scores_are_quantiles_of_all_and_of_kept_clips(root):
+    stats = data_stats(root.uri)
+    items = read_selection(root.selection)
+    for scores, clips in (
+        (stats.scores, [item.clip for item in items]),
+        (stats.kept_scores, [item.clip for item in items if item.kept]),
+    ):
+        values = [clip.scores.luminance for clip in clips]
+        assert scores["luminance"].num_measured == len(clips)
+        assert scores["luminance"].values == pytest.approx(np.quantile(values, QUANTILES))
+        assert "perceptual_hash" not in scores
+
+
+def test_tokens_are_counted_by_modality_and_split(root):
+    counts = {(part.modality, part.split): part for part in data_stats(root.uri).tokens}
+    assert len(counts) == 4
+    for (modality, split), part in counts.items():
+        dataset = root.datasets.get(modality, split)
+        assert part.num_samples == dataset.num_samples
+        assert part.num_tokens == dataset.num_tokens
+        assert part.num_shards == len(dataset.shards)
+    Path(root.datasets.manifest_uri).with_name("recipe.json").unlink()
+    assert data_stats(root.uri).tokens == ()
+    assert len(data_stats(root.uri, config=root.config).tokens) == 4
+
+
+def test_a_selection_can_be_named_by_its_folder(root, tmp_path):
+    folder = root.selection.manifest_uri.rpartition("/")[0]
+    assert data_stats(root.uri, selection_uri=folder) == data_stats(root.uri)
+    with pytest.raises(DataError, match=r"no committed selection at .*gone/manifest\.json"):
+        data_stats(root.uri, selection_uri=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match="run the data preparation first"):
+        data_stats(str(tmp_path))

@@ -1,0 +1,247 @@
+"""`ursa data`: verify, repair, count and show the data of runs, and try other thresholds."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from ursa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ursa.config import RunConfig
+
+app = App(name="data", help="Verify, repair, count and show the data of runs.")
+
+AsJson = Annotated[bool, Parameter(name="--json", negative=())]
+Changes = Annotated[tuple[str, ...], Parameter(name="--set", negative=())]
+Flag = Annotated[bool, Parameter(negative=())]
+Preset = Literal["tiny", "small"]
+
+
+@app.command
+def verify(
+    root: str | None = None,
+    *,
+    media: Flag = False,
+    preset: Preset | None = None,
+    changes: Changes = (),
+    as_json: AsJson = False,
+) -> None:
+    """Check every committed file: there, whole, of its schema, no sample missing or twice.
+
+    Names each damaged file and what to do; exit status 1 if anything is wrong. Example:
+    ursa data verify .ursa/data --media
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        media: Read all clip files too.
+        preset: What made data sets without a recipe; else the presets are tried.
+        changes: Overrides of the preset, such as tokenization.fps=12; may be given again.
+        as_json: Print JSON.
+    """
+    from ursa.inspection.verify import verify_root
+
+    found = verify_root(_root(root), with_media=media, config=_config(preset, changes))
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        print(
+            f"checked {found.num_clip_sets} sets of clips, {found.num_selections} selections, "
+            f"{found.num_token_sets} sets of tokens: {found.num_clips:,} clips, "
+            f"{found.num_samples:,} samples, {found.num_files:,} files, {found.num_bytes:,} bytes"
+        )
+        for item in found.not_checked:
+            print(f"not checked: {item}")
+        for problem in found.problems:
+            print(f"\n{problem.uri}\n  {problem.detail}\n  to do: {problem.repair}")
+        print(f"\n{len(found.problems)} problems" if found.problems else "all is whole")
+    if found.problems:
+        sys.exit(1)
+
+
+@app.command
+def repair(root: str | None = None, *, preset: Preset | None = None, changes: Changes = ()) -> None:
+    """Make damaged or missing token shards and clips again, and nothing else.
+
+    A file is written only if its bytes are those that its manifest names; exit status 1 if
+    something is left. Example: ursa data repair .ursa/data
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        preset: What made data sets without a recipe; else the presets are tried.
+        changes: Overrides of the preset, such as ingestion.clip_fps=12; may be given again.
+    """
+    from ursa.inspection.repair import repair_root
+
+    report = repair_root(_root(root), config=_config(preset, changes))
+    for item in report.repairs:
+        print(f"{'repaired' if item.is_repaired else 'LEFT'}  {item.uri}\n  {item.detail}")
+    print(f"{len(report.repairs) - report.num_left} repaired, {report.num_left} left")
+    if report.num_left:
+        sys.exit(1)
+
+
+@app.command
+def stats(
+    root: str | None = None,
+    *,
+    selection: str | None = None,
+    preset: Preset | None = None,
+    changes: Changes = (),
+    as_json: AsJson = False,
+) -> None:
+    """Count files, clips, seconds, reasons, sizes, scores, tokens, bytes, captions.
+
+    Example: ursa data stats .ursa/data --json
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        selection: Manifest or folder of a selection; the newest.
+        preset: What made token data sets without a recipe; else the presets are tried.
+        changes: Overrides of the preset, such as tokenization.fps=12; may be given again.
+        as_json: Print JSON; durations in seconds, sizes in bytes.
+    """
+    from ursa.inspection.stats import data_stats
+
+    found = data_stats(_root(root), selection_uri=selection, config=_config(preset, changes))
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        from ursa.cli.data_tables import print_stats
+
+        print_stats(found)
+
+
+@app.command
+def sample(
+    root: str | None = None,
+    *,
+    out: Path,
+    kept: Flag = False,
+    rejected: Flag = False,
+    reason: str | None = None,
+    number: int = 8,
+    strips: Flag = False,
+    selection: str | None = None,
+) -> None:
+    """Copy example clips with their scores and reasons to look at.
+
+    Example: ursa data sample --rejected --reason blurred --number 20 --out blurred/
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        out: Folder for the clips and examples.json; made if missing.
+        kept: Kept clips; with neither this nor --rejected, both.
+        rejected: Rejected clips.
+        reason: Clips rejected for this reason.
+        number: How many at most, evenly spread over all of the kind.
+        strips: Write strips of frames as PNG instead of clips.
+        selection: Manifest or folder of a selection; the newest.
+    """
+    if kept and reason is not None:
+        raise ConfigError("kept clips have no reason; leave out --kept or --reason")
+    from ursa.inspection.examples import choose_examples, write_examples
+    from ursa.inspection.root import load_selection
+
+    chosen = None if kept == rejected else kept
+    record = load_selection(_root(root), selection)
+    examples = choose_examples(record, number, kept=chosen, reason=reason)
+    for path in write_examples(examples, out, as_strips=strips):
+        print(path)
+    if not examples:
+        print("no clip of this kind")
+
+
+@app.command(name="what-if")
+def what_if(
+    root: str | None = None,
+    *,
+    preset: Preset = "tiny",
+    changes: Changes = (),
+    selection: str | None = None,
+    list_clips: Annotated[bool, Parameter(name="--list", negative=())] = False,
+) -> None:
+    """Show what other thresholds would keep, from stored scores; nothing is decoded or written.
+
+    Example: ursa data what-if --preset tiny --set selection.min_sharpness=30 --list
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        preset: Where thresholds that are not set come from.
+        changes: Thresholds to try, such as selection.min_sharpness=30; may be given again.
+        selection: Manifest or folder of the selection to compare with; the newest.
+        list_clips: Name the clips that make the difference.
+    """
+    from ursa.cli.data_tables import print_what_if
+    from ursa.inspection.what_if import what_if as judge_again
+
+    result = judge_again(_root(root), _load(preset, changes), selection_uri=selection)
+    print_what_if(result, list_clips=list_clips)
+
+
+@app.command
+def card(
+    root: str | None = None,
+    *,
+    out: Path,
+    selection: str | None = None,
+    preset: Preset | None = None,
+    changes: Changes = (),
+) -> None:
+    """Write a data card: one HTML file with funnel, scores, sizes, captions and examples.
+
+    Example: ursa data card .ursa/data --out card.html
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        out: The file, .html.
+        selection: Manifest or folder of a selection; the newest.
+        preset: What made the selection, for its thresholds; else the presets are tried.
+        changes: Overrides of the preset; may be given again.
+    """
+    if out.suffix.lower() != ".html" or not out.parent.is_dir():
+        raise ConfigError(f"--out must be a .html in a directory that exists, got {out}")
+    from ursa.inspection.card import data_card
+
+    config = _config(preset, changes)
+    out.write_text(data_card(_root(root), selection_uri=selection, config=config), "utf-8")
+    print(out)
+
+
+def _root(root: str | None) -> str:
+    """Return the data root as runs write it into their manifests."""
+    import os
+
+    uri = root or os.environ.get("URSA_DATA_URI") or ".ursa/data"
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def _config(preset: str | None, changes: Sequence[str]) -> "RunConfig | None":
+    """Return the configuration that `--preset` and `--set` name; None if they are not given."""
+    return _load(preset or "tiny", changes) if preset is not None or changes else None
+
+
+def _load(preset: str, changes: Sequence[str]) -> "RunConfig":
+    """Return a preset with the changes that `--set` names."""
+    import yaml
+
+    from ursa.config import load_config
+
+    overrides: dict[str, Any] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        section, *names = key.strip().split(".")
+        if not equals or not all([section, *names]):
+            raise ConfigError(f"--set takes section.name=value, got {change!r}")
+        place = overrides
+        for name in (section, *names)[:-1]:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {change!r}: {name} has a value already")
+        try:
+            place[(section, *names)[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {change!r}: {value!r} is no value") from error
+    return load_config(preset, overrides)

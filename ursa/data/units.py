@@ -1,0 +1,186 @@
+"""Units of tokenization: the few clips that become one shard, their records, and their samples.
+
+A recipe (selection, visual tokenizer, settings) decides the units of a token data set, and a unit
+decides its samples. So a reader can tell which samples must be there, and make a shard again.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ursa import storage
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    Clip,
+    ClipSelection,
+    Modality,
+    ShardInfo,
+    Split,
+    TokenizerRef,
+)
+from ursa.config import FrozenModel, TokenizationConfig, fingerprint
+from ursa.data.clips import clip_frames, clip_windows, clips_of, read_selection_tables
+
+MODALITIES: tuple[Modality, ...] = ("image", "video")
+SPLITS: tuple[Split, ...] = ("train", "validation")
+RECIPE_NAME = "recipe.json"
+
+
+class TokenizationUnit(FrozenModel):
+    """A few clips of one split that become one shard a modality."""
+
+    key: str
+    split: Split
+    clips: tuple[Clip, ...]
+    output_uri: str
+
+    @property
+    def record_uri(self) -> str:
+        """Where the record of the unit is committed."""
+        return storage.join(self.output_uri, "tokens", "units", f"{self.key}.json")
+
+
+class FailedClip(FrozenModel):
+    """A clip that could not be tokenized, and why."""
+
+    clip_id: str
+    source_uri: str
+    detail: str
+
+
+class TokenizedUnit(FrozenModel):
+    """What became of a unit, committed."""
+
+    key: str
+    split: Split
+    image: ShardInfo | None
+    video: ShardInfo | None
+    num_clips: int
+    num_too_short: int
+    failed: tuple[FailedClip, ...]
+
+    def shard(self, modality: Modality) -> ShardInfo | None:
+        """Return the shard of a modality; None if no clip gave a sample.
+
+        Args:
+            modality: "image" or "video".
+        """
+        return self.image if modality == "image" else self.video
+
+
+class TokenizationRecipe(FrozenModel):
+    """Everything that decides a token data set, committed beside its manifest."""
+
+    selection: ClipSelection
+    visual_tokenizer: TokenizerRef
+    settings: TokenizationConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the data set."""
+        return fingerprint(
+            "tokens",
+            SCHEMA_VERSION,
+            self.selection.fingerprint,
+            self.visual_tokenizer.fingerprint,
+            self.settings,
+        )
+
+
+class Sample(NamedTuple):
+    """A sample of a clip: the frames from `start_s` on."""
+
+    start_s: float
+    frames: list[int]
+
+
+def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[TokenizationUnit]:
+    """Yield the units of a recipe, one at a time: training clips first.
+
+    Args:
+        recipe: What decides the data set.
+        output_uri: Root of all data of the run.
+
+    Yields:
+        Units of up to `clips_per_shard` kept clips of one split.
+
+    Raises:
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    clips, verdicts = read_selection_tables(recipe.selection)
+    settings = recipe.settings
+    for split in SPLITS:
+        chosen = pc.and_kleene(verdicts["kept"], pc.equal(verdicts["split"], split))
+        rows = np.flatnonzero(chosen.to_numpy())
+        for start in range(0, len(rows), settings.clips_per_shard):
+            part = tuple(clips_of(clips.take(rows[start : start + settings.clips_per_shard])))
+            # captions and motion go into the rows, so the whole clip record is the identity
+            key = fingerprint(
+                "token-unit",
+                SCHEMA_VERSION,
+                settings,
+                recipe.visual_tokenizer.fingerprint,
+                split,
+                *part,
+            )
+            yield TokenizationUnit(key=key[:32], split=split, clips=part, output_uri=output_uri)
+
+
+def clip_samples(clip: Clip, settings: TokenizationConfig) -> dict[Modality, list[Sample]]:
+    """Return the samples of a clip by modality; one shorter than a sample has no video.
+
+    Args:
+        clip: A normalised clip.
+        settings: Size, rate and distance of the samples.
+    """
+    return {
+        "image": [Sample(at, [index]) for at, index in clip_frames(clip, settings.image_stride_s)],
+        "video": [Sample(at, frames) for at, frames in clip_windows(clip, settings)],
+    }
+
+
+def num_variants(modality: Modality, split: Split, settings: TokenizationConfig) -> int:
+    """Return how many variants a sample has beside itself; held-out ones have none.
+
+    Args:
+        modality: "image" or "video".
+        split: "train" or "validation".
+        settings: Numbers of variants of training samples.
+    """
+    if split != "train":
+        return 0
+    return settings.image_variants if modality == "image" else settings.video_variants
+
+
+def sample_id(clip_id: str, modality: Modality, start_s: float, variant: int) -> str:
+    """Return the name of a sample, unique in a data set.
+
+    Args:
+        clip_id: The clip.
+        modality: "image" or "video".
+        start_s: Start in the clip, seconds.
+        variant: 0 is the sample itself.
+    """
+    return f"{clip_id}-{modality}-{round(start_s * 1000):07d}-{variant}"
+
+
+def expected_sample_ids(
+    clip: Clip, modality: Modality, split: Split, settings: TokenizationConfig
+) -> list[str]:
+    """Return the names of all samples of a clip, in the order of their rows.
+
+    Args:
+        clip: A normalised clip.
+        modality: "image" or "video".
+        split: The clip's split.
+        settings: Rate and distance of the samples, numbers of variants.
+    """
+    samples = clip_samples(clip, settings)[modality]
+    return [
+        sample_id(clip.clip_id, modality, sample.start_s, variant)
+        for variant in range(1 + num_variants(modality, split, settings))
+        for sample in samples
+    ]

@@ -1,0 +1,246 @@
+"""A data card: one HTML file that shows what is in the data of a selection.
+
+It holds everything itself (styles, pictures) and runs and loads nothing. All texts that come from
+users (captions, file names) are escaped.
+"""
+
+import html
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from ursa.artifacts import ClipSelection, SelectedClip
+from ursa.config import RunConfig, SelectionConfig
+from ursa.data.clips import read_selection_tables
+from ursa.errors import DataError
+from ursa.inspection.examples import choose_examples, read_strip, verdict_of
+from ursa.inspection.pictures import data_url, jpeg, score_histograms
+from ursa.inspection.root import find_thresholds, known_configs, load_selection
+from ursa.inspection.stats import DataStats, data_stats, resolutions
+
+DURATION_EDGES_S = (1.0, 2.0, 4.0, 8.0)
+NUM_KEPT_EXAMPLES = 8
+NUM_REJECTED_EXAMPLES = 3
+"""For each reason."""
+_MAX_RESOLUTIONS = 12
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1d2430; background: #f6f7f9; margin: 0; }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 10px; }
+.small { color: #5a6472; font-size: 13px; overflow-wrap: anywhere; }
+.facts { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px; }
+.facts div { background: #fff; border: 1px solid #e1e5ea; border-radius: 8px; padding: 10px 16px; }
+.facts b { display: block; font-size: 20px; }
+table { border-collapse: collapse; background: #fff; border: 1px solid #e1e5ea; }
+th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #eef0f3; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; background: #fafbfc; }
+.funnel { width: 100%; } .funnel td:nth-child(3) { width: 52%; }
+.bar { background: #eef0f3; height: 12px; border-radius: 6px; overflow: hidden; }
+.bar i { display: block; height: 100%; background: #2a7f62; }
+.bar.lost i { background: #c27b4c; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px; }
+figure { margin: 0; background: #fff; border: 1px solid #e1e5ea; border-radius: 8px;
+  overflow: hidden; }
+figure img { display: block; width: 100%; }
+figure .none { background: #11151b; color: #fff; text-align: center; line-height: 50px; }
+figcaption { padding: 8px 12px; overflow-wrap: anywhere; }
+.tag { display: inline-block; border-radius: 4px; padding: 0 7px; font-size: 12px; color: #fff;
+  background: #2a7f62; } .tag.lost { background: #a85b2a; }
+img.wide { width: 100%; background: #fff; border: 1px solid #e1e5ea; border-radius: 8px; }
+"""
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def data_card(
+    root_uri: str, *, selection_uri: str | None = None, config: RunConfig | None = None
+) -> str:
+    """Return the data card of a selection.
+
+    Args:
+        root_uri: The data root.
+        selection_uri: Manifest or folder of a selection; None takes the newest.
+        config: The run that made it, for its thresholds; None tries the presets.
+
+    Returns:
+        A whole HTML document; the same data give the same text.
+
+    Raises:
+        DataError: If there is no selection.
+        ManifestError: If its manifest is damaged.
+        ShardFormatError: If a table is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    selection = load_selection(root_uri, selection_uri)
+    stats = data_stats(root_uri, selection_uri=selection.manifest_uri, config=config)
+    clips, verdicts = read_selection_tables(selection)
+    thresholds = find_thresholds(selection, known_configs(config))
+    histograms = score_histograms(clips, verdicts["kept"].to_numpy(), thresholds)
+    parts = [
+        _head(stats, selection),
+        _section("From files to clips", _funnel(stats)),
+        _section("Scores", _scores(histograms, thresholds)),
+        _section("Resolution and duration", _buckets(clips)),
+        _section("Captions", _counts("where they come from", stats.captions)),
+        _licences(stats),
+        _section("Tokens", _tokens(stats)),
+        _section("Kept clips", _examples(choose_examples(selection, NUM_KEPT_EXAMPLES, kept=True))),
+        _section("Rejected clips", _examples(_rejected(selection))),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>Data card</title><style>{_STYLE}</style></head>\n"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def escape(text: object) -> str:
+    """Return a text that is a text in HTML, in attributes too.
+
+    Args:
+        text: Anything; what cannot be written as UTF-8 is replaced.
+    """
+    return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+
+
+def _head(stats: DataStats, selection: ClipSelection) -> str:
+    num_tokens = sum(part.num_tokens for part in stats.tokens)
+    num_sets = len({part.manifest_uri for part in stats.tokens})
+    facts = (
+        ("files", f"{stats.num_files:,}"),
+        ("clips", f"{stats.num_clips:,}"),
+        ("kept", f"{stats.num_kept:,}"),
+        ("kept, minutes", f"{stats.kept_duration_s / 60:,.1f}"),
+        ("tokens" if num_sets == 1 else f"tokens in {num_sets} sets", f"{num_tokens:,}"),
+    )
+    cells = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in facts)
+    return (
+        f'<h1>Data card</h1><div class="small">{escape(unquote(stats.source_uri))}<br>selection '
+        f'{escape(selection.fingerprint[:16])}</div><div class="facts">{cells}</div>'
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{title}</h2>{body}"
+
+
+def _funnel(stats: DataStats) -> str:
+    rows = []
+    for row in stats.funnel:
+        share = row.count / row.total if row.total else 0.0
+        is_loss = row.step.startswith(("quarantined", "rejected", "shots"))
+        bar = (
+            f'<div class="bar{" lost" if is_loss else ""}"><i style="width:{share:.2%}"></i></div>'
+        )
+        rows.append((escape(row.step), f"{row.count:,}", bar, f"{share:.1%}"))
+    return _table((), rows, kind="funnel")
+
+
+def _scores(histograms: bytes | None, thresholds: SelectionConfig | None) -> str:
+    if histograms is None:
+        return "<p>No score was measured.</p>"
+    note = (
+        "The thresholds that made this selection are not known, so none is drawn; name them with "
+        "--preset and --set."
+        if thresholds is None
+        else "Dashed: the thresholds of this selection."
+    )
+    url = data_url(histograms, "png")
+    text = "histograms of all scores"
+    return f'<img class="wide" alt="{text}" src="{url}"><div class="small">{note}</div>'
+
+
+def _buckets(clips: pa.Table) -> str:
+    """Return clips by resolution (down) and duration (across)."""
+    edges = (0.0, *DURATION_EDGES_S, float("inf"))
+    spans = list(itertools.pairwise(edges))
+    names = [f"{low:g} to {high:g} s" for low, high in spans[:-1]] + [f"{edges[-2]:g} s and more"]
+    sizes, durations = resolutions(clips), clips["duration_s"].to_pylist()
+    common = [size for size, _ in Counter(sizes).most_common(_MAX_RESOLUTIONS)]
+    counts: Counter[tuple[str, int]] = Counter()
+    for size, duration_s in zip(sizes, durations, strict=True):
+        place = next(i for i, (low, high) in enumerate(spans) if low <= duration_s < high)
+        counts[size if size in common else "others", place] += 1
+    rows = []
+    for size in [*common, *(["others"] if len(set(sizes)) > len(common) else [])]:
+        row = [counts[size, place] for place in range(len(spans))]
+        rows.append((escape(size), *(f"{count:,}" if count else "" for count in row), sum(row)))
+    return _table(("resolution", *names, "all"), rows)
+
+
+def _counts(name: str, counts: dict[str, int]) -> str:
+    rows = [(escape(value), f"{count:,}") for value, count in counts.items()]
+    return _table((name, "clips"), rows)
+
+
+def _licences(stats: DataStats) -> str:
+    if stats.licences is None:
+        return ""
+    return _section("Licences", _counts("licence", stats.licences))
+
+
+def _tokens(stats: DataStats) -> str:
+    if not stats.tokens:
+        return "<p>No tokens of this selection are committed, or their settings are not known.</p>"
+    rows = [
+        (
+            f"{part.modality}, {part.split}",
+            escape(part.manifest_uri.split("/")[-2][:8]),
+            f"{part.num_samples:,}",
+            f"{part.num_tokens:,}",
+            f"{part.num_shards:,}",
+            f"{part.num_bytes / 1e6:,.2f}",
+        )
+        for part in stats.tokens
+    ]
+    return _table(("data set", "of", "samples", "tokens", "shards", "MB"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, kind: str = "") -> str:
+    """Return a table of cells that are HTML already."""
+    first = f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>" if head else ""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="{kind}">{first}{body}</table>'
+
+
+def _rejected(selection: ClipSelection) -> list[SelectedClip]:
+    return [
+        item
+        for reason in sorted(selection.rejections)
+        for item in choose_examples(selection, NUM_REJECTED_EXAMPLES, kept=False, reason=reason)
+    ]
+
+
+def _examples(examples: Sequence[SelectedClip]) -> str:
+    if not examples:
+        return "<p>None.</p>"
+    return f'<div class="grid">{"".join(_example(item) for item in examples)}</div>'
+
+
+def _example(item: SelectedClip) -> str:
+    clip = item.clip
+    try:
+        url = data_url(jpeg(read_strip(clip)), "jpeg")
+        picture = f'<img alt="frames of the clip" src="{url}">'
+    except DataError:
+        picture = '<div class="none">the clip is missing or damaged</div>'
+    scores = ", ".join(
+        f"{name} {value:,.0f}" if abs(value) >= 100 else f"{name} {value:.3g}"
+        for name, value in clip.scores.model_dump().items()
+        if isinstance(value, float)
+    )
+    name = unquote(clip.source_uri.rpartition("/")[2])
+    tag = "" if item.kept else " lost"
+    verdict = f"kept, {item.split}" if item.kept else verdict_of(item)
+    return (
+        f'<figure>{picture}<figcaption><span class="tag{tag}">{escape(verdict)}</span> '
+        f"{escape(clip.caption or 'no caption')}"
+        f'<div class="small">{escape(name)}, {clip.start_s:.2f} to {clip.end_s:.2f} s<br>'
+        f"{escape(scores)}</div></figcaption></figure>"
+    )

@@ -1,0 +1,267 @@
+"""Make damaged clips and token shards again, and prove by their hashes that they are the same.
+
+What is whole is never touched. A file is written at once and only with the bytes that its manifest
+names, so two repairs at the same time write the same.
+"""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ursa import storage
+from ursa.artifacts import Clip, ClipSet, ShardInfo, SourceVideo, TokenDatasets
+from ursa.config import FrozenModel, RunConfig, TokenizationConfig
+from ursa.data.clips import clips_of, read_clip_table
+from ursa.data.units import (
+    MODALITIES,
+    SPLITS,
+    TokenizationRecipe,
+    TokenizationUnit,
+    TokenizedUnit,
+    iter_units,
+)
+from ursa.errors import DataError, ShardFormatError, StorageError, UrsaError
+from ursa.ingestion import ingest_video
+from ursa.inspection.problems import ProblemKind, Verification
+from ursa.inspection.root import CLIP_SETS, TOKENS, find_recipe, good_records, known_configs
+from ursa.inspection.verify import verify_root
+from ursa.inspection.verify_tokens import KEY_DIGITS, load_unit_record, shard_key
+from ursa.sources.listing import discover_videos
+from ursa.tokenization import ClipTokenizer
+
+logger = logging.getLogger(__name__)
+
+_OTHER_BYTES = (
+    "what is made here has other bytes: another processor, thread count or version of the libraries"
+)
+
+
+class Repair(FrozenModel):
+    """What became of one problem; `detail` says how, or why not and what to do."""
+
+    uri: str
+    is_repaired: bool
+    detail: str
+
+
+class RepairReport(FrozenModel):
+    """What was wrong with a data root and what became of it."""
+
+    found: Verification
+    repairs: tuple[Repair, ...]
+
+    @property
+    def num_left(self) -> int:
+        """Number of problems that are left."""
+        return sum(not repair.is_repaired for repair in self.repairs)
+
+
+class _Wanted(NamedTuple):
+    """A damaged shard and the data sets that name it."""
+
+    shard: ShardInfo
+    datasets: TokenDatasets
+
+
+def repair_root(root_uri: str, *, config: RunConfig | None = None) -> RepairReport:
+    """Verify a data root, clips included, and make damaged clips and token shards again.
+
+    Args:
+        root_uri: The data root.
+        config: The run that made it, for data sets without a recipe; None tries the presets.
+
+    Returns:
+        Every problem and what became of it.
+
+    Raises:
+        DataError: If nothing is committed there.
+        StorageError: If the store refuses or does not answer.
+    """
+    found = verify_root(root_uri, with_media=True, config=config)
+    damaged: dict[ProblemKind, list[str]] = defaultdict(list)
+    for problem in found.problems:
+        damaged[problem.kind].append(problem.uri)
+    configs = known_configs(config)
+    repairs = list(_repair_media(root_uri, damaged[ProblemKind.MEDIA], configs))
+    lost = {repair.uri for repair in repairs if not repair.is_repaired}
+    settings = [item.tokenization for item in configs]
+    repairs += _repair_shards(root_uri, damaged[ProblemKind.SHARD], settings, lost)
+    repairs += [
+        Repair(uri=item.uri, is_repaired=False, detail=f"{item.detail}; {item.repair}")
+        for item in found.problems
+        if item.kind not in {ProblemKind.MEDIA, ProblemKind.SHARD}
+    ]
+    return RepairReport(found=found, repairs=tuple(repairs))
+
+
+def _done(uri: str, detail: str) -> Repair:
+    logger.info("%s: %s", uri, detail)
+    return Repair(uri=uri, is_repaired=True, detail=detail)
+
+
+def _not_done(uri: str, detail: str) -> Repair:
+    logger.warning("%s: cannot be repaired: %s", uri, detail)
+    return Repair(uri=uri, is_repaired=False, detail=detail)
+
+
+def _repair_media(
+    root_uri: str, uris: Sequence[str], configs: Sequence[RunConfig]
+) -> Iterator[Repair]:
+    """Make clips again from their sources, a source at a time."""
+    clips_of_source: dict[tuple[str, str], dict[str, Clip]] = defaultdict(dict)
+    for clip in _clips_at(root_uri, uris):
+        clips_of_source[clip.source_sha256, clip.source_uri][clip.media_uri] = clip
+    left = dict.fromkeys(uris, "no table of clips names it any more")
+    for (_, source_uri), clips in sorted(clips_of_source.items()):
+        wanted = {uri: clip for uri, clip in clips.items() if uri in left}
+        if not wanted:  # another file with the same bytes has given them
+            continue
+        for config in configs:
+            why = _remake_clips(source_uri, wanted, config)
+            for uri in [uri for uri, reason in why.items() if reason is None]:
+                del left[uri], wanted[uri]
+                yield _done(uri, f"made again from {source_uri}")
+            left |= {uri: reason for uri, reason in why.items() if reason is not None}
+            if not wanted:
+                break
+    for uri, reason in left.items():
+        yield _not_done(uri, reason)
+
+
+def _clips_at(root_uri: str, uris: Sequence[str]) -> Iterator[Clip]:
+    """Yield the clips whose files are at the given places."""
+    for clip_set in good_records(root_uri, CLIP_SETS, ClipSet) if uris else ():
+        try:
+            table = read_clip_table(clip_set)
+        except ShardFormatError:
+            continue  # it is a problem of its own
+        yield from clips_of(table.filter(pc.is_in(table["media_uri"], pa.array(uris))))
+
+
+def _remake_clips(
+    source_uri: str, wanted: Mapping[str, Clip], config: RunConfig
+) -> dict[str, str | None]:
+    """Ingest a source again, beside the data; return by clip why it was not made, or None."""
+    clip = next(iter(wanted.values()))
+    source = _find_source(source_uri)
+    if source is None:
+        return dict.fromkeys(wanted, f"its source {source_uri} is gone; put it back and try again")
+    why: dict[str, str | None] = {}
+    with storage.scratch_directory("repair") as folder:
+        video = ingest_video(source, str(folder), config.ingestion)
+        if video.failure is not None or video.source_sha256 != clip.source_sha256:
+            detail = video.detail or "it has changed"
+            return dict.fromkeys(wanted, f"its source {source_uri} does not give it: {detail}")
+        made = {(item.clip_id, item.media_sha256): item.media_uri for item in video.clips}
+        for uri, lost in wanted.items():
+            found_uri = made.get((lost.clip_id, lost.media_sha256))
+            if found_uri is not None:
+                storage.write_bytes(uri, storage.read_bytes(found_uri))
+                why[uri] = None
+            elif any(item.clip_id == lost.clip_id for item in video.clips):
+                why[uri] = _OTHER_BYTES
+            else:
+                why[uri] = (
+                    f"its source {source_uri} gives other clips with this configuration; name the "
+                    "one that made it with --preset and --set"
+                )
+    return why
+
+
+def _find_source(source_uri: str) -> SourceVideo | None:
+    """Return a file, an object or a member of a tar file as it is now; None if it is gone."""
+    try:
+        listed = discover_videos(source_uri.partition("#")[0])
+    except DataError:
+        return None
+    return next((item for item in listed if item.uri == source_uri), None)
+
+
+def _repair_shards(
+    root_uri: str, uris: Sequence[str], settings: Sequence[TokenizationConfig], lost: set[str]
+) -> Iterator[Repair]:
+    """Tokenize the units of damaged shards again, a data set at a time."""
+    wanted = _wanted_shards(root_uri, uris)
+    for datasets in {item.datasets.fingerprint: item.datasets for item in wanted.values()}.values():
+        shards = [
+            item.shard
+            for item in wanted.values()
+            if item.datasets.fingerprint == datasets.fingerprint
+        ]
+        recipe = find_recipe(root_uri, datasets, settings)
+        if recipe is None:
+            detail = "the settings that made it are not known; name them with --preset and --set"
+            yield from (_not_done(shard.uri, detail) for shard in shards)
+        else:
+            yield from _remake_shards(root_uri, shards, recipe, lost)
+
+
+def _wanted_shards(root_uri: str, uris: Sequence[str]) -> dict[str, _Wanted]:
+    """Return the damaged shards by URI."""
+    return {
+        shard.uri: _Wanted(shard, datasets)
+        for datasets in (good_records(root_uri, TOKENS, TokenDatasets) if uris else ())
+        for modality in MODALITIES
+        for split in SPLITS
+        for shard in datasets.get(modality, split).shards
+        if shard.uri in set(uris)
+    }
+
+
+def _remake_shards(
+    root_uri: str, shards: Sequence[ShardInfo], recipe: TokenizationRecipe, lost: set[str]
+) -> Iterator[Repair]:
+    by_key: dict[str, list[ShardInfo]] = defaultdict(list)
+    for shard in shards:
+        by_key[shard_key(shard)].append(shard)
+    try:
+        tokenizer = ClipTokenizer(recipe.visual_tokenizer, recipe.settings)
+        for unit in iter_units(recipe, root_uri):
+            parts = by_key.pop(unit.key[:KEY_DIGITS], [])
+            if parts:
+                yield from _remake_unit(unit, parts, tokenizer, lost)
+    except StorageError:
+        raise
+    except UrsaError as error:  # the clips or the tokenizer cannot be read
+        left = [shard for parts in by_key.values() for shard in parts]
+        yield from (_not_done(shard.uri, str(error)) for shard in left)
+        return
+    for parts in by_key.values():
+        detail = "no unit of its data set has made it"
+        yield from (_not_done(shard.uri, detail) for shard in parts)
+
+
+def _remake_unit(
+    unit: TokenizationUnit, shards: Sequence[ShardInfo], tokenizer: ClipTokenizer, lost: set[str]
+) -> Iterator[Repair]:
+    missing = sorted(lost & {clip.media_uri for clip in unit.clips})
+    record = load_unit_record(unit)
+    known = record if isinstance(record, TokenizedUnit) else None
+    failed = {clip.clip_id for clip in known.failed} if known else set()
+    if any(clip.media_uri in missing and clip.clip_id not in failed for clip in unit.clips):
+        detail = f"its clip {missing[0]} is damaged and cannot be repaired"
+        yield from (_not_done(shard.uri, detail) for shard in shards)
+        return
+    try:
+        made = tokenizer.remake(unit, known)
+    except StorageError:
+        raise
+    except (UrsaError, FileNotFoundError) as error:
+        yield from (_not_done(shard.uri, f"its clips cannot be read: {error}") for shard in shards)
+        return
+    found = {hashlib.sha256(data).hexdigest(): data for data in made.values()}
+    for shard in shards:
+        if shard.sha256 in found:
+            storage.write_bytes(shard.uri, found[shard.sha256])
+            yield _done(shard.uri, f"its {len(unit.clips)} clips were tokenized again")
+        else:
+            yield _not_done(
+                shard.uri,
+                f"{_OTHER_BYTES}; repair it where it was made, or delete the manifest of the data "
+                f"set, {unit.record_uri} and its shards and run the pipeline again",
+            )

@@ -1,0 +1,107 @@
+"""What other thresholds would keep: stored scores are judged again, nothing is decoded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ursa.artifacts import Clip, ClipSelection
+from ursa.config import RunConfig
+from ursa.data.clips import read_selection_tables, unchecked_clips
+from ursa.inspection.root import load_selection
+from ursa.inspection.stats import FunnelRow, funnel
+from ursa.video.selection import choose_validation_sources, judge_clips
+
+
+class ChangedClip(NamedTuple):
+    """A clip with another verdict; a reason of None means that it is kept."""
+
+    clip_id: str
+    source_uri: str
+    start_s: float
+    end_s: float
+    reason_now: str | None
+    reason_then: str | None
+
+
+class Outcome(NamedTuple):
+    """What a selection keeps."""
+
+    funnel: tuple[FunnelRow, ...]
+    num_kept: int
+    kept_s: float
+
+
+class WhatIf(NamedTuple):
+    """The selection as it is, as it would be, and the clips that make the difference."""
+
+    selection_uri: str
+    now: Outcome
+    then: Outcome
+    gained: tuple[ChangedClip, ...]
+    lost: tuple[ChangedClip, ...]
+
+
+def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = None) -> WhatIf:
+    """Apply other thresholds to the stored scores of a selection.
+
+    Args:
+        root_uri: The data root.
+        config: The run with the thresholds to try; `selection` and `seed` matter.
+        selection_uri: Manifest or folder of a selection; None takes the newest.
+
+    Returns:
+        Both outcomes and what changes; nothing is committed.
+
+    Raises:
+        DataError: If there is no selection.
+        ManifestError: If its manifest is damaged.
+        ShardFormatError: If a table is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    selection = load_selection(root_uri, selection_uri)
+    table, verdicts = read_selection_tables(selection)
+    clips = unchecked_clips(table)
+    reasons_now = verdicts["reason"].to_pylist()
+    reasons_then = judge_clips(clips, config.selection)
+    splits_now = (selection.num_train, selection.num_validation)
+    splits_then = _splits(clips, reasons_then, config)
+    changed = [
+        ChangedClip(clip.clip_id, clip.source_uri, clip.start_s, clip.end_s, now, then)
+        for clip, now, then in zip(clips, reasons_now, reasons_then, strict=True)
+        if (now is None) != (then is None)
+    ]
+    return WhatIf(
+        selection_uri=selection.manifest_uri,
+        now=_outcome(selection, clips, reasons_now, splits_now),
+        then=_outcome(selection, clips, reasons_then, splits_then),
+        gained=tuple(item for item in changed if item.reason_then is None),
+        lost=tuple(item for item in changed if item.reason_then is not None),
+    )
+
+
+def _splits(
+    clips: Sequence[Clip], reasons: Sequence[str | None], config: RunConfig
+) -> tuple[int, int]:
+    """Return how many clips would be kept for training and for validation."""
+    kept_of = Counter(
+        clip.source_sha256 for clip, reason in zip(clips, reasons, strict=True) if reason is None
+    )
+    held_out: frozenset[str] = frozenset()
+    if kept_of:
+        fraction = config.selection.validation_fraction
+        held_out = choose_validation_sources(kept_of, fraction, seed=config.seed)
+    num_validation = sum(kept_of[source] for source in held_out)
+    return kept_of.total() - num_validation, num_validation
+
+
+def _outcome(
+    selection: ClipSelection,
+    clips: Sequence[Clip],
+    reasons: Sequence[str | None],
+    splits: tuple[int, int],
+) -> Outcome:
+    rejections = Counter(str(reason) for reason in reasons if reason is not None)
+    kept_s = sum(
+        clip.info.duration_s for clip, reason in zip(clips, reasons, strict=True) if reason is None
+    )
+    return Outcome(funnel(selection.clips, rejections, *splits), sum(splits), kept_s)
