@@ -10,7 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ursa import storage
-from ursa.artifacts import Modality, ShardInfo, Split, TokenDataset, TokenDatasets
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    Modality,
+    ShardInfo,
+    Split,
+    TokenDataset,
+    TokenDatasets,
+)
 from ursa.config import TokenizationConfig, fingerprint
 from ursa.data.shards import read_shard
 from ursa.data.units import (
@@ -144,6 +151,7 @@ class _TokenSet:
             "modality": modality,
             "split": split,
             "fingerprint": fingerprint(whole.fingerprint, modality, split),
+            "schema_version": SCHEMA_VERSION,
             "num_samples": num_samples,
             "num_tokens": num_samples * math.prod(dataset.latent_shape),
         }
@@ -168,6 +176,7 @@ class _TokenSet:
                     self._tally.add(ProblemKind.UNIT_RECORD, unit.record_uri, record, hint)
                 else:
                     num_failed += len(record.failed)
+                    self._verify_too_short(unit, record, recipe.settings)
                 for modality in MODALITIES:
                     self._verify_unit(unit, record, modality, recipe.settings)
         except ShardFormatError:  # a table of clips: named where clips are verified
@@ -181,6 +190,22 @@ class _TokenSet:
                 f"says that {self._datasets.num_failed_clips} clips failed, its units {num_failed}",
             )
         return True
+
+    def _verify_too_short(
+        self, unit: TokenizationUnit, record: TokenizedUnit, settings: TokenizationConfig
+    ) -> None:
+        """Compare how many clips gave no video sample with how many can give none."""
+        failed = {clip.clip_id for clip in record.failed}
+        count = sum(
+            not expected_sample_ids(clip, "video", unit.split, settings)
+            for clip in unit.clips
+            if clip.clip_id not in failed
+        )
+        if count != record.num_too_short:
+            self._add_content(
+                unit.record_uri,
+                f"says that {record.num_too_short} clips are too short, but {count} are",
+            )
 
     def _verify_unit(
         self,
