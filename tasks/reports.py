@@ -324,7 +324,8 @@ def artifact_links(*keys: str) -> str:
     Args:
         *keys: Keys of artifacts.
     """
-    base = str(runtime.flow_run.ui_url or "").partition("/runs/")[0]
+    # the page of a run is below /runs/ or /flow-runs/, as the version of Prefect has it
+    base = re.split(r"/(?:flow-)?runs/", str(runtime.flow_run.ui_url or ""))[0]
     return ", ".join(f"[{key}]({base}/artifacts/key/{key})" for key in keys)
 
 

@@ -539,6 +539,7 @@ def up() -> None:
         if fresh:
             say(f"services are up after {time.monotonic() - began:.0f} s")
             say(f"  Prefect  {prefect.url}\n  MLflow   {mlflow.url}")
+            say(f"  for the prefect command: export PREFECT_API_URL={prefect.url}/api")
 
 
 def down() -> None:

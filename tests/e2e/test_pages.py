@@ -1,5 +1,6 @@
 """What a person sees in a browser after a run: driven with headless Chromium."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def test_prefect_page_of_the_run(
     browser.get(f"{url}/runs/flow-run/{finished.flow_run['id']}")
     wait_for(browser, finished.flow_run["name"], "Completed", "Artifacts", "Logs")
     picture("prefect-run")
+    summary = finished.services.artifacts()["run-summary"]["data"]
+    links = re.findall(r"\((http[^)]*/artifacts/key/([^)]*))\)", summary)
+    assert len(links) > 2
+    for link, key in links:
+        browser.get(link)
+        assert "not found" not in wait_for(browser, key).lower()
     browser.get(f"{url}/artifacts")
     keys = ("data-funnel", "run-summary", "eval-report", "sample-grid", "train-video-pretrain")
     wait_for(browser, *keys)

@@ -90,12 +90,19 @@ def parse_span(values: Mapping[str, object]) -> tuple[float, float]:
         TypeError: If one is of another type.
     """
     start_s, end_s = (
-        default if values.get(key) in {None, ""} else float(values[key])  # type: ignore[arg-type]
+        default if values.get(key) in {None, ""} else _seconds(key, values[key])
         for key, default in (("start_s", 0.0), ("end_s", float("inf")))
     )
     if not start_s < end_s:
         raise ValueError(f"start_s {start_s:g} must be before end_s {end_s:g}")
     return start_s, end_s
+
+
+def _seconds(key: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{key} must be seconds, got {value!r}") from error
 
 
 def parse_text_beside(name: str, data: bytes) -> Notes:
