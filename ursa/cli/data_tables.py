@@ -39,7 +39,7 @@ def print_stats(stats: "DataStats") -> None:
         "resolution": stats.resolutions,
         "frames per second": stats.frame_rates,
         "captions from": stats.captions,
-        **({"licence": stats.licences} if stats.licences is not None else {}),
+        "licence": stats.licences,
     }
     for name, values in counts.items():
         _print(console, (name, "clips"), [(key, f"{count:,}") for key, count in values.items()])

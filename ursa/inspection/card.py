@@ -86,7 +86,7 @@ def data_card(
         _section("Scores", _scores(histograms, thresholds)),
         _section("Resolution and duration", _buckets(clips)),
         _section("Captions", _counts("where they come from", stats.captions)),
-        _licences(stats),
+        _section("Licences", _counts("licence", stats.licences)),
         _section("Tokens", _tokens(stats)),
         _section("Kept clips", _examples(choose_examples(selection, NUM_KEPT_EXAMPLES, kept=True))),
         _section("Rejected clips", _examples(_rejected(selection))),
@@ -177,12 +177,6 @@ def _buckets(clips: pa.Table) -> str:
 def _counts(name: str, counts: dict[str, int]) -> str:
     rows = [(escape(value), f"{count:,}") for value, count in counts.items()]
     return _table((name, "clips"), rows)
-
-
-def _licences(stats: DataStats) -> str:
-    if stats.licences is None:
-        return ""
-    return _section("Licences", _counts("licence", stats.licences))
 
 
 def _tokens(stats: DataStats) -> str:

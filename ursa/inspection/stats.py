@@ -30,7 +30,6 @@ from ursa.inspection.root import (
 )
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-LICENCE_COLUMNS = ("licence", "license")
 
 
 class FunnelRow(FrozenModel):
@@ -79,7 +78,7 @@ class DataStats(FrozenModel):
     scores: dict[str, Quantiles]
     kept_scores: dict[str, Quantiles]
     captions: dict[str, int]
-    licences: dict[str, int] | None
+    licences: dict[str, int]
     tokens: tuple[TokenCount, ...]
     media_bytes: int
     table_bytes: int
@@ -109,7 +108,6 @@ def data_stats(
     clips, verdicts = read_selection_tables(selection)
     kept = clips.filter(verdicts["kept"])
     tokens = _count_tokens(root_uri, selection, config)
-    licence = next((name for name in LICENCE_COLUMNS if name in clips.column_names), None)
     return DataStats(
         selection_uri=selection.manifest_uri,
         source_uri=selection.clips.source_uri,
@@ -128,9 +126,7 @@ def data_stats(
         scores={name: quantiles(clips[name]) for name in score_names(clips)},
         kept_scores={name: quantiles(kept[name]) for name in score_names(clips)},
         captions=count_values(source or "none" for source in clips["caption_source"].to_pylist()),
-        licences=None
-        if licence is None
-        else count_values(text or "unknown" for text in clips[licence].to_pylist()),
+        licences=count_values(text or "unknown" for text in clips["license"].to_pylist()),
         tokens=tokens,
         media_bytes=_media_bytes(root_uri, clips),
         table_bytes=sum(
