@@ -43,7 +43,7 @@ def root_config(**changes) -> RunConfig:
     """The configuration of `write_data_root`."""
     ingestion_values = media.ingestion_config(max_clip_s=1.5).model_dump()
     return factories.tiny_config(
-        {"ingestion": ingestion_values, "tokenization": {"clips_per_shard": 2}, **changes}
+        {"ingestion": ingestion_values, "tokenization": {"clips_per_shard": 3}, **changes}
     )
 
 

@@ -185,7 +185,6 @@ def token_rows(
             {
                 "sample_id": f"{modality}-{seed}-{index:04d}",
                 "clip_id": f"clip{scene}",
-                "source_uri": f"file:///videos/{scene}.mp4",
                 "source_sha256": f"{scene:064x}",
                 "media_sha256": f"{scene + 100:064x}",
                 "start_s": index / 8,

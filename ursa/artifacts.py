@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ursa.config import FrozenModel, RunConfig, StageName
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of every manifest and Parquet schema; a reader refuses another one."""
 
 Modality = Literal["image", "video"]
@@ -168,9 +168,15 @@ class Clip(FrozenModel):
         default=NOT_CROPPED, description="black bars that were cut away"
     )
     scores: ClipScores
+    extra_scores: dict[str, float] = Field(
+        default_factory=dict, description="by `<scorer>/<score>`: what scorers of extras measured"
+    )
     caption: str | None = None
     caption_long: str | None = None
-    caption_source: Literal["sidecar", "manifest", "tar", "template"] | None = None
+    caption_source: Literal["sidecar", "manifest", "tar", "template", "captioner"] | None = None
+    caption_model: str | None = Field(
+        default=None, description="what wrote the captions, if a model"
+    )
     license: str | None = Field(default=None, description="of the source, as it was given")
     attribution: str | None = Field(default=None, description="whom the source asks to name")
 

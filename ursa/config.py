@@ -201,7 +201,9 @@ class TokenizationConfig(ConfigSection):
     video_variants: int = Field(
         ge=0, description="crops, mirrored or recoloured, of every training sample beside itself"
     )
-    clips_per_shard: int = Field(gt=0, description="clips a unit of work and a shard")
+    clips_per_shard: int = Field(
+        gt=0, description="clips a unit of work and a shard, on average; twice as many at most"
+    )
     max_failed_fraction: Fraction = Field(description="more failed clips stop the run")
 
 

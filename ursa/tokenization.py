@@ -363,7 +363,6 @@ def _row(
     return {
         "sample_id": sample_id(clip.clip_id, modality, start_s, variant),
         "clip_id": clip.clip_id,
-        "source_uri": clip.source_uri,
         "source_sha256": clip.source_sha256,
         "media_sha256": clip.media_sha256,
         "start_s": start_s,

@@ -12,6 +12,7 @@ import pytest
 
 from tests import media, running_services
 from tests.running_services import ROOT, TINY, Running, changed, run_arguments, versions
+from ursa.storage import sha256_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -91,8 +92,8 @@ def test_run_completes_and_names_every_bad_file(services: Running, tmp_path: Pat
     assert {f"quarantined: {row['reason']}" for row in rows} == set(wanted.values())
 
     sources = {
-        uri
+        sha256
         for shard in data.glob("tokens/shards/video-*")
-        for uri in pyarrow.parquet.read_table(shard)["source_uri"].to_pylist()
+        for sha256 in pyarrow.parquet.read_table(shard)["source_sha256"].to_pylist()
     }
-    assert sources == {(source / name).as_uri() for name in GOOD}
+    assert sources == {sha256_file(source / name) for name in GOOD}

@@ -77,9 +77,26 @@ CLIP_SCHEMA = pa.schema(
             nullable=False,
         ),
         *_SCORE_FIELDS,
+        pa.field(
+            "extra_scores",
+            pa.list_(
+                pa.field(
+                    "element",
+                    pa.struct(
+                        [
+                            pa.field("name", pa.string(), nullable=False),
+                            pa.field("value", pa.float64(), nullable=False),
+                        ]
+                    ),
+                    nullable=False,
+                )
+            ),
+            nullable=False,
+        ),
         pa.field("caption", pa.string()),
         pa.field("caption_long", pa.string()),
         pa.field("caption_source", pa.string()),
+        pa.field("caption_model", pa.string()),
         pa.field("license", pa.string()),
         pa.field("attribution", pa.string()),
     ],
@@ -89,6 +106,7 @@ CLIP_SCHEMA = pa.schema(
 FAILURE_SCHEMA = pa.schema(
     [
         pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("source_sha256", pa.string()),
         pa.field("num_bytes", pa.int64(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
@@ -191,6 +209,7 @@ def unchecked_clips(table: pa.Table) -> list[Clip]:
         table: A table of `CLIP_SCHEMA`, whose types and hash are right.
     """
     columns = {name: table[name].to_pylist() for name in table.column_names}
+    columns["extra_scores"] = [_extra_scores(pairs) for pairs in columns["extra_scores"]]
     columns["cropped_px"] = [CroppedPixels(**row) for row in columns["cropped_px"]]
     parts = []
     for kind in (VideoInfo, ClipScores):
@@ -225,7 +244,7 @@ def read_failures(clips: ClipSet) -> list[IngestedVideo]:
     return [
         IngestedVideo(
             source=SourceVideo(uri=row["source_uri"], num_bytes=row["num_bytes"], etag=row["etag"]),
-            source_sha256=None,
+            source_sha256=row["source_sha256"],
             info=None,
             clips=(),
             failure=row["reason"],
@@ -334,6 +353,9 @@ def clip_row(clip: Clip) -> dict[str, Any]:
         clip: A normalised clip.
     """
     row = clip.model_dump(mode="json", exclude={"info", "scores"})
+    row["extra_scores"] = [
+        {"name": name, "value": value} for name, value in sorted(clip.extra_scores.items())
+    ]
     return row | clip.info.model_dump() | clip.scores.model_dump()
 
 
@@ -345,6 +367,7 @@ def failure_row(video: IngestedVideo) -> dict[str, Any]:
     """
     return {
         "source_uri": video.source.uri,
+        "source_sha256": video.source_sha256,
         "num_bytes": video.source.num_bytes,
         "etag": video.source.etag,
         "reason": str(video.failure),
@@ -370,4 +393,9 @@ def selection_row(selected: SelectedClip) -> dict[str, Any]:
 def _clip_of(row: dict[str, Any]) -> Clip:
     info = VideoInfo(**{name: row.pop(name) for name in VideoInfo.model_fields})
     scores = ClipScores(**{name: row.pop(name) for name in ClipScores.model_fields})
+    row["extra_scores"] = _extra_scores(row["extra_scores"])
     return Clip(info=info, scores=scores, **row)
+
+
+def _extra_scores(pairs: list[dict[str, Any]]) -> dict[str, float]:
+    return {pair["name"]: pair["value"] for pair in pairs}

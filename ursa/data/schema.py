@@ -19,7 +19,6 @@ def token_schema(codebook_size: int) -> pa.Schema:
         [
             pa.field("sample_id", pa.string(), nullable=False),
             pa.field("clip_id", pa.string(), nullable=False),
-            pa.field("source_uri", pa.string(), nullable=False),
             pa.field("source_sha256", pa.string(), nullable=False),
             pa.field("media_sha256", pa.string(), nullable=False),
             pa.field("start_s", pa.float64(), nullable=False),

@@ -4,10 +4,9 @@ A recipe (selection, visual tokenizer, settings) decides the units of a token da
 decides its samples. So a reader can tell which samples must be there, and make a shard again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow.compute as pc
 
 from ursa import storage
@@ -99,12 +98,15 @@ class Sample(NamedTuple):
 def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[TokenizationUnit]:
     """Yield the units of a recipe, one at a time: training clips first.
 
+    Clips are ordered by content and divided where their ids say so. A clip that comes or goes
+    changes the unit it is in and hardly another; a renamed file changes none.
+
     Args:
         recipe: What decides the data set.
         output_uri: Root of all data of the run.
 
     Yields:
-        Units of up to `clips_per_shard` kept clips of one split.
+        Units of `clips_per_shard` kept clips of one split on average, twice as many at most.
 
     Raises:
         ShardFormatError: If a table of the clips is missing or damaged.
@@ -114,19 +116,36 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
     settings = recipe.settings
     for split in SPLITS:
         chosen = pc.and_kleene(verdicts["kept"], pc.equal(verdicts["split"], split))
-        rows = np.flatnonzero(chosen.to_numpy())
-        for start in range(0, len(rows), settings.clips_per_shard):
-            part = tuple(clips_of(clips.take(rows[start : start + settings.clips_per_shard])))
-            # captions and motion go into the rows, so the whole clip record is the identity
+        kept = clips.filter(chosen).sort_by(
+            [(name, "ascending") for name in ("source_sha256", "start_s", "clip_id", "source_uri")]
+        )
+        for start, end in _spans(kept["clip_id"].to_pylist(), settings.clips_per_shard):
+            part = tuple(clips_of(kept.slice(start, end - start)))
             key = fingerprint(
                 "token-unit",
                 SCHEMA_VERSION,
                 settings,
                 recipe.visual_tokenizer.fingerprint,
                 split,
-                *part,
+                # all that goes into the rows, and not where files lie
+                [
+                    [clip.clip_id, clip.media_sha256, clip.caption, clip.scores.motion_px_per_s]
+                    for clip in part
+                ],
             )
             yield TokenizationUnit(key=key[:32], split=split, clips=part, output_uri=output_uri)
+
+
+def _spans(clip_ids: Sequence[str], mean_length: int) -> Iterator[tuple[int, int]]:
+    """Yield where units begin and end: before one id in `mean_length`, and where one is full."""
+    start = 0
+    for place, clip_id in enumerate(clip_ids):
+        is_boundary = int(clip_id[:12], 16) % mean_length == 0
+        if place > start and (is_boundary or place - start == 2 * mean_length):
+            yield start, place
+            start = place
+    if clip_ids:
+        yield start, len(clip_ids)
 
 
 def clip_samples(clip: Clip, settings: TokenizationConfig) -> dict[Modality, list[Sample]]:

@@ -133,11 +133,11 @@ def test_records_are_committed_once(tmp_path):
     [
         (b"", "not a manifest"),
         (b"\xff\xfe{}", "not a manifest"),
-        (b'{"schema_version": 2, "kind": "SourceVideo"', "not a manifest"),
-        (b'{"schema_version": 2}', "not a manifest"),
+        (b'{"schema_version": 3, "kind": "SourceVideo"', "not a manifest"),
+        (b'{"schema_version": 3}', "not a manifest"),
         (b'{"schema_version": 99, "kind": "SourceVideo", "record": {}}', "version 99, expected"),
-        (b'{"schema_version": 2, "kind": "Clip", "record": {}}', "holds Clip"),
-        (b'{"schema_version": 2, "kind": "SourceVideo", "record": {"uri": 3}}', "is damaged"),
+        (b'{"schema_version": 3, "kind": "Clip", "record": {}}', "holds Clip"),
+        (b'{"schema_version": 3, "kind": "SourceVideo", "record": {"uri": 3}}', "is damaged"),
     ],
 )
 def test_damaged_records_are_named(tmp_path, content, message):
@@ -151,7 +151,7 @@ def test_damaged_records_are_named(tmp_path, content, message):
 def test_a_record_of_another_kind_is_refused(tmp_path):
     uri = str(tmp_path / "manifest.json")
     storage.commit_record(uri, RECORD)
-    with pytest.raises(ManifestError, match="expected ShardInfo of version 2"):
+    with pytest.raises(ManifestError, match="expected ShardInfo of version 3"):
         storage.load_record(uri, ShardInfo)
 
 

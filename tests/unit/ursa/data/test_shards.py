@@ -6,6 +6,7 @@ import torch
 
 from tests import factories
 from ursa import storage
+from ursa.artifacts import SCHEMA_VERSION
 from ursa.data.dataset import TokenSamples
 from ursa.data.schema import token_schema
 from ursa.data.shards import read_shard, read_shards, write_shard
@@ -29,7 +30,10 @@ def test_name_holds_the_hash(shard):
     assert shard.uri.endswith(f"-{shard.sha256[:16]}.parquet")
     data = storage.read_bytes(shard.uri)
     assert len(data) == shard.num_bytes
-    assert pq.read_schema(pa.BufferReader(data)).metadata[b"ursa.schema_version"] == b"2"
+    assert (
+        pq.read_schema(pa.BufferReader(data)).metadata[b"ursa.schema_version"]
+        == str(SCHEMA_VERSION).encode()
+    )
 
 
 def test_missing_shard(shard):
@@ -46,7 +50,7 @@ def test_damaged_shard(shard, damage):
 
 
 def test_shard_of_other_codes_is_refused(shard):
-    with pytest.raises(ShardFormatError, match="schema differs from version 2 with 61 codes"):
+    with pytest.raises(ShardFormatError, match="schema differs from version 3 with 61 codes"):
         read_shard(shard, codebook_size=61)
 
 
