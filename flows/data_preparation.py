@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from tasks import ingestion, tokenization
+from tasks import ingestion, tokenization, versions
 from tasks.context import PreparedData, RunContext, commit_prepared, find_prepared, run_session
 from tasks.options import ConfigOverrides
 from ursa.config import Preset
@@ -38,6 +38,9 @@ def data_preparation(
         visual_tokenizer = ingestion.fit_visual_tokenizer(run, selection)
         text_tokenizer = ingestion.fit_text_tokenizer(run, selection)
         datasets = tokenization.tokenize_clips(run, selection, visual_tokenizer)
+        version = versions.commit_version(
+            run, selection, visual_tokenizer, text_tokenizer, datasets
+        )
         return commit_prepared(
             run,
             PreparedData(
@@ -45,5 +48,6 @@ def data_preparation(
                 visual_tokenizer=visual_tokenizer,
                 text_tokenizer=text_tokenizer,
                 datasets=datasets,
+                version_uri=version.manifest_uri,
             ),
         )

@@ -55,5 +55,10 @@ def staged_training(
         assert checkpoint is not None
         return commit_trained(
             run,
-            TrainedModel(selection=prepared.selection, request=request, checkpoint=checkpoint),
+            TrainedModel(
+                selection=prepared.selection,
+                version_uri=prepared.version_uri,
+                request=request,
+                checkpoint=checkpoint,
+            ),
         )

@@ -96,12 +96,14 @@ class PreparedData(FrozenModel):
     visual_tokenizer: TokenizerRef
     text_tokenizer: TokenizerRef
     datasets: TokenDatasets
+    version_uri: str
 
 
 class TrainedModel(FrozenModel):
     """The outcome of the training part of a run, committed."""
 
     selection: ClipSelection
+    version_uri: str
     request: StageRequest
     checkpoint: CheckpointRef
 
@@ -253,6 +255,7 @@ def find_prepared(context: RunContext) -> PreparedData | None:
         found.visual_tokenizer.manifest_uri,
         found.text_tokenizer.manifest_uri,
         found.datasets.manifest_uri,
+        found.version_uri,
     )
     return found if all(storage.exists(uri) for uri in parts) else None
 

@@ -9,6 +9,7 @@ from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from ursa import ingestion, storage
 from ursa.artifacts import ClipSelection, ClipSet, IngestedVideo, TokenizerRef
+from ursa.data import versions
 from ursa.data.clips import read_failures, read_selection
 from ursa.errors import ManifestError
 
@@ -107,7 +108,7 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
 
 @step(run_name="fit visual tokenizer")
 def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
-    """See `ursa.training.visual_tokenizer.fit_visual_tokenizer`.
+    """See `ursa.training.visual_tokenizer.fit_visual_tokenizer`; a good earlier one is kept.
 
     Args:
         context: The run.
@@ -120,6 +121,12 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
         ServiceError: If the tracking server does not answer.
         UrsaError: What that function raises.
     """
+    kept = versions.find_kept_tokenizer(
+        context.data_uri, selection, context.config, "visual_tokenizer"
+    )
+    if kept is not None:
+        announce("kept the visual tokenizer of an earlier data set version")
+        return kept
     from ursa.training import visual_tokenizer  # noqa: PLC0415  (torch: seconds)
 
     with (
@@ -138,7 +145,7 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
 
 @step(run_name="train text tokenizer")
 def fit_text_tokenizer(context: RunContext, selection: ClipSelection) -> TokenizerRef:
-    """See `ursa.training.text_tokenizer.fit_text_tokenizer`.
+    """See `ursa.training.text_tokenizer.fit_text_tokenizer`; a good earlier one is kept.
 
     Args:
         context: The run.
@@ -150,6 +157,11 @@ def fit_text_tokenizer(context: RunContext, selection: ClipSelection) -> Tokeniz
     Raises:
         UrsaError: What that function raises.
     """
+    kept = versions.find_kept_tokenizer(
+        context.data_uri, selection, context.config, "text_tokenizer"
+    )
+    if kept is not None:
+        return kept
     from ursa.training import text_tokenizer  # noqa: PLC0415
 
     return text_tokenizer.fit_text_tokenizer(selection, context.config, output_uri=context.data_uri)

@@ -86,6 +86,7 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
             "ursa.preset": context.preset,
             "ursa.clips": trained.selection.clips.manifest_uri,
             "ursa.selection": trained.selection.manifest_uri,
+            "ursa.dataset_version": trained.version_uri,
             "ursa.tokens": datasets.manifest_uri,
             "ursa.tokens_fingerprint": datasets.fingerprint,
             "ursa.checkpoint": trained.checkpoint.uri,

@@ -33,12 +33,14 @@ from ursa.artifacts import (
     SelectedClip,
     TokenDatasets,
 )
+from ursa.data.versions import DatasetVersion, FileChange
 from ursa.video.selection import THRESHOLD_KEYS
 
 logger = logging.getLogger(__name__)
 
 UPDATE_EVERY_S = 5.0
 EXAMPLES = 8
+CHANGES = 250
 
 
 @contextlib.contextmanager
@@ -261,6 +263,29 @@ def token_shards(datasets: TokenDatasets) -> None:
         for shard in dataset.shards[:250]
     ]
     table("token-shards", rows, "Token shards in Parquet; the first 250 of each data set.")
+
+
+def dataset_version(version: DatasetVersion, changes: Sequence[FileChange]) -> None:
+    """Store what a version of the data set has that the one before had not.
+
+    Args:
+        version: The version.
+        changes: Its files that differ; the first `CHANGES` are listed.
+    """
+    rows: list[dict[str, Any]] = [
+        {"change": change, "files": count, "file": "", "before": ""}
+        for change, count in (*version.changes.items(), ("unchanged", version.num_unchanged))
+    ]
+    rows += [
+        {
+            "change": str(item.change),
+            "files": 1,
+            "file": printable(item.source_uri),
+            "before": printable(item.previous_uri or (item.previous_content or "")[:16]),
+        }
+        for item in changes[:CHANGES]
+    ]
+    table("dataset-version", rows, f"Version {version.number}, `{version.manifest_uri}`.")
 
 
 def stage_summary(stage: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> None:

@@ -70,15 +70,23 @@ def _night(num_frames: int) -> np.ndarray:
 def write_data_root(folder: Path, uri: str | None = None) -> DataRoot:
     """Ingest, select and tokenize; the visual tokenizer has random weights."""
     config, source, uri = root_config(), write_source(folder / "videos"), uri or f"{folder}/data"
+    return prepare(source, uri, config, commit_tokenizer(uri, folder))
+
+
+def prepare(source: Path, uri: str, config: RunConfig, tokenizer: TokenizerRef) -> DataRoot:
+    """Ingest, select and tokenize what is not done yet, with a tokenizer that is there."""
     files = discover_videos(str(source))
     plan = ingestion.plan_ingestion(str(source), files, uri, config.ingestion)
-    videos = [ingestion.ingest_video(file, uri, config.ingestion) for file in plan.todo]
-    clips = ingestion.commit_clips(str(source), videos, uri, plan.fingerprint, config.ingestion)
+    new = [ingestion.ingest_video(file, uri, config.ingestion) for file in plan.todo]
+    clips = plan.committed or ingestion.commit_clips(
+        str(source), (*plan.done, *new), uri, plan.fingerprint, config.ingestion
+    )
     selection = ingestion.select_clips(clips, config.selection, seed=config.seed, output_uri=uri)
-    tokenizer = commit_tokenizer(uri, folder)
     units = plan_tokenization(selection, tokenizer, config, output_uri=uri)
+    if units.committed is not None:
+        return DataRoot(uri, source, config, selection, units.committed)
     work = ClipTokenizer(tokenizer, config)
-    done = [work(unit) for unit in units.todo]
+    done = (*units.done, *(work(unit) for unit in units.todo))
     datasets = commit_tokens(units, done, tokenizer, config, output_uri=uri)
     return DataRoot(uri, source, config, selection, datasets)
 

@@ -320,6 +320,7 @@ class ExportedModel(FrozenModel):
     manifest_uri: str
     directory_uri: str
     checkpoint: CheckpointRef
+    tokens_uri: str = Field(description="manifest of the token data sets of its last stage")
     sha256: dict[str, str] = Field(description="sha256 of every file by its relative path")
     fingerprint: str
 

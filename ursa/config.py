@@ -175,6 +175,12 @@ class VisualTokenizerConfig(ConfigSection):
     )
     max_windows: int = Field(gt=0, description="samples held in memory for fitting at most")
     checkpoint_every: int = Field(gt=0, description="steps between checkpoints of the fit")
+    refit_growth: float | None = Field(
+        ge=1,
+        description="when the source has changed, the tokenizer of the data set version before is "
+        "kept, and with it all old tokens, until there are so many times the training clips that "
+        "it was fitted to; 1 fits again at every change, None never",
+    )
     seed: int = Field(ge=0)
 
     @property
@@ -213,6 +219,9 @@ class TextTokenizerConfig(ConfigSection):
     directory_uri: str | None = Field(description="an existing tokenizer; None trains one")
     vocab_size: int = Field(ge=260, description="text vocabulary including the special tokens")
     max_prompt_length: int = Field(gt=0, description="prompts are padded or cut to it, tokens")
+    refit_growth: float | None = Field(
+        ge=1, description="as visual_tokenizer.refit_growth: a new vocabulary is another model"
+    )
 
 
 class ModelConfig(ConfigSection):

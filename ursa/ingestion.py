@@ -132,16 +132,18 @@ def plan_ingestion(
         }
     except FileNotFoundError:
         present = set()
-    done: list[IngestedVideo] = []
+    readable = [source for source in sources if source.problem is None]
+    done = [
+        _quarantined(source, source.problem, source.detail)
+        for source in sources
+        if source.problem is not None
+    ]
+    unit_uris = [_unit_uri(output_uri, source, config) for source in readable]
+    known = [uri for uri in unit_uris if last_segment(uri) in present]
+    units = dict(zip(known, storage.load_records(known, IngestedVideo), strict=True))
     todo: list[SourceVideo] = []
-    for source in sources:
-        if source.problem is not None:
-            done.append(_quarantined(source, source.problem, source.detail))
-            continue
-        unit_uri = _unit_uri(output_uri, source, config)
-        unit = None
-        if last_segment(unit_uri) in present:
-            unit = storage.load_record(unit_uri, IngestedVideo)
+    for source, uri in zip(readable, unit_uris, strict=True):
+        unit = units.get(uri)
         if unit is None:
             todo.append(source)
         else:

@@ -77,6 +77,7 @@ def export_model(
             manifest_uri=manifest_uri,
             directory_uri=directory_uri,
             checkpoint=checkpoint,
+            tokens_uri=request.datasets.manifest_uri,
             sha256=hashes,
             fingerprint=print_,
         ),

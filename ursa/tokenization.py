@@ -92,14 +92,11 @@ def plan_tokenization(
     committed = storage.load_record(manifest_uri, TokenDatasets)
     if committed is not None:
         return TokenizationPlan(committed, (), (), recipe)
-    done, todo = [], []
-    for unit in iter_units(recipe, output_uri):
-        result = storage.load_record(unit.record_uri, TokenizedUnit)
-        if result is None:
-            todo.append(unit)
-        else:
-            done.append(result)
-    return TokenizationPlan(None, tuple(done), tuple(todo), recipe)
+    units = list(iter_units(recipe, output_uri))
+    results = storage.load_records([unit.record_uri for unit in units], TokenizedUnit)
+    done = tuple(result for result in results if result is not None)
+    todo = tuple(unit for unit, result in zip(units, results, strict=True) if result is None)
+    return TokenizationPlan(None, done, todo, recipe)
 
 
 class ClipTokenizer:

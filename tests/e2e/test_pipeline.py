@@ -27,7 +27,14 @@ def test_artifacts_are_all_there(finished: Finished) -> None:
     artifacts = finished.services.artifacts()
     expected = {
         *("run-summary", "data-funnel", "clip-examples", "ingest-progress", "tokenize-progress"),
-        *("token-shards", "sample-grid", "eval-report", "model-version"),
+        *(
+            "dataset-version",
+            "data-card",
+            "token-shards",
+            "sample-grid",
+            "eval-report",
+            "model-version",
+        ),
         *(f"train-{stage}" for stage in STAGES),
         *(f"train-{stage}-progress" for stage in STAGES),
     }

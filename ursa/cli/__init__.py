@@ -7,6 +7,7 @@ from cyclopts import App, CycloptsError
 
 from ursa import __version__
 from ursa.cli import data, path
+from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
 from ursa.cli.generate import generate
 from ursa.cli.plan import plan
@@ -23,6 +24,8 @@ app.command(demo)
 app.command(plan)
 app.command(path.app)
 app.command(data.app)
+for command in (versions, changes, uses):
+    data.app.command(command)
 
 
 @app.command

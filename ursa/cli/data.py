@@ -43,7 +43,7 @@ def verify(
     """
     from ursa.inspection.verify import verify_root
 
-    found = verify_root(_root(root), with_media=media, config=_config(preset, changes))
+    found = verify_root(root_uri(root), with_media=media, config=_config(preset, changes))
     if as_json:
         print(found.model_dump_json(indent=1))
     else:
@@ -75,7 +75,7 @@ def repair(root: str | None = None, *, preset: Preset | None = None, changes: Ch
     """
     from ursa.inspection.repair import repair_root
 
-    report = repair_root(_root(root), config=_config(preset, changes))
+    report = repair_root(root_uri(root), config=_config(preset, changes))
     for item in report.repairs:
         print(f"{'repaired' if item.is_repaired else 'LEFT'}  {item.uri}\n  {item.detail}")
     print(f"{len(report.repairs) - report.num_left} repaired, {report.num_left} left")
@@ -105,7 +105,7 @@ def stats(
     """
     from ursa.inspection.stats import data_stats
 
-    found = data_stats(_root(root), selection_uri=selection, config=_config(preset, changes))
+    found = data_stats(root_uri(root), selection_uri=selection, config=_config(preset, changes))
     if as_json:
         print(found.model_dump_json(indent=1))
     else:
@@ -146,7 +146,7 @@ def sample(
     from ursa.inspection.root import load_selection
 
     chosen = None if kept == rejected else kept
-    record = load_selection(_root(root), selection)
+    record = load_selection(root_uri(root), selection)
     examples = choose_examples(record, number, kept=chosen, reason=reason)
     for path in write_examples(examples, out, as_strips=strips):
         print(path)
@@ -177,7 +177,7 @@ def what_if(
     from ursa.cli.data_tables import print_what_if
     from ursa.inspection.what_if import what_if as judge_again
 
-    result = judge_again(_root(root), _load(preset, changes), selection_uri=selection)
+    result = judge_again(root_uri(root), _load(preset, changes), selection_uri=selection)
     print_what_if(result, list_clips=list_clips)
 
 
@@ -206,12 +206,16 @@ def card(
     from ursa.inspection.card import data_card
 
     config = _config(preset, changes)
-    out.write_text(data_card(_root(root), selection_uri=selection, config=config), "utf-8")
+    out.write_text(data_card(root_uri(root), selection_uri=selection, config=config), "utf-8")
     print(out)
 
 
-def _root(root: str | None) -> str:
-    """Return the data root as runs write it into their manifests."""
+def root_uri(root: str | None) -> str:
+    """Return the data root as runs write it into their manifests.
+
+    Args:
+        root: What was given; None takes URSA_DATA_URI, or .ursa/data.
+    """
     import os
 
     uri = root or os.environ.get("URSA_DATA_URI") or ".ursa/data"

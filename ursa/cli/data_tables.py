@@ -10,6 +10,7 @@ from rich.text import Text
 from ursa.inspection.stats import QUANTILES
 
 if TYPE_CHECKING:
+    from ursa.data.versions import DatasetVersion
     from ursa.inspection.stats import DataStats, FunnelRow, Quantiles
     from ursa.inspection.what_if import ChangedClip, WhatIf
 
@@ -65,6 +66,41 @@ def print_stats(stats: "DataStats") -> None:
             for part in stats.tokens
         ],
     )
+
+
+def print_versions(versions: Sequence["DatasetVersion"]) -> None:
+    """Print one line a version, a table a source.
+
+    Args:
+        versions: All versions, by source and number.
+    """
+    console = Console(width=_WIDTH)
+    for source_uri in dict.fromkeys(version.source_uri for version in versions):
+        console.print(Text(source_uri), soft_wrap=True)
+        own = [version for version in versions if version.source_uri == source_uri]
+        kinds = tuple(own[0].changes)
+        _print(
+            console,
+            ("version", "files", *kinds, "clips", "kept", "held out", "samples", "tokens"),
+            [
+                (
+                    str(version.number),
+                    *map(
+                        "{:,}".format,
+                        (
+                            version.num_files,
+                            *version.changes.values(),
+                            version.clips.num_clips,
+                            version.selection.num_kept,
+                            version.selection.num_validation,
+                            sum(version.num_samples.values()),
+                            version.num_tokens,
+                        ),
+                    ),
+                )
+                for version in own
+            ],
+        )
 
 
 def print_what_if(result: "WhatIf", *, list_clips: bool) -> None:

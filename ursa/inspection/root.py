@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from ursa import storage
-from ursa.artifacts import SCHEMA_VERSION, ClipSelection, TokenDatasets, TokenizerRef
+from ursa.artifacts import SCHEMA_VERSION, ClipSelection, ExportedModel, TokenDatasets, TokenizerRef
 from ursa.config import (
     PRESETS,
     FrozenModel,
@@ -21,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 CLIP_SETS = ("clips", "sets")
 SELECTIONS = ("selections",)
 TOKENS = ("tokens",)
+MODELS = ("models",)
 VISUAL_TOKENIZERS = ("tokenizers", "visual")
 
 Record = TypeVar("Record", bound=FrozenModel)
@@ -197,6 +198,20 @@ def find_recipe(
         for part in settings
     )
     return next((item for item in candidates if item.fingerprint == datasets.fingerprint), None)
+
+
+def models_of(root_uri: str, tokens_uri: str) -> list[ExportedModel]:
+    """Return the exported models whose last stage was trained on a token data set.
+
+    Args:
+        root_uri: The data root.
+        tokens_uri: Manifest of the token data sets.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    models = good_records(root_uri, MODELS, ExportedModel)
+    return [model for model in models if model.tokens_uri == tokens_uri]
 
 
 def read_recipe(datasets: TokenDatasets) -> TokenizationRecipe | str | None:

@@ -30,7 +30,8 @@ def fit_text_tokenizer(
         item.clip.caption or "" for item in read_selection(selection) if item.split == "train"
     }
     texts = sorted({motion_prompt(caption, 0.0) for caption in captions} | captions)
-    print_ = fingerprint(SCHEMA_VERSION, "text", settings, texts)
+    decisive = settings.model_dump(mode="json", exclude={"refit_growth"})
+    print_ = fingerprint(SCHEMA_VERSION, "text", decisive, texts)
     folder_uri = storage.join(output_uri, "tokenizers", "text", print_[:32])
     manifest_uri = storage.join(folder_uri, "manifest.json")
     done = storage.load_record(manifest_uri, TokenizerRef)

@@ -89,7 +89,7 @@ def fit_visual_tokenizer(
     print_ = fingerprint(
         SCHEMA_VERSION,
         "visual",
-        settings,
+        settings.model_dump(mode="json", exclude={"refit_growth"}),
         None if source else config.tokenization.model_dump(mode="json", include=_WINDOW_FIELDS),
         selection.fingerprint if source is None else None,
     )

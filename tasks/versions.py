@@ -1,0 +1,74 @@
+"""Task: commit the version of the data set, and show what is in it."""
+
+import ursa
+from tasks import reports, tracking
+from tasks.context import RunContext
+from tasks.options import announce, step
+from ursa import storage
+from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
+from ursa.data import versions
+from ursa.data.versions import DatasetVersion
+
+CARD = "data-card.html"
+CARD_FOLDER = "data"
+
+
+@step(run_name="commit data set version")
+def commit_version(
+    context: RunContext,
+    selection: ClipSelection,
+    visual_tokenizer: TokenizerRef,
+    text_tokenizer: TokenizerRef,
+    datasets: TokenDatasets,
+) -> DatasetVersion:
+    """See `ursa.data.versions.commit_version`; the data card goes to the tracking server.
+
+    Args:
+        context: The run.
+        selection: The committed selection.
+        visual_tokenizer: The committed visual tokenizer.
+        text_tokenizer: The committed text tokenizer.
+        datasets: The four committed data sets.
+
+    Returns:
+        The committed version.
+
+    Raises:
+        ManifestError: If an earlier version is damaged.
+        ServiceError: If the tracking server does not answer.
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    version = versions.commit_version(
+        context.data_uri,
+        context.config,
+        selection,
+        (visual_tokenizer, text_tokenizer),
+        datasets,
+        code={"ursa": ursa.__version__, **tracking.source_version()},
+    )
+    counts = ", ".join(f"{count} {change}" for change, count in version.changes.items())
+    announce("data set version %d: %s, %d as before", version.number, counts, version.num_unchanged)
+    reports.dataset_version(version, versions.read_changes(version))
+    _publish_card(context, version)
+    return version
+
+
+def _publish_card(context: RunContext, version: DatasetVersion) -> None:
+    """Write the data card beside the version, and log and link it."""
+    from ursa.inspection.card import data_card  # noqa: PLC0415  (matplotlib: a second)
+
+    folder_uri = storage.join(context.data_uri, "cards", version.fingerprint[:32])
+    card = data_card(
+        context.data_uri, selection_uri=version.selection.manifest_uri, config=context.config
+    )
+    storage.put_if_absent(storage.join(folder_uri, CARD), card.encode())
+    with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
+        tracking.log_files(run, folder_uri, [CARD], CARD_FOLDER)
+        tracking.tag_run(run, {"ursa.dataset_version": version.manifest_uri})
+    reports.link(
+        "data-card",
+        tracking.artifact_url(run, f"{CARD_FOLDER}/{CARD}"),
+        f"data card of version {version.number}",
+        "Funnel, scores, sizes, captions and examples of the clips.",
+    )

@@ -1,0 +1,132 @@
+"""`ursa data versions | changes | uses`: how the data of a source came to be, and who used it."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ursa.cli.data import AsJson, root_uri
+from ursa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ursa.data.versions import DatasetVersion
+
+
+def versions(root: str | None = None, *, as_json: AsJson = False) -> None:
+    """List the versions of every data set, with what changed from one to the next.
+
+    Example: ursa data versions .ursa/data
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        as_json: Print JSON: the records as they are committed.
+    """
+    from ursa.data.versions import list_versions
+
+    found = list_versions(root_uri(root))
+    if as_json:
+        print(json.dumps([version.model_dump(mode="json") for version in found], indent=1))
+        return
+    if not found:
+        print("no version yet: run the data preparation first")
+        return
+    from ursa.cli.data_tables import print_versions
+
+    print_versions(found)
+
+
+def changes(
+    root: str | None = None,
+    *,
+    number: int | None = None,
+    source: str | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the files that a version added, renamed, edited or removed, and changed settings.
+
+    Example: ursa data changes .ursa/data --number 2
+
+    Args:
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        number: Of the version; the newest.
+        source: Of the data set, where the root holds several.
+        as_json: Print JSON.
+    """
+    from ursa.data.versions import changed_settings, list_versions, read_changes
+
+    found = list_versions(root_uri(root))
+    version = _choose(found, number, source)
+    parent = next((item for item in found if item.manifest_uri == version.parent_uri), None)
+    settings = changed_settings(version, parent) if parent else []
+    files = read_changes(version)
+    if as_json:
+        rows = [item._asdict() for item in files]
+        print(json.dumps({"changes": rows, "settings": settings}, indent=1))
+        return
+    for item in files:
+        before = f"  (was {item.previous_uri})" if item.previous_uri else ""
+        print(f"{item.change:8} {item.source_uri}{before}")
+    for name in settings:
+        print(f"setting  {name}")
+    print(f"version {version.number}: {len(files)} files differ, {version.num_unchanged} do not")
+
+
+def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None:
+    """Name the data set versions and models that a file is in, whatever it was called.
+
+    Exit status 1 if it is in none. Example: ursa data uses videos/tree_hand.mp4 .ursa/data
+
+    Args:
+        what: The file: a path, its URI in the source, or its sha256.
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        as_json: Print JSON.
+    """
+    from pathlib import Path
+
+    from ursa.data.versions import find_uses
+    from ursa.inspection.root import models_of
+
+    data_uri = root_uri(root)
+    is_name = "://" in what or (len(what) == 64 and not Path(what).exists())
+    uri = what if is_name else Path(what).expanduser().absolute().as_uri()
+    rows: list[dict[str, Any]] = [
+        {
+            "version": version.number,
+            "source": version.source_uri,
+            "manifest": version.manifest_uri,
+            "file": row["source_uri"],
+            "content": row["content"],
+            "status": row["status"],
+            "clips": row["num_clips"],
+            "models": [model.directory_uri for model in models_of(data_uri, version.tokens_uri)],
+        }
+        for version, row in find_uses(data_uri, uri)
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    for row in rows if not as_json else ():
+        print(f"version {row['version']} of {row['source']}")
+        print(f"  {row['file']}: {row['status']}, {row['clips']} clips")
+        for model in row["models"]:
+            print(f"  model {model}")
+    if not rows:
+        if not as_json:
+            print(f"no version holds {uri}")
+        sys.exit(1)
+
+
+def _choose(
+    found: "list[DatasetVersion]", number: int | None, source: str | None
+) -> "DatasetVersion":
+    """Return the version that `--number` and `--source` name."""
+    sources = sorted({version.source_uri for version in found})
+    if source is None and len(sources) > 1:
+        raise ConfigError(f"name one of the sources with --source: {', '.join(sources)}")
+    own = [version for version in found if source in {None, version.source_uri}]
+    chosen = [version for version in own if number in {None, version.number}]
+    if not own:
+        known = ", ".join(sources) or "none"
+        raise ConfigError(f"no version of {source or 'any source'}; there are: {known}")
+    if not chosen:
+        numbers = ", ".join(str(version.number) for version in own)
+        raise ConfigError(f"no version {number}; --number is one of {numbers}")
+    return chosen[-1]

@@ -1,0 +1,492 @@
+"""Versions of a data set: what each run found new, changed or gone at a source, for good.
+
+A version is an immutable record that names its parent, so that all of a source form one chain. The
+records are numbered and put if absent: of two runs at once one takes a number, and the other finds
+that its version is there already or takes the next.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ursa import storage
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    ClipSelection,
+    ClipSet,
+    TokenDatasets,
+    TokenizerRef,
+)
+from ursa.config import FrozenModel, RunConfig, fingerprint
+from ursa.data.clips import put_table, read_clip_table, read_failures, read_table
+from ursa.data.units import MODALITIES, SPLITS
+
+DATA_SECTIONS = (
+    "seed",
+    "ingestion",
+    "annotation",
+    "selection",
+    "visual_tokenizer",
+    "tokenization",
+    "text_tokenizer",
+)
+"""The parts of a configuration that decide a data set."""
+_OK = "ok"
+_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
+FILE_SCHEMA = pa.schema(
+    [
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("num_clips", pa.int64(), nullable=False),
+    ],
+    metadata={b"ursa.kind": b"files", **_METADATA},
+)
+"""A row a file: `content` is its sha256, or `etag:...` where it was never read as a whole; `status`
+is "ok" or why it was quarantined."""
+CHANGE_SCHEMA = pa.schema(
+    [
+        pa.field("change", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("previous_uri", pa.string()),
+        pa.field("previous_content", pa.string()),
+    ],
+    metadata={b"ursa.kind": b"changes", **_METADATA},
+)
+"""A row a file that differs from the version before; of a removed one what it was."""
+
+
+class Change(StrEnum):
+    """What became of a file since the version before."""
+
+    ADDED = "added"
+    RENAMED = "renamed"
+    EDITED = "edited"
+    REMOVED = "removed"
+
+
+class FileChange(NamedTuple):
+    """A file that differs from the version before.
+
+    Attributes:
+        change: What became of it.
+        source_uri: Where it is; where it was, if it is removed.
+        content: Its sha256 or `etag:...`; what it was, if it is removed.
+        previous_uri: Where it was, if it is renamed.
+        previous_content: What it was, if it is edited.
+    """
+
+    change: Change
+    source_uri: str
+    content: str
+    previous_uri: str | None = None
+    previous_content: str | None = None
+
+
+class DatasetVersion(FrozenModel):
+    """A version of the data set of a source, committed; it never changes."""
+
+    manifest_uri: str
+    number: int
+    parent_uri: str | None
+    source_uri: str
+    config: dict[str, Any]
+    """`DATA_SECTIONS` of the configuration."""
+    code: dict[str, str]
+    """Version of the package and, where known, the commit."""
+    files_uri: str
+    changes_uri: str
+    num_files: int
+    num_unchanged: int
+    changes: dict[Change, int]
+    clips: ClipSet
+    selection: ClipSelection
+    visual_tokenizer: TokenizerRef
+    text_tokenizer: TokenizerRef
+    tokens_uri: str
+    tokens_fingerprint: str
+    num_samples: dict[str, int]
+    num_tokens: int
+    num_shard_bytes: int
+    fingerprint: str
+
+
+def commit_version(
+    root_uri: str,
+    config: RunConfig,
+    selection: ClipSelection,
+    tokenizers: tuple[TokenizerRef, TokenizerRef],
+    datasets: TokenDatasets,
+    *,
+    code: Mapping[str, str],
+) -> DatasetVersion:
+    """Commit the next version of a data set, unless the newest is the same.
+
+    Args:
+        root_uri: The data root.
+        config: The run.
+        selection: The committed selection.
+        tokenizers: The visual and the text tokenizer.
+        datasets: The committed token data sets.
+        code: What made it: version of the package, commit.
+
+    Returns:
+        The new version, or the newest if it is of the same configuration, files and tokens.
+
+    Raises:
+        ManifestError: If a version is damaged.
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    clips = selection.clips
+    visual, text = tokenizers
+    settings = data_config(config)
+    files = list_source_files(clips)
+    print_ = fingerprint(
+        "dataset-version",
+        SCHEMA_VERSION,
+        clips.source_uri,
+        settings,
+        clips.fingerprint,
+        selection.fingerprint,
+        datasets.fingerprint,
+        text.fingerprint,
+    )
+    folder_uri = _folder_uri(root_uri, clips.source_uri)
+    files_uri = put_table(folder_uri, "files", FILE_SCHEMA, files)
+    sets = {f"{m}_{s}": datasets.get(m, s) for m in MODALITIES for s in SPLITS}
+    while True:
+        newest = newest_version(root_uri, clips.source_uri)
+        if newest is not None and newest.fingerprint == print_:
+            return newest
+        before = _contents(read_version_files(newest)) if newest is not None else {}
+        changes = compare_files(before, _contents(files))
+        number = 1 if newest is None else newest.number + 1
+        version = DatasetVersion(
+            manifest_uri=_manifest_uri(folder_uri, number),
+            number=number,
+            parent_uri=None if newest is None else newest.manifest_uri,
+            source_uri=clips.source_uri,
+            config=settings,
+            code=dict(code),
+            files_uri=files_uri,
+            changes_uri=put_table(
+                folder_uri, "changes", CHANGE_SCHEMA, (change._asdict() for change in changes)
+            ),
+            num_files=len(files),
+            num_unchanged=len(files) - sum(item.change != Change.REMOVED for item in changes),
+            changes={kind: sum(item.change == kind for item in changes) for kind in Change},
+            clips=clips,
+            selection=selection,
+            visual_tokenizer=visual,
+            text_tokenizer=text,
+            tokens_uri=datasets.manifest_uri,
+            tokens_fingerprint=datasets.fingerprint,
+            num_samples={name: part.num_samples for name, part in sets.items()},
+            num_tokens=sum(part.num_tokens for part in sets.values()),
+            num_shard_bytes=sum(shard.num_bytes for part in sets.values() for shard in part.shards),
+            fingerprint=print_,
+        )
+        if storage.commit_record(version.manifest_uri, version) == version:
+            return version
+        # another run has taken the number: look again at what is the newest now
+
+
+def data_config(config: RunConfig) -> dict[str, Any]:
+    """Return the parts of a configuration that decide a data set.
+
+    Args:
+        config: The run.
+    """
+    values = config.model_dump(mode="json")
+    return {name: values[name] for name in DATA_SECTIONS if name in values}
+
+
+def changed_settings(version: DatasetVersion, parent: DatasetVersion) -> list[str]:
+    """Return the dotted names of the settings in which a version differs from another, sorted.
+
+    Args:
+        version: A version.
+        parent: The one before.
+    """
+    new, old = dict(_leaves(version.config)), dict(_leaves(parent.config))
+    return sorted(name for name in new | old if new.get(name) != old.get(name))
+
+
+def newest_version(root_uri: str, source_uri: str) -> DatasetVersion | None:
+    """Return the newest version of the data set of a source; None if there is none.
+
+    Args:
+        root_uri: The data root.
+        source_uri: The source, as the clips name it.
+
+    Raises:
+        ManifestError: If it is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    numbers = _numbers(_folder_uri(root_uri, source_uri))
+    if not numbers:
+        return None
+    uri = _manifest_uri(_folder_uri(root_uri, source_uri), numbers[-1])
+    return storage.load_record(uri, DatasetVersion)
+
+
+def iter_ancestors(version: DatasetVersion | None) -> Iterator[DatasetVersion]:
+    """Yield a version, its parent, and so on to the first.
+
+    Args:
+        version: Where to begin; None yields nothing.
+
+    Yields:
+        Versions, newest first.
+
+    Raises:
+        ManifestError: If one is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    while version is not None:
+        yield version
+        parent_uri = version.parent_uri
+        version = storage.load_record(parent_uri, DatasetVersion) if parent_uri else None
+
+
+def list_versions(root_uri: str) -> list[DatasetVersion]:
+    """Return all versions below a data root: by source, oldest first.
+
+    Args:
+        root_uri: The data root.
+
+    Raises:
+        ManifestError: If one is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    try:
+        listed = storage.list_files(storage.join(root_uri, "datasets"), with_etag=False)
+    except FileNotFoundError:
+        return []
+    uris = [item.uri for item in listed if item.uri.endswith(".json")]
+    found = [storage.load_record(uri, DatasetVersion) for uri in uris]
+    versions = [version for version in found if version is not None]
+    return sorted(versions, key=lambda version: (version.source_uri, version.number))
+
+
+def read_version_files(version: DatasetVersion) -> list[dict[str, Any]]:
+    """Return the files of a version as rows of `FILE_SCHEMA`, by URI.
+
+    Args:
+        version: The version.
+
+    Raises:
+        ShardFormatError: If the table is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    rows: list[dict[str, Any]] = read_table(
+        version.files_uri, FILE_SCHEMA, version.num_files
+    ).to_pylist()
+    return rows
+
+
+def read_changes(version: DatasetVersion) -> list[FileChange]:
+    """Return in which files a version differs from its parent, by URI.
+
+    Args:
+        version: The version.
+
+    Raises:
+        ShardFormatError: If the table is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    table = read_table(version.changes_uri, CHANGE_SCHEMA, sum(version.changes.values()))
+    return [FileChange(**{**row, "change": Change(row["change"])}) for row in table.to_pylist()]
+
+
+def compare_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[FileChange]:
+    """Return in which files two versions differ, by URI.
+
+    A file is what its bytes are: the same bytes under another name are renamed, other bytes under
+    the same name edited. Of bytes that are gone from one name and there under two new ones, the
+    first new name is renamed and the second added.
+
+    Args:
+        before: Content by URI.
+        after: Content by URI.
+    """
+    left: defaultdict[str, list[str]] = defaultdict(list)
+    for uri, content in sorted(before.items(), reverse=True):
+        if after.get(uri) != content:
+            left[content].append(uri)
+    changes, moved = [], set()
+    for uri in sorted(after.keys() - before.keys()):
+        content = after[uri]
+        if left[content]:
+            origin = left[content].pop()
+            moved.add(origin)
+            changes.append(FileChange(Change.RENAMED, uri, content, previous_uri=origin))
+        else:
+            changes.append(FileChange(Change.ADDED, uri, content))
+    for uri, content in before.items():
+        now = after.get(uri)
+        if now == content:
+            continue
+        if now is None:
+            if uri not in moved:
+                changes.append(FileChange(Change.REMOVED, uri, content))
+        elif uri in moved:  # its bytes have moved on, and other ones have come in their place
+            changes.append(FileChange(Change.ADDED, uri, now))
+        else:
+            changes.append(FileChange(Change.EDITED, uri, now, previous_content=content))
+    return sorted(changes, key=lambda item: (item.source_uri, item.change))
+
+
+def list_source_files(clips: ClipSet) -> list[dict[str, Any]]:
+    """Return the files of a set of clips as rows of `FILE_SCHEMA`, by URI.
+
+    Args:
+        clips: The committed set.
+
+    Raises:
+        ShardFormatError: If a table is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    counted = (
+        read_clip_table(clips)
+        .group_by(["source_uri", "source_sha256"])
+        .aggregate([([], "count_all")])
+    )
+    rows = [
+        {
+            "source_uri": row["source_uri"],
+            "content": row["source_sha256"],
+            "status": _OK,
+            "num_clips": row["count_all"],
+        }
+        for row in counted.to_pylist()
+    ]
+    rows += [
+        {
+            "source_uri": video.source.uri,
+            "content": video.source_sha256 or f"etag:{video.source.etag}",
+            "status": str(video.failure),
+            "num_clips": 0,
+        }
+        for video in read_failures(clips)
+    ]
+    return sorted(rows, key=lambda row: str(row["source_uri"]))
+
+
+def find_kept_tokenizer(
+    root_uri: str,
+    selection: ClipSelection,
+    config: RunConfig,
+    kind: str,
+) -> TokenizerRef | None:
+    """Return the tokenizer of an earlier version that is still good for grown data.
+
+    That is the newest one of the same settings, while the clips to train on are fewer than
+    `refit_growth` times those it was made from.
+
+    Args:
+        root_uri: The data root.
+        selection: The committed selection of this run.
+        config: The run.
+        kind: "visual_tokenizer" or "text_tokenizer".
+
+    Returns:
+        The tokenizer; None where one has to be made.
+
+    Raises:
+        ManifestError: If a version is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    growth: float | None = getattr(config, kind).refit_growth
+    settings = _tokenizer_settings(data_config(config), kind)
+    found: TokenizerRef | None = None
+    num_clips = 0
+    for version in iter_ancestors(newest_version(root_uri, selection.clips.source_uri)):
+        if _tokenizer_settings(version.config, kind) != settings:
+            continue
+        tokenizer: TokenizerRef = getattr(version, kind)
+        if found is None:
+            found = tokenizer
+        if tokenizer.fingerprint == found.fingerprint:  # the oldest that has it was made for it
+            num_clips = version.selection.num_train
+    if found is None or not storage.exists(found.manifest_uri):
+        return None
+    if growth is not None and selection.num_train >= growth * num_clips:
+        return None
+    return found
+
+
+def _tokenizer_settings(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return what decides a tokenizer beside the clips."""
+    settings = {name: value for name, value in values[kind].items() if name != "refit_growth"}
+    if kind == "visual_tokenizer":
+        sizes = ("fps", "num_frames", "height_px", "width_px")
+        settings["samples"] = [values["tokenization"][name] for name in sizes]
+    return settings
+
+
+def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, Any]]]:
+    """Return the versions that hold a file, with its row: where content was used.
+
+    Args:
+        root_uri: The data root.
+        what: URI of the file as listed, or its sha256. All content that ever was at a URI counts,
+            under any name.
+
+    Returns:
+        Version and row of `FILE_SCHEMA`, by source and number.
+
+    Raises:
+        ManifestError: If a version is damaged.
+        ShardFormatError: If a table is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    tables = [
+        (version, read_table(version.files_uri, FILE_SCHEMA, version.num_files))
+        for version in list_versions(root_uri)
+    ]
+    contents = {what}
+    for _, table in tables:
+        contents |= set(table.filter(pc.equal(table["source_uri"], what))["content"].to_pylist())
+    wanted = pa.array(sorted(contents))
+    return [
+        (version, row)
+        for version, table in tables
+        for row in table.filter(pc.is_in(table["content"], wanted)).to_pylist()
+    ]
+
+
+def _contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {row["source_uri"]: row["content"] for row in rows}
+
+
+def _folder_uri(root_uri: str, source_uri: str) -> str:
+    return storage.join(root_uri, "datasets", fingerprint("source", source_uri)[:16])
+
+
+def _manifest_uri(folder_uri: str, number: int) -> str:
+    return storage.join(folder_uri, f"{number:06d}.json")
+
+
+def _numbers(folder_uri: str) -> list[int]:
+    """Return the numbers of the versions in a folder, ascending."""
+    try:
+        listed = storage.list_files(folder_uri, with_etag=False)
+    except FileNotFoundError:
+        return []
+    names = [item.uri.rpartition("/")[2] for item in listed]
+    return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
