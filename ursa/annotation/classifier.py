@@ -33,7 +33,7 @@ class ClassifierScorer:
         """
         with model_files(where, config) as folder:
             self._model = load_model(
-                AutoModelForImageClassification, folder, config, choose_device(device)
+                AutoModelForImageClassification, where, folder, config, choose_device(device)
             )
             self._processor = load_part(AutoImageProcessor, folder, backend="pil")
         settings = self._model.config

@@ -47,10 +47,10 @@ class SimilarityScorer:
             StorageError: If the store refuses or does not answer.
         """
         with model_files(where, config) as folder:
-            self._model = load_model(AutoModel, folder, config, choose_device(device))
+            self._model = load_model(AutoModel, where, folder, config, choose_device(device))
             self._processor = load_part(AutoImageProcessor, folder, backend="pil")
             self._tokenizer = load_part(AutoTokenizer, folder)
-            _check_embeds(self._model, "get_image_features", "get_text_features")
+            _check_embeds(where, self._model, "get_image_features", "get_text_features")
             self._max_length = int(self._model.config.text_config.max_position_embeddings)
 
     def __call__(self, seen: SeenClip) -> Measurement:
@@ -94,9 +94,9 @@ class AestheticScorer:
             StorageError: If the store refuses or does not answer.
         """
         with model_files(where, config) as folder:
-            self._model = load_model(AutoModel, folder, config, choose_device(device))
+            self._model = load_model(AutoModel, where, folder, config, choose_device(device))
             self._processor = load_part(AutoImageProcessor, folder, backend="pil")
-            _check_embeds(self._model, "get_image_features")
+            _check_embeds(where, self._model, "get_image_features")
         self._head = load_head(where, head, activation=config.activation).to(self._model.device)
         first = next(layer for layer in self._head if isinstance(layer, nn.Linear))
         size = self._embed(np.zeros((1, 32, 32, 3), np.uint8)).shape[-1]
@@ -181,10 +181,10 @@ def _embedding(found: Any) -> Tensor:
     return nn.functional.normalize(values.float(), dim=-1)
 
 
-def _check_embeds(model: Any, *methods: str) -> None:
+def _check_embeds(where: str, model: Any, *methods: str) -> None:
     for method in methods:
         if not hasattr(model, method):
             raise ConfigError(
-                f"a {type(model).__name__} gives no embeddings of pictures and texts; expected a "
-                "model such as CLIP or SigLIP"
+                f"{where}: a {type(model).__name__} gives no embeddings of pictures and texts; "
+                "expected a model such as CLIP or SigLIP"
             )

@@ -40,7 +40,7 @@ class ModelCaptioner:
                     "trained to answer, or add chat_template.jinja"
                 )
             self._model = load_model(
-                AutoModelForImageTextToText, folder, config, choose_device(device)
+                AutoModelForImageTextToText, where, folder, config, choose_device(device)
             )
 
     def __call__(self, seen: SeenClip) -> Measurement:

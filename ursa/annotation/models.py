@@ -163,6 +163,8 @@ def read_config(where: str, config: ModelFilesConfig) -> dict[str, Any]:
         values = json.loads(data)
     except FileNotFoundError as error:
         raise _no_model(where, config.model) from error
+    except UrsaError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{where}: config.json of {config.model!r} is no JSON") from error
     if not isinstance(values, dict):

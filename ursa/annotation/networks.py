@@ -58,11 +58,14 @@ def model_files(where: str, config: ModelFilesConfig) -> Iterator[Path]:
         yield folder
 
 
-def load_model(kind: Any, folder: Path, config: ModelFilesConfig, device: torch.device) -> Any:
+def load_model(
+    kind: Any, where: str, folder: Path, config: ModelFilesConfig, device: torch.device
+) -> Any:
     """Load the weights of a model.
 
     Args:
         kind: A class of transformers, such as `AutoModel`.
+        where: Key of the configuration, for errors.
         folder: The directory of the model.
         config: Holds the dtype.
         device: Where it runs.
@@ -84,7 +87,7 @@ def load_model(kind: Any, folder: Path, config: ModelFilesConfig, device: torch.
     if report["missing_keys"]:  # they would be drawn at random
         named = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(
-            f"{config.model!r} lacks {len(report['missing_keys'])} weights of a "
+            f"{where}: {config.model!r} lacks {len(report['missing_keys'])} weights of a "
             f"{type(model).__name__} ({named}); it is a model of another kind"
         )
     return model.to(device).eval()
