@@ -119,6 +119,8 @@ class ChatCaptioner:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise NoAnswerError(f"the answer broke off ({type(error).__name__})") from error
+        if _key():  # a server may repeat it, in errors above all
+            data = data.replace(_key().encode(), b"***")
         self._check(response.status, data)
         return answer_text(data)
 
@@ -127,7 +129,7 @@ class ChatCaptioner:
             if len(data) > _MAX_ANSWER_BYTES:
                 raise AnnotationError(f"the answer has more than {_MAX_ANSWER_BYTES} bytes")
             return
-        said = f"status {status}: {self._shown(data)}"
+        said = f"status {status}: {_shown(data)}"
         where = f"the captioner at {self._config.base_url}"
         if status in _REFUSED:
             raise ConfigError(
@@ -140,13 +142,6 @@ class ChatCaptioner:
             )
         kind = NoAnswerError if status in _BUSY else AnnotationError
         raise kind(said)
-
-    def _shown(self, data: bytes) -> str:
-        """Return the start of what a server says, without the key if it repeats that."""
-        text = data.decode("utf-8", "replace")
-        if _key():
-            text = text.replace(_key(), "***")
-        return clean_caption(text)[:_MAX_SHOWN_CHARACTERS]
 
 
 def request_body(frames: np.ndarray, config: UrlCaptionerConfig) -> dict[str, Any]:
@@ -196,9 +191,8 @@ def answer_text(data: bytes) -> str:
     try:
         text = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        shown = clean_caption(data.decode("utf-8", "replace"))[:_MAX_SHOWN_CHARACTERS]
         raise AnnotationError(
-            f"expected an answer of the chat completions protocol, got {shown!r}"
+            f"expected an answer of the chat completions protocol, got {_shown(data)!r}"
         ) from error
     if not isinstance(text, str):
         raise AnnotationError(f"the answer has no text but {type(text).__name__}")
@@ -224,9 +218,8 @@ def parse_captions(text: str) -> Captions:
         found = Captions.model_validate(values)
     except (ValueError, RecursionError) as error:
         what = "texts in it" if isinstance(error, ValidationError) else "JSON"
-        shown = clean_caption(text)[:_MAX_SHOWN_CHARACTERS]
         raise AnnotationError(
-            f'expected {{"short": "...", "long": "..."}}, found no such {what}: {shown!r}; if it '
+            f'expected {{"short": "...", "long": "..."}}, found no such {what}: {_shown(text.encode())!r}; if it '
             "is cut off, raise captioner.max_tokens"
         ) from error
     return found
@@ -245,6 +238,10 @@ def check_key() -> None:
 
 def _key() -> str:
     return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def _shown(data: bytes) -> str:
+    return clean_caption(data.decode("utf-8", "replace"))[:_MAX_SHOWN_CHARACTERS]
 
 
 def _jpeg(frame: np.ndarray) -> str:
