@@ -219,8 +219,8 @@ def parse_captions(text: str) -> Captions:
     except (ValueError, RecursionError) as error:
         what = "texts in it" if isinstance(error, ValidationError) else "JSON"
         raise AnnotationError(
-            f'expected {{"short": "...", "long": "..."}}, found no such {what}: {_shown(text.encode())!r}; if it '
-            "is cut off, raise captioner.max_tokens"
+            f'expected {{"short": "...", "long": "..."}}, found no such {what}: {_shown(text)!r}; '
+            "if it is cut off, raise captioner.max_tokens"
         ) from error
     return found
 
@@ -240,8 +240,9 @@ def _key() -> str:
     return os.environ.get(KEY_VARIABLE, "").strip()
 
 
-def _shown(data: bytes) -> str:
-    return clean_caption(data.decode("utf-8", "replace"))[:_MAX_SHOWN_CHARACTERS]
+def _shown(said: str | bytes) -> str:
+    text = said if isinstance(said, str) else said.decode("utf-8", "replace")
+    return clean_caption(text)[:_MAX_SHOWN_CHARACTERS]
 
 
 def _jpeg(frame: np.ndarray) -> str:

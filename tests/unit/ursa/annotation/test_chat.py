@@ -150,6 +150,7 @@ def test_a_redirect_is_not_followed(server):
         (text_said('{"short": "a ball"}'), "no such texts"),
         (said(["a"], "b"), "no such texts"),
         (said("a", 3), "no such texts"),
+        (text_said("\ud800 half a character"), "no such JSON"),
     ],
 )
 def test_garbage_fails_the_clip(server, answer, message):
