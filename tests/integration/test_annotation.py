@@ -346,6 +346,22 @@ def test_the_key_is_written_nowhere(root, captioner, server, caplog):
     assert not any(CANARY.encode() in data for data in written)
 
 
+def test_results_and_models_on_s3(root, models, s3_prefix, tmp_path):
+    root.uri = f"{s3_prefix}/data"
+    storage.upload_directory(storage.local_path(models["nsfw"]["model"]), f"{s3_prefix}/vit")
+    config = make(scorers={"nsfw": {**models["nsfw"], "model": f"{s3_prefix}/vit/"}})
+    annotated = root.annotate(config)
+    assert root.looked_at == {"nsfw": annotated.num_clips}
+    assert root.annotate(config) == annotated
+    assert root.looked_at == {}
+    on_disk = Root(root.source, tmp_path / "disk", root.clips)
+    found = on_disk.annotate(make(scorers={"nsfw": models["nsfw"]}))
+    assert read_clips(found) == read_clips(annotated)
+    gone = {**models["nsfw"], "model": f"{s3_prefix}/nothing"}
+    with pytest.raises(ConfigError, match=r"annotation\.scorers\.nsfw: no model at 's3://"):
+        resolve_scorers(make(scorers={"nsfw": gone}))
+
+
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_the_task(root, models, captioner, launcher, monkeypatch, request):
     from tasks import cluster
