@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from tasks import ingestion, tokenization, versions
+from tasks import annotation, ingestion, tokenization, versions
 from tasks.context import PreparedData, RunContext, commit_prepared, find_prepared, run_session
 from tasks.options import ConfigOverrides
 from ursa.config import Preset
@@ -15,7 +15,7 @@ def data_preparation(
     overrides: ConfigOverrides | None = None,
     context: RunContext | None = None,
 ) -> PreparedData:
-    """Ingest, select, fit the tokenizers and tokenize.
+    """Ingest, annotate, select, fit the tokenizers and tokenize.
 
     Args:
         source_uri: Directory, `s3://` prefix, manifest or tar file with videos (docs/sources.md).
@@ -34,6 +34,7 @@ def data_preparation(
         if prepared is not None:
             return prepared
         clips = ingestion.ingest_videos(run)
+        clips = annotation.annotate_clips(run, clips)
         selection = ingestion.select_clips(run, clips)
         visual_tokenizer = ingestion.fit_visual_tokenizer(run, selection)
         text_tokenizer = ingestion.fit_text_tokenizer(run, selection)

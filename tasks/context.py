@@ -18,10 +18,13 @@ from tasks.options import ConfigOverrides, announce, show_library_logs, step
 from tasks.settings import RuntimeSettings, absolute_uri
 from tasks.tracking import TrackedRun
 from ursa import ingestion, storage
+from ursa.annotation.scorers import check_scorers
+from ursa.annotation.units import has_failures
 from ursa.artifacts import (
     SCHEMA_VERSION,
     CheckpointRef,
     ClipSelection,
+    ClipSet,
     SourceVideo,
     StageRequest,
     TokenDatasets,
@@ -138,6 +141,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     settings = RuntimeSettings.from_env()
     given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
     config = load_config(preset, given)
+    check_scorers(config.annotation)
     tracking.check_service(settings.mlflow_tracking_uri)
     uri = absolute_uri(source_uri)
     sources = discover_videos(
@@ -274,7 +278,7 @@ def commit_prepared(context: RunContext, prepared: PreparedData) -> PreparedData
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    if ingestion.has_unstable_failures(prepared.selection.clips):
+    if _lacks_for_now(prepared.selection.clips):
         return prepared
     return storage.commit_record(context.prepared_uri, prepared)
 
@@ -299,6 +303,11 @@ def find_trained(context: RunContext) -> TrainedModel | None:
     return found
 
 
+def _lacks_for_now(clips: ClipSet) -> bool:
+    """Whether the next run is to look again at files or clips that failed."""
+    return ingestion.has_unstable_failures(clips) or has_failures(clips)
+
+
 def _checkpoint_exists(checkpoint: CheckpointRef) -> bool:
     try:
         return bool(storage.list_files(checkpoint.uri, with_etag=False))
@@ -320,6 +329,6 @@ def commit_trained(context: RunContext, trained: TrainedModel) -> TrainedModel:
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    if ingestion.has_unstable_failures(trained.selection.clips):
+    if _lacks_for_now(trained.selection.clips):
         return trained
     return storage.commit_record(context.trained_uri, trained)

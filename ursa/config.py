@@ -7,10 +7,13 @@ result of a run; where a run takes place (addresses, pool sizes) is in `tasks.se
 
 import functools
 import hashlib
+import ipaddress
 import json
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -116,6 +119,160 @@ class IngestionConfig(ConfigSection):
             raise ValueError(
                 f"min_clip_s {self.min_clip_s} must not exceed max_clip_s {self.max_clip_s}"
             )
+        return self
+
+
+class FramesConfig(ConfigSection):
+    """What a scorer or captioner sees of a clip.
+
+    No preset turns one on, so what is right for most has its default here.
+    """
+
+    num_frames: int = Field(default=4, ge=1, le=64, description="frames of a clip, evenly spread")
+    max_side_px: int = Field(default=512, ge=32, le=4096, description="larger frames are shrunk")
+
+
+class ModelFilesConfig(FramesConfig):
+    """A model of transformers: a directory, or a name on the Hugging Face Hub."""
+
+    model: str = Field(min_length=1, description="directory or s3:// prefix, or name on the Hub")
+    revision: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="commit on the Hub, 40 hexadecimal digits; None: `model` is a directory",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32")
+
+
+SHORT_PROMPT = (
+    "These are frames of one video clip, in order. Say in one plain sentence what is seen and "
+    "what happens. Name no camera, frame or video."
+)
+LONG_PROMPT = (
+    "These are frames of one video clip, in order. Describe in three to six plain sentences what "
+    "is seen: subjects, what they do, place, light, movement of the camera. Name no frames."
+)
+JSON_PROMPT = (
+    "These are frames of one video clip, in order. Answer with a JSON object of two texts: "
+    '"short", one plain sentence that says what is seen and what happens, and "long", three to '
+    "six plain sentences on subjects, what they do, place, light and movement of the camera. "
+    "Name no frames."
+)
+Replace = Annotated[
+    Literal["template", "all"],
+    Field(description="template: only captions made of file names are replaced; all: every one"),
+]
+
+
+class UrlCaptionerConfig(FramesConfig):
+    """A captioner behind the chat completions protocol of OpenAI (vLLM, Ollama, a service).
+
+    The key, if one is needed, is in the environment alone: URSA_CAPTIONER_API_KEY.
+    """
+
+    kind: Literal["url"]
+    replace: Replace = "template"
+    base_url: str = Field(description="what comes before /chat/completions, often ends in /v1")
+    model: str = Field(min_length=1, description="name of the model at this address")
+    revision: str = Field(default="", description="tells models of this name apart, in any words")
+    prompt: str = Field(default=JSON_PROMPT, min_length=1)
+    response_format: Literal["json_schema", "json_object", "none"] = Field(
+        default="json_schema", description="how the server is asked for JSON"
+    )
+    max_tokens: int = Field(default=512, gt=0, description="tokens of an answer at most")
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    timeout_s: float = Field(default=120.0, gt=0, description="longest silence of the server")
+    max_retries: int = Field(default=4, ge=0, description="after a busy, broken or silent server")
+    concurrency: int = Field(default=4, ge=1, le=256, description="requests at the same time")
+    allow_plain_http: bool = Field(
+        default=False, description="http:// to other machines: pictures and key go unencrypted"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            parts = urlsplit(self.base_url)
+            host = parts.hostname or ""
+            _ = parts.port
+        except ValueError:
+            parts, host = urlsplit(""), ""
+        if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment:
+            raise ValueError("base_url must be http(s)://host[:port][/path], without ? and #")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("base_url must hold no user and password; set URSA_CAPTIONER_API_KEY")
+        if parts.scheme == "http" and not (self.allow_plain_http or _is_loopback(host)):
+            raise ValueError(
+                f"base_url must be https:// for host {host!r}; set allow_plain_http to send "
+                "pictures and key unencrypted"
+            )
+        return self
+
+
+class ModelCaptionerConfig(ModelFilesConfig):
+    """A captioner on this machine: an image-text-to-text model of transformers."""
+
+    kind: Literal["model"]
+    replace: Replace = "template"
+    prompt: str = Field(default=SHORT_PROMPT, min_length=1)
+    long_prompt: str | None = Field(default=LONG_PROMPT, description="None: no long captions")
+    max_tokens: int = Field(default=256, gt=0, description="tokens of an answer at most")
+
+
+class SimilarityConfig(ModelFilesConfig):
+    """Score `similarity`: how well caption and frames fit, by a CLIP or SigLIP model."""
+
+    kind: Literal["similarity"]
+
+
+class AestheticConfig(ModelFilesConfig):
+    """Score `rating`: a linear or MLP head over the image embedding of a CLIP or SigLIP model."""
+
+    kind: Literal["aesthetic"]
+    head: str = Field(min_length=1, description="safetensors file of the head, docs/annotation.md")
+    activation: Literal["none", "relu"] = Field(
+        default="none", description="between the layers of the head"
+    )
+
+
+class ClassifierConfig(ModelFilesConfig):
+    """Score `probability`: of named labels of an image classifier, at the worst frame."""
+
+    kind: Literal["classifier"]
+    labels: tuple[str, ...] = Field(min_length=1, description="their probabilities are added up")
+
+
+class TextAreaConfig(FramesConfig):
+    """Score `area_fraction`: share of the picture in text that an OCR model detects."""
+
+    kind: Literal["text_area"]
+
+
+CaptionerConfig = Annotated[UrlCaptionerConfig | ModelCaptionerConfig, Field(discriminator="kind")]
+ScorerConfig = Annotated[
+    SimilarityConfig | AestheticConfig | ClassifierConfig | TextAreaConfig,
+    Field(discriminator="kind"),
+]
+ScorerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class AnnotationConfig(ConfigSection):
+    """Optional captioner and scorers; with none, clips go on as they are."""
+
+    captioner: CaptionerConfig | None = Field(description="writes captions; None writes none")
+    scorers: dict[ScorerName, ScorerConfig] = Field(
+        description="by name; their scores are `<name>/<score>` in extra_scores"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(description="auto: a GPU if there is one")
+    clips_per_unit: int = Field(gt=0, description="clips a unit of work")
+    max_failed_fraction: Fraction = Field(
+        description="more clips on which one of them fails stop the run"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "captioner" in self.scorers:
+            raise ValueError("no scorer may be named 'captioner': the captioner is called that")
         return self
 
 
@@ -354,6 +511,7 @@ class RunConfig(ConfigSection):
 
     seed: int = Field(ge=0)
     ingestion: IngestionConfig
+    annotation: AnnotationConfig
     selection: SelectionConfig
     visual_tokenizer: VisualTokenizerConfig
     tokenization: TokenizationConfig
@@ -385,6 +543,20 @@ class RunConfig(ConfigSection):
                 f"ingestion.clip_fps {self.ingestion.clip_fps}"
             )
         return self
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(?<=://)[^/\s]*@", "***@", text)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by name or number; nothing is resolved."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _partial(model: type[BaseModel]) -> type[BaseModel]:
@@ -446,7 +618,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}"
-            f" (got {str(item['input'])[:80]!r})"
+            f" (got {_without_password(str(item['input']))[:80]!r})"
             for item in error.errors()
         ]
         raise ConfigError("configuration refused: " + "; ".join(lines)) from error
