@@ -219,7 +219,9 @@ def _read_with_decord(path: Path, indices: list[int]) -> Iterator[tuple[list[int
         for start in range(0, len(ordered), _PART_FRAMES):
             places = ordered[start : start + _PART_FRAMES]
             try:
-                frames: np.ndarray = reader.get_batch([indices[place] for place in places]).asnumpy()
+                frames: np.ndarray = reader.get_batch(
+                    [indices[place] for place in places]
+                ).asnumpy()
             except decord.DECORDError as error:
                 logger.debug("%s: read with PyAV, as decord says %s", path, error)
                 raise _WrongShapeError from error

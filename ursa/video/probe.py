@@ -230,7 +230,7 @@ def _mode(path: Path) -> int:
 def _run_child(folder: Path, request: bytes, timeout_s: float) -> int:
     """Run the child to its end; return its exit code, or the negative signal that ended it."""
     with (folder / STDERR_NAME).open("wb") as stderr:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603  (our own module)
             child_command("ursa.video.normalise"),
             cwd=folder,
             env=child_environment(),
