@@ -237,8 +237,11 @@ def main() -> None:
                     request["indices"],
                     [FrameSize(*size) for size in request["sizes"]],
                 )
-            except (VideoDecodeError, cv2.error) as error:
-                connection.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+            except (VideoDecodeError, MemoryError, cv2.error) as error:
+                reason = str(error)
+                if isinstance(error, MemoryError):
+                    reason = f"{request['path']}: needs more memory than allowed ({error})"
+                connection.sendall(json.dumps({"error": reason}).encode() + b"\n")
                 continue
             shapes = {"shapes": [each.shape for each in frames]}
             connection.sendall(json.dumps(shapes).encode() + b"\n")
