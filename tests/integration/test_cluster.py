@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from tasks import cluster
@@ -58,10 +59,14 @@ class Nodes:
         """As if its power had gone."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
 
-    def actor_processes(self) -> list[int]:
-        from ray.util.state import list_actors
-
-        return [each.pid for each in list_actors(filters=[("state", "=", "ALIVE")]) if each.pid]
+    def kill_an_actor(self) -> None:
+        for node in self._nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            for process in raylet.children(recursive=True):
+                if process.cmdline()[0].startswith("ray::_Unit"):
+                    process.kill()
+                    return
+        raise AssertionError("no actor found")
 
     def stop(self) -> None:
         self._ray.shutdown()
@@ -161,7 +166,7 @@ def test_lost_node_or_actor_costs_no_clip(
         if what == "node":
             nodes.lose_one()
         else:
-            os.kill(nodes.actor_processes()[0], signal.SIGKILL)
+            nodes.kill_an_actor()
 
     units = cluster.map_units(
         data.make_unit(), plan.todo, TokenizedUnit, settings(), on_progress=watch
