@@ -7,8 +7,8 @@ The plain loop is one process that calls the library file by file or clip by cli
 for decoders, OpenCV and torch alike (as the workers have), without records, shards or commits. Rows
 say how many files or clips a second are done in the steady state: from the moment when every worker
 has finished its first unit, so that what Ray needs to start actors is a row of its own. Every
-measurement is made in a fresh process, and the better of two counts. Peaks of memory are those of the whole
-life of a process.
+measurement is made in a fresh process, and the better of two counts. Peaks of memory are those of
+the whole life of a process.
 """
 
 import argparse
