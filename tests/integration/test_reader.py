@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,21 @@ def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return media.save_bomb(path, side=8192, num_frames=3)
 
 
+_OTHERS: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def _children_of_other_tests() -> Iterator[None]:
+    _OTHERS.update(children())
+    yield
+    _OTHERS.clear()
+
+
 def children() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if "ursa.video.reader" in " ".join(child.cmdline())
+        if child not in _OTHERS and "ursa.video.reader" in " ".join(child.cmdline())
     ]
 
 
