@@ -196,6 +196,20 @@ def test_order_of_the_results_does_not_matter(selection, tokenizer_ref, tmp_path
     assert hashes[0] == hashes[1]
 
 
+def test_number_of_decoders_does_not_matter(clips, tokenizer_ref, tmp_path):
+    selection = factories.commit_selection(str(tmp_path / "s"), clips)
+    config = factories.tiny_config({"tokenization": {"clips_per_shard": 3, "video_variants": 1}})
+    hashes = []
+    for num_decoders in (1, 3):
+        uri = str(tmp_path / str(num_decoders))
+        plan = plan_tokenization(selection, tokenizer_ref, config, output_uri=uri)
+        work = ClipTokenizer(tokenizer_ref, config, num_decoders=num_decoders)
+        units = [work(unit) for unit in plan.todo]
+        work.close()
+        hashes.append([(unit.image.sha256, unit.video.sha256) for unit in units])
+    assert hashes[0] == hashes[1]
+
+
 def test_a_clip_that_cannot_be_read_is_named_not_lost(clips, tokenizer_ref, tmp_path):
     path = tmp_path / "broken.mp4"
     path.write_bytes(b"no video at all")
