@@ -7,8 +7,8 @@ The plain loop is one process that calls the library file by file or clip by cli
 for decoders, OpenCV and torch alike (as the workers have), without records, shards or commits. Rows
 say how many files or clips a second are done in the steady state: from the moment when every worker
 has finished its first unit, so that what Ray needs to start actors is a row of its own. Every
-measurement is made in a fresh process, and the better of two counts. Peaks of memory are those of
-the whole life of a process.
+measurement is made in a fresh process, and the better of two counts. Processor time is that of
+all processes, Ray's own included. Peaks of memory are those of the whole life of a process.
 """
 
 import argparse
@@ -58,17 +58,26 @@ def peak_mb(pid: int) -> float:
     return int(found.group(1)) / 1000 if found else 0.0
 
 
+def tree_cpu_s() -> float:
+    """Return the processor time of this process and all below it, ended ones too, seconds."""
+    me = psutil.Process()
+    return sum(sum(each.cpu_times()[:4]) for each in (me, *me.children(recursive=True)))
+
+
 class Clock:
-    """Notes when units finish, and how much memory the workers have needed by then."""
+    """Notes when units finish, and how much time and memory all processes have used by then."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._start_s = time.perf_counter()
         self._times_s: list[float] = []
         self._worker_mb = self._decoder_mb = 0.0
+        self._cpu_s: list[float] = []
 
     def __call__(self, done: int, total: int) -> None:
         self._times_s.append(time.perf_counter())
+        if done in (self._num_workers, total - 1):
+            self._cpu_s.append(tree_cpu_s())
         if done == total - 1:  # the last worker is still there
             for process in psutil.Process().children(recursive=True):
                 command = " ".join(process.cmdline())
@@ -83,11 +92,20 @@ class Clock:
             "per_s": units_of
             * (len(self._times_s) - 1 - first)
             / (self._times_s[-1] - self._times_s[first]),
+            "cpu_s": (self._cpu_s[-1] - self._cpu_s[0])
+            / (units_of * (len(self._times_s) - 2 - first)),
             "start_s": self._times_s[first] - self._start_s,
             "driver_mb": peak_mb(os.getpid()),
             "worker_mb": self._worker_mb,
             "decoder_mb": self._decoder_mb,
         }
+
+
+def plain(count: int, start_s: float, start_cpu_s: float) -> Found:
+    return {
+        "per_s": count / (time.perf_counter() - start_s),
+        "cpu_s": (time.process_time() - start_cpu_s) / count,
+    }
 
 
 def settings(num_workers: int) -> RuntimeSettings:
@@ -107,12 +125,12 @@ def ingest(folder: Path, side: str, count: int) -> Found:
         media.save_video(source / f"{index}.mp4", frames, 24.0)
     config = load_config("tiny").ingestion
     if side == "plain":
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         for path in sorted(source.iterdir()):
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 _, demuxer = copy_foreign_file(path, Path(scratch), config)
                 normalise(Path(scratch), ChildRequest(demuxer=demuxer, config=config))
-        return {"per_s": count / (time.perf_counter() - start_s)}
+        return plain(count, start_s, start_cpu_s)
     cluster._connect(settings(int(side)))
     unit = functools.partial(ingestion.ingest_video, output_uri=str(folder / "out"), config=config)
     clock = Clock(int(side))
@@ -150,10 +168,10 @@ def tokenize_with(folder: Path, side: str, clips: Sequence[Clip], config: RunCon
         if side == "plain, all threads":
             torch.set_num_threads(os.cpu_count() or 1)
         network = load_visual_tokenizer(Path(tokenizer.directory_uri))
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         for clip in clips:
             encode_clip(clip, "train", read_clip(clip, "train", values), network, values)
-        return {"per_s": len(clips) / (time.perf_counter() - start_s)}
+        return plain(len(clips), start_s, start_cpu_s)
     cluster._connect(settings(int(side)))
     selection = factories.commit_selection(str(folder / "s"), list(clips))
     plan = plan_tokenization(selection, tokenizer, config, output_uri=str(folder / "out"))
@@ -219,20 +237,24 @@ def print_rows(names: Sequence[str], repeats: int) -> None:
         found = [in_fresh_process(name, side, count) for _ in range(repeats)]
         return max(found, key=lambda each: each["per_s"])
 
-    print("| | plain loop, /s | workers | on Ray, /s | ratio | first units after |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print(
+        "| | plain loop, /s | workers | on Ray, /s | ratio | processor time each: plain, Ray, ratio "
+        "| first units after |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
     for name in names:
         make, count, sides = ROWS[name]
-        plain = {side: best(name, side, count)["per_s"] for side in sides[:-1]}
+        loops = {side: best(name, side, count) for side in sides[:-1]}
         ours = best(name, sides[-1], count)
+        rates = ", ".join(
+            f"{loop['per_s']:.3g}{side.removeprefix('plain').replace(', ', ' with ')}"
+            for side, loop in loops.items()
+        )
+        base = loops["plain"]
         print(
-            f"| {name}: {count} {make.__doc__} | "
-            + ", ".join(
-                f"{rate:.3g}{side.removeprefix('plain').replace(', ', ' with ')}"
-                for side, rate in plain.items()
-            )
-            + f" | {sides[-1]} | {ours['per_s']:.3g} | **{ours['per_s'] / plain['plain']:.2f}** | "
-            f"{ours['start_s']:.1f} s |",
+            f"| {name}: {count} {make.__doc__} | {rates} | {sides[-1]} | {ours['per_s']:.3g} | "
+            f"**{ours['per_s'] / base['per_s']:.2f}** | {base['cpu_s']:.3g} s, {ours['cpu_s']:.3g} "
+            f"s, {ours['cpu_s'] / base['cpu_s']:.2f} | {ours['start_s']:.1f} s |",
             flush=True,
         )
 
