@@ -238,7 +238,7 @@ def print_rows(names: Sequence[str], repeats: int) -> None:
         return max(found, key=lambda each: each["per_s"])
 
     print(
-        "| | plain loop, /s | workers | on Ray, /s | ratio | processor time each: plain, Ray, ratio "
+        "| | plain loop, /s | workers | on Ray, /s | ratio | processor time each: plain, Ray "
         "| first units after |"
     )
     print("|---|---|---|---|---|---|---|", flush=True)
