@@ -114,7 +114,7 @@ def test_shift_means_more_noise(make_request):
 )
 def test_prompts(make_request, dropout, prefix, expected):
     trainer = build(make_request(prompt_dropout=dropout, motion_prefix_probability=prefix))
-    batch = trainer.samples.batch([0, 1])
+    batch = trainer.loader.batch(0, slice(0, 2))
     batch = type(batch)(
         batch.visual_ids, ("a red ball rolls", "the night city"), (9.5, None), batch.sample_ids
     )
