@@ -98,7 +98,8 @@ def shard_ids(table: pa.Table, latent_shape: Sequence[int], uri: str) -> np.ndar
     Raises:
         ShardFormatError: If the rows are of another shape.
     """
-    lists = table["visual_ids"].combine_chunks()
+    column = table["visual_ids"]
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     flat: np.ndarray = lists.flatten().to_numpy()
     size = math.prod(latent_shape)
     if set(np.diff(lists.offsets.to_numpy())) - {size}:
