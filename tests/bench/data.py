@@ -27,12 +27,15 @@ from tests import factories
 from ursa import storage
 from ursa.artifacts import TokenDataset
 from ursa.data.loader import TokenLoader
-from ursa.data.shards import write_shard
+from ursa.data.order import BLOCK_BYTES
+from ursa.data.shards import READ_THREADS, write_shard
 
 CODES = 64_000
 SHAPES = {2560: (5, 16, 32), 33_280: (13, 40, 64)}
 """Latent shape by number of ids."""
 BATCH = 64
+SMALL_BLOCK_BYTES = 32 << 20
+"""A block of an eighth of the size, so that data sets of an eighth of the size are many blocks."""
 STEP_S = 0.02
 """What a step of the accelerator takes, in which the processor is free."""
 LATENCY_S = 0.05
@@ -47,15 +50,17 @@ def write_data(folder: Path, num_ids: int, num_samples: int, per_shard: int) -> 
     row = factories.token_rows("video", 1)[0]
     shards = []
     for start in range(0, num_samples, per_shard):
-        rows = []
-        for index in range(start, start + per_shard):
-            place = int(random.integers(len(drawn) - num_ids))
-            ids = drawn[place : place + num_ids].reshape(shape).copy()
-            for frame in range(1, shape[0]):
-                same = random.random(shape[1:]) < 0.7
-                ids[frame][same] = ids[frame - 1][same]
-            name = f"{random.bytes(16).hex()}-video-{index}-0"
-            rows.append(row | {"sample_id": name, "visual_ids": ids.ravel()})
+        places = random.integers(len(drawn), size=per_shard)
+        ids = np.stack([np.take(drawn, at + np.arange(num_ids), mode="wrap") for at in places])
+        ids = ids.reshape(per_shard, *shape)
+        for frame in range(1, shape[0]):
+            same = random.random(ids[:, frame].shape, np.float32) < 0.7
+            ids[:, frame][same] = ids[:, frame - 1][same]
+        names = [f"{random.bytes(16).hex()}-video-{start + i}-0" for i in range(per_shard)]
+        rows = [
+            row | {"sample_id": name, "visual_ids": grid.ravel()}
+            for name, grid in zip(names, ids, strict=True)
+        ]
         shards.append(write_shard(rows, f"{folder}/shard", codebook_size=CODES))
     empty = factories.write_dataset(str(folder), "video", "train", 0)
     return empty.model_copy(
@@ -79,13 +84,18 @@ def read_plainly(dataset: TokenDataset) -> int:
 
 
 def read_batches(
-    dataset: TokenDataset, *, num_threads: int = 4, step_s: float = 0.0
+    dataset: TokenDataset, *, block_bytes: int, num_threads: int, step_s: float
 ) -> tuple[int, float]:
     """Load an epoch; return its samples and the seconds in which a step waited for them."""
     num_steps = dataset.num_samples // BATCH
     waited = 0.0
     with TokenLoader(
-        dataset, batch_size=BATCH, num_steps=num_steps, seed=0, num_threads=num_threads
+        dataset,
+        batch_size=BATCH,
+        num_steps=num_steps,
+        seed=0,
+        block_bytes=block_bytes,
+        num_threads=num_threads,
     ) as loader:
         for step in range(num_steps):
             started = time.perf_counter()
@@ -117,8 +127,12 @@ def measure(what: str, manifest: str, options: dict[str, float]) -> dict[str, fl
     if what == "plain":
         count, waited = read_plainly(dataset), 0.0
     else:
-        threads = int(options.get("num_threads", 4))
-        count, waited = read_batches(dataset, num_threads=threads, step_s=options.get("step_s", 0))
+        count, waited = read_batches(
+            dataset,
+            block_bytes=int(options.get("block_bytes", BLOCK_BYTES)),
+            num_threads=int(options.get("num_threads", READ_THREADS)),
+            step_s=options.get("step_s", 0.0),
+        )
     wall_s = time.perf_counter() - started
     return {
         "samples_per_s": count / wall_s,
@@ -166,7 +180,7 @@ def memory(scale: int) -> None:
     print(
         "\n| peak of memory | samples | a tenth | all | ratio | goal |\n|---|---|---|---|---|---|"
     )
-    for num_ids, num_samples, per_shard in ((2560, 1_280_000, 512), (33_280, 128_000, 128)):
+    for num_ids, num_samples, per_shard in ((2560, 204_800, 512), (33_280, 16_640, 64)):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             count = num_samples // scale
@@ -176,12 +190,16 @@ def memory(scale: int) -> None:
                 update={"shards": shards, "num_samples": len(shards) * per_shard}
             )
             found = [
-                in_fresh_process("ours", saved(folder, each, str(each.num_samples)))
+                in_fresh_process(
+                    "ours",
+                    saved(folder, each, str(each.num_samples)),
+                    block_bytes=SMALL_BLOCK_BYTES,
+                )
                 for each in (tenth, dataset)
             ]
         small, large = (each["peak_mb"] for each in found)
         extra = " | ".join(
-            f"{each['peak_mb']:,.0f} MB, {each['extra_mb']:,.0f} of them read" for each in found
+            f"{each['peak_mb']:,.0f} MB, {each['extra_mb']:,.0f} by reading" for each in found
         )
         print(
             f"| samples of {num_ids:,} ids | {count:,} | {extra} | **{large / small:.2f}** | 1.2 |",
@@ -195,11 +213,16 @@ def stalls(scale: int) -> None:
     print(f"\n| {step} | reads take | waiting |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        count = 163_840 // scale
-        manifest = saved(folder, write_data(folder, 2560, count, 128))
+        count = 40_960 // scale
+        manifest = saved(folder, write_data(folder, 2560, count, 64))
         for latency_s, num_threads in ((0.0, 4), (LATENCY_S, 4), (LATENCY_S, 1)):
             found = in_fresh_process(
-                "ours", manifest, latency_s=latency_s, num_threads=num_threads, step_s=STEP_S
+                "ours",
+                manifest,
+                latency_s=latency_s,
+                num_threads=num_threads,
+                step_s=STEP_S,
+                block_bytes=SMALL_BLOCK_BYTES,
             )
             slower = f"{latency_s * 1000:.0f} ms longer" if latency_s else "as long as they take"
             print(
