@@ -145,9 +145,10 @@ class TokenLoader:
             for read in self._held.pop(shards).reads:
                 read.cancel()
         for each in wanted:
-            if each.shards not in self._held:
+            if each.shards in self._held:
+                self._held[each.shards].raise_early()
+            else:
                 self._held[each.shards] = self._begin(each)
-            self._held[each.shards].raise_early()
         return self._held[block.shards]
 
     def _begin(self, block: Block) -> _Held:
