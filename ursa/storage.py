@@ -294,15 +294,20 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
             ]
         else:
             raise FileNotFoundError(errno.ENOENT, "no such file or directory", uri)
-        return sorted(
-            StoredFile(
-                path.absolute().as_uri(),
-                path.lstat().st_size,
-                sha256_file(path) if with_etag else "",
-            )
-            for path in paths
-            if stat.S_ISREG(path.lstat().st_mode)
-        )
+        found_files = (_regular_file(path, with_etag=with_etag) for path in paths)
+        return sorted(item for item in found_files if item is not None)
+
+
+def _regular_file(path: Path, *, with_etag: bool) -> StoredFile | None:
+    """Describe a file; None if it is not regular or has gone, as temporary files of others do."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        etag = sha256_file(path) if with_etag else ""
+    except FileNotFoundError:
+        return None
+    return StoredFile(path.absolute().as_uri(), status.st_size, etag)
 
 
 def stat_file(uri: str) -> StoredFile:
@@ -427,8 +432,9 @@ def list_irregular_files(uri: str) -> list[str]:
 
 
 def _raise(error: OSError) -> None:
-    """Let `os.walk` fail: a directory that cannot be read must not look empty."""
-    raise error
+    """Let `os.walk` fail: a directory that cannot be read must not look empty; one may go."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 @contextlib.contextmanager
