@@ -134,8 +134,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_remote(uri):
         _s3_call("_pipe_file", uri, data, **_transfer(len(data)))
         return
-    with _local_errors(uri), _temporary_beside(local_path(uri), data) as temporary:
-        temporary.replace(local_path(uri))
+    with _local_errors(uri):
+        _write_local(local_path(uri), data)
 
 
 def put_if_absent(uri: str, data: bytes) -> bytes:
@@ -159,13 +159,8 @@ def put_if_absent(uri: str, data: bytes) -> bytes:
             _s3_call("_pipe_file", uri, data, mode="create", **_transfer(len(data)))
             return data
         return read_bytes(uri)
-    path = local_path(uri)
-    with _local_errors(uri), _temporary_beside(path, data) as temporary:
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-            _sync_directory(path.parent)
-            return data
-        return path.read_bytes()
+    with _local_errors(uri):
+        return _link_local(local_path(uri), data)
 
 
 def put_named_by_hash(uri: str, data: bytes) -> None:
@@ -501,16 +496,8 @@ def upload_file(path: Path, uri: str) -> None:
         transfer = _transfer(path.stat().st_size)
         _s3_call("_put_file", uri, str(path), source_first=True, **transfer)
         return
-    target = local_path(uri)
     with _local_errors(uri):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            shutil.copyfile(path, temporary)
-            _sync_file(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _copy_local(path, local_path(uri))
 
 
 def unique_place(uri: str, *parts: str) -> str:
@@ -738,6 +725,42 @@ def _parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
         return kind.model_validate(envelope.record)
     except ValidationError as error:
         raise ManifestError(f"{uri}: {kind.__name__} is damaged: {error}") from error
+
+
+# another run may remove the directory at any moment, as one does that has finished the same work
+_unless_removed = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(FileNotFoundError),
+    stop=tenacity.stop_after_attempt(3),
+    reraise=True,
+)
+
+
+@_unless_removed
+def _write_local(path: Path, data: bytes) -> None:
+    with _temporary_beside(path, data) as temporary:
+        temporary.replace(path)
+
+
+@_unless_removed
+def _link_local(path: Path, data: bytes) -> bytes:
+    with _temporary_beside(path, data) as temporary:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+            _sync_directory(path.parent)
+            return data
+        return path.read_bytes()
+
+
+@_unless_removed
+def _copy_local(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        _sync_file(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

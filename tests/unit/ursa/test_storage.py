@@ -127,6 +127,29 @@ def test_files_that_go_while_they_are_listed_are_left_out(tmp_path):
             thread.join()
 
 
+@pytest.mark.parametrize("call", ["write", "put", "upload"])
+def test_a_directory_that_another_run_removes_is_made_again(tmp_path, monkeypatch, call):
+    source, target = tmp_path / "source", tmp_path / "folder" / "deep" / "file"
+    source.write_bytes(b"x")
+    synced, fsync = [], os.fsync
+
+    def remove_once(descriptor):
+        fsync(descriptor)
+        if not synced:
+            storage.remove_directory(str(tmp_path / "folder"))
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remove_once)
+    {
+        "write": lambda: storage.write_bytes(str(target), b"x"),
+        "put": lambda: storage.put_if_absent(str(target), b"x"),
+        "upload": lambda: storage.upload_file(source, str(target)),
+    }[call]()
+    assert target.read_bytes() == b"x"
+    with pytest.raises(FileNotFoundError):
+        storage.upload_file(tmp_path / "none", str(target))
+
+
 def test_directories_are_copied_with_their_hashes(tmp_path):
     (tmp_path / "from" / "sub").mkdir(parents=True)
     (tmp_path / "from" / "a.txt").write_text("a")
