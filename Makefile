@@ -55,8 +55,8 @@ check: setup ## format, lint, layers, types, docstrings
 test: test-unit ## everything but slow and GPU tests
 	$(BIN)/pytest tests/integration tests/e2e -m "not slow and not gpu"
 
-test-unit: setup ## unit, property and parity tests, on all processors: seconds
-	$(BIN)/pytest tests/unit tests/property tests/parity -m "not slow and not gpu" \
+test-unit: setup ## unit, property, parity and fault tests, on all processors
+	$(BIN)/pytest tests/unit tests/property tests/parity tests/faults -m "not slow and not gpu" \
 	  -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup ## the slow ones

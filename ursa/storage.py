@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +31,23 @@ from ursa.artifacts import SCHEMA_VERSION
 from ursa.config import FrozenModel
 from ursa.errors import ManifestError, StorageConfigurationError, StorageError
 
-PUT_DEADLINE_S = 120.0
-"""An upload that takes longer is abandoned and repeated; s3fs alone would wait for ever."""
+ANSWER_DEADLINE_S = 30.0
+"""Of one request, beside the time that its bytes take; s3fs alone would wait for ever."""
+MIN_BYTES_PER_S = 1 << 20
+"""A transfer that is slower is abandoned and repeated."""
 GET_DEADLINE_S = 300.0
+"""Of a listing or of content whose size is not known before."""
+BUSY_BUDGET_S = 60.0
+"""So long after its first failure a call is repeated while the store is busy, silent or breaks
+off: at least 12 answers of "slow down". With the deadlines of the first and the last try, a small
+call gives up within 120 s."""
+UNREACHABLE_BUDGET_S = 10.0
+"""So long a call is repeated while nobody takes the connection: the address may be wrong."""
 MANIFEST_LIMIT_BYTES = 64 << 20
 _RANGE_BYTES = 16 << 20
 _PARALLEL_READS = 16
+_PART_BYTES = 50 << 20
+"""s3fs divides larger transfers into parts."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Record = TypeVar("Record", bound=FrozenModel)
@@ -120,10 +132,10 @@ def write_bytes(uri: str, data: bytes) -> None:
         StorageError: If the store refuses or does not answer.
     """
     if is_remote(uri):
-        _s3_call("_pipe_file", uri, data, deadline_s=PUT_DEADLINE_S)
+        _s3_call("_pipe_file", uri, data, **_transfer(len(data)))
         return
-    with _local_errors(uri), _temporary_beside(local_path(uri), data) as temporary:
-        temporary.replace(local_path(uri))
+    with _local_errors(uri):
+        _write_local(local_path(uri), data)
 
 
 def put_if_absent(uri: str, data: bytes) -> bytes:
@@ -144,16 +156,11 @@ def put_if_absent(uri: str, data: bytes) -> bytes:
     """
     if is_remote(uri):
         with contextlib.suppress(FileExistsError):
-            _s3_call("_pipe_file", uri, data, mode="create", deadline_s=PUT_DEADLINE_S)
+            _s3_call("_pipe_file", uri, data, mode="create", **_transfer(len(data)))
             return data
         return read_bytes(uri)
-    path = local_path(uri)
-    with _local_errors(uri), _temporary_beside(path, data) as temporary:
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-            _sync_directory(path.parent)
-            return data
-        return path.read_bytes()
+    with _local_errors(uri):
+        return _link_local(local_path(uri), data)
 
 
 def put_named_by_hash(uri: str, data: bytes) -> None:
@@ -205,7 +212,7 @@ def exists(uri: str) -> bool:
         with _local_errors(uri):
             return local_path(uri).is_file()
     try:
-        _s3_call("_info", uri, deadline_s=30.0)
+        _s3_call("_info", uri, deadline_s=ANSWER_DEADLINE_S)
     except FileNotFoundError:
         return False
     return True
@@ -224,7 +231,7 @@ def size_bytes(uri: str) -> int:
     if not is_remote(uri):
         with _local_errors(uri):
             return local_path(uri).stat().st_size
-    info: dict[str, Any] = _s3_call("_info", uri, deadline_s=30.0)
+    info: dict[str, Any] = _s3_call("_info", uri, deadline_s=ANSWER_DEADLINE_S)
     return int(info["size"])
 
 
@@ -241,7 +248,7 @@ def modified_s(uri: str) -> float:
     if not is_remote(uri):
         with _local_errors(uri):
             return local_path(uri).stat().st_mtime
-    info: dict[str, Any] = _s3_call("_info", uri, deadline_s=30.0)
+    info: dict[str, Any] = _s3_call("_info", uri, deadline_s=ANSWER_DEADLINE_S)
     return float(info["LastModified"].timestamp())
 
 
@@ -282,15 +289,20 @@ def list_files(uri: str, *, with_etag: bool = True) -> list[StoredFile]:
             ]
         else:
             raise FileNotFoundError(errno.ENOENT, "no such file or directory", uri)
-        return sorted(
-            StoredFile(
-                path.absolute().as_uri(),
-                path.lstat().st_size,
-                sha256_file(path) if with_etag else "",
-            )
-            for path in paths
-            if stat.S_ISREG(path.lstat().st_mode)
-        )
+        found_files = (_regular_file(path, with_etag=with_etag) for path in paths)
+        return sorted(item for item in found_files if item is not None)
+
+
+def _regular_file(path: Path, *, with_etag: bool) -> StoredFile | None:
+    """Describe a file; None if it is not regular or has gone, as temporary files of others do."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        etag = sha256_file(path) if with_etag else ""
+    except FileNotFoundError:
+        return None
+    return StoredFile(path.absolute().as_uri(), status.st_size, etag)
 
 
 def stat_file(uri: str) -> StoredFile:
@@ -312,7 +324,7 @@ def stat_file(uri: str) -> StoredFile:
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, "no regular file", uri)
         return StoredFile(uri, status.st_size, "")
-    info = _s3_call("_info", uri, deadline_s=30.0)
+    info = _s3_call("_info", uri, deadline_s=ANSWER_DEADLINE_S)
     if info["type"] != "file":
         raise FileNotFoundError(errno.ENOENT, "no object of this name", uri)
     return StoredFile(uri, int(info["size"]), str(info.get("ETag", "")).strip('"'))
@@ -415,8 +427,9 @@ def list_irregular_files(uri: str) -> list[str]:
 
 
 def _raise(error: OSError) -> None:
-    """Let `os.walk` fail: a directory that cannot be read must not look empty."""
-    raise error
+    """Let `os.walk` fail: a directory that cannot be read must not look empty; one may go."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 @contextlib.contextmanager
@@ -438,7 +451,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ursa-") as folder:
         target = Path(folder) / "content"
-        _s3_call("_get_file", uri, str(target), deadline_s=GET_DEADLINE_S)
+        _s3_call("_get_file", uri, str(target), **_transfer(size_bytes(uri)))
         yield target
 
 
@@ -480,18 +493,11 @@ def upload_file(path: Path, uri: str) -> None:
         StorageError: If the store refuses or does not answer.
     """
     if is_remote(uri):
-        _s3_call("_put_file", uri, str(path), source_first=True, deadline_s=GET_DEADLINE_S)
+        transfer = _transfer(path.stat().st_size)
+        _s3_call("_put_file", uri, str(path), source_first=True, **transfer)
         return
-    target = local_path(uri)
     with _local_errors(uri):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            shutil.copyfile(path, temporary)
-            _sync_file(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _copy_local(path, local_path(uri))
 
 
 def unique_place(uri: str, *parts: str) -> str:
@@ -549,7 +555,7 @@ def local_directory(uri: str) -> Iterator[Path]:
         for item in list_files(uri):
             target = Path(folder) / item.uri.removeprefix(uri.rstrip("/") + "/")
             target.parent.mkdir(parents=True, exist_ok=True)
-            _s3_call("_get_file", item.uri, str(target), deadline_s=GET_DEADLINE_S)
+            _s3_call("_get_file", item.uri, str(target), **_transfer(item.num_bytes))
         yield Path(folder)
 
 
@@ -680,7 +686,7 @@ def remove_file(uri: str) -> None:
         StorageError: If the store refuses or does not answer.
     """
     if is_remote(uri):
-        _s3_call("_rm_file", uri, deadline_s=30.0)
+        _s3_call("_rm_file", uri, deadline_s=ANSWER_DEADLINE_S)
         return
     with _local_errors(uri):
         local_path(uri).unlink()
@@ -719,6 +725,42 @@ def _parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
         return kind.model_validate(envelope.record)
     except ValidationError as error:
         raise ManifestError(f"{uri}: {kind.__name__} is damaged: {error}") from error
+
+
+# another run may remove the directory at any moment, as one does that has finished the same work
+_unless_removed = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(FileNotFoundError),
+    stop=tenacity.stop_after_attempt(3),
+    reraise=True,
+)
+
+
+@_unless_removed
+def _write_local(path: Path, data: bytes) -> None:
+    with _temporary_beside(path, data) as temporary:
+        temporary.replace(path)
+
+
+@_unless_removed
+def _link_local(path: Path, data: bytes) -> bytes:
+    with _temporary_beside(path, data) as temporary:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+            _sync_directory(path.parent)
+            return data
+        return path.read_bytes()
+
+
+@_unless_removed
+def _copy_local(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        _sync_file(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -772,32 +814,101 @@ def _local_errors(uri: str) -> Iterator[None]:
         raise StorageError(f"{uri}: {error.strerror or error}") from error
 
 
-def _filesystem() -> Any:
+def _filesystem(attempts: int) -> Any:
     import s3fs  # noqa: PLC0415  (0.5 s, not needed for local runs)
 
     filesystem = s3fs.S3FileSystem(
         use_listings_cache=False,
         config_kwargs={
-            "retries": {"mode": "standard", "max_attempts": 3},
+            "retries": {"mode": "standard", "max_attempts": attempts},
             "connect_timeout": 5,
-            "read_timeout": 30,
+            "read_timeout": ANSWER_DEADLINE_S,
         },
     )
-    # botocore repeats a call and so do we: with a third loop inside, a wrong address takes a minute
+    # one loop of repetition is enough: with others inside, a wrong address takes minutes
     filesystem.retries = 1
     return filesystem
 
 
+def _transfer(num_bytes: int) -> dict[str, Any]:
+    """Return how to move so many bytes: only the parts of a divided transfer are repeated alone."""
+    return {
+        "deadline_s": ANSWER_DEADLINE_S + num_bytes / MIN_BYTES_PER_S,
+        "attempts": 5 if num_bytes > _PART_BYTES else 1,
+    }
+
+
 class _TransientError(Exception):
-    """The call may succeed if repeated."""
+    """The call may succeed if repeated for `budget_s` seconds after its first failure."""
+
+    def __init__(self, message: str, budget_s: float) -> None:
+        super().__init__(message)
+        self.budget_s = budget_s
 
 
 def _refuse_missing_bucket(uri: str, error: OSError) -> None:
-    answer = getattr(error.__cause__, "response", {})
-    if answer.get("Error", {}).get("Code") == "NoSuchBucket":
+    if _answer_of(error)[1] == "NoSuchBucket":
         raise StorageConfigurationError(
             f"{uri}: there is no such bucket; make it or correct the URI"
         ) from error
+
+
+def _answer_of(error: BaseException) -> tuple[int, str]:
+    """Return status and code of the answer that an error of s3fs stands for; 0 if none came."""
+    answer: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return int(status), str(answer.get("Error", {}).get("Code", ""))
+
+
+def _refuse_permanent(uri: str, error: Exception) -> None:
+    """Raise what another try cannot change."""
+    import botocore.exceptions as boto  # noqa: PLC0415
+
+    code = _answer_of(error)[1]
+    if code in ("PreconditionFailed", "412"):
+        # stores that do not say which condition failed: we make only one
+        raise FileExistsError(errno.EEXIST, "there is such an object", uri) from error
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        raise StorageConfigurationError(
+            f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
+    if code == "RequestTimeTooSkewed":
+        raise StorageConfigurationError(
+            f"{uri}: the clock of this machine differs from the store's ({error}); set the clock"
+        ) from error
+    if isinstance(error, PermissionError):
+        raise StorageConfigurationError(
+            f"{uri}: access denied ({error}); check the S3 credentials and bucket policy"
+        ) from error
+    if getattr(error, "errno", None) in _DISK_FULL:
+        raise StorageConfigurationError(
+            f"disk full while downloading {uri}; free some space in TMPDIR, then run again"
+        ) from error
+
+
+def _transient(error: Exception, deadline_s: float) -> _TransientError:
+    """Say how long it is worth to repeat a call that failed so."""
+    import botocore.exceptions as boto  # noqa: PLC0415
+    from fsspec.exceptions import FSTimeoutError  # noqa: PLC0415
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, FSTimeoutError):
+        return _TransientError(f"no answer within {deadline_s:.3g} s", BUSY_BUDGET_S)
+    inner = getattr(error, "kwargs", {}).get("error")  # aiobotocore gives both one class
+    was_reset = getattr(inner, "errno", None) in (errno.ECONNRESET, errno.EPIPE)
+    if isinstance(error, boto.ConnectionError) and not was_reset:
+        hint = f"{text}; check AWS_ENDPOINT_URL and the network"
+        return _TransientError(hint, UNREACHABLE_BUDGET_S)
+    status, code = _answer_of(error)
+    broke_off = status == 0 and not isinstance(error, boto.BotoCoreError)
+    broke_off |= isinstance(error, boto.HTTPClientError | boto.IncompleteReadError)
+    is_busy = status >= 500 or status in (408, 409, 429) or code in _BUSY_CODES
+    if was_reset or broke_off or is_busy:
+        return _TransientError(text, BUSY_BUDGET_S)
+    return _TransientError(text, 0.0)
+
+
+_BUSY_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch")
 
 
 def _s3_call(
@@ -805,16 +916,17 @@ def _s3_call(
     uri: str,
     *arguments: Any,
     deadline_s: float,
+    attempts: int = 1,
     source_first: bool = False,
     **options: Any,
 ) -> Any:
     """Run one coroutine of s3fs with a deadline; repeat what may succeed, name what cannot."""
     import botocore.exceptions  # noqa: PLC0415
     from fsspec.asyn import sync  # noqa: PLC0415
-    from fsspec.exceptions import FSTimeoutError  # noqa: PLC0415
+    from s3fs.core import S3_RETRYABLE_ERRORS  # noqa: PLC0415
 
     def once() -> Any:
-        filesystem = _filesystem()
+        filesystem = _filesystem(attempts)
         where = uri.removeprefix("s3://")
         call = (*arguments, where) if source_first else (where, *arguments)
         try:
@@ -824,32 +936,28 @@ def _s3_call(
         except (FileNotFoundError, FileExistsError) as error:
             _refuse_missing_bucket(uri, error)
             raise
-        except FSTimeoutError as error:
-            raise _TransientError(f"no answer within {deadline_s:g} s") from error
-        except botocore.exceptions.NoCredentialsError as error:
-            raise StorageConfigurationError(
-                f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            ) from error
-        except botocore.exceptions.EndpointConnectionError as error:
-            raise _TransientError(f"{error}; check AWS_ENDPOINT_URL and the network") from error
-        except PermissionError as error:
-            raise StorageConfigurationError(
-                f"{uri}: access denied ({error}); check the S3 credentials and bucket policy"
-            ) from error
-        except (botocore.exceptions.BotoCoreError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageConfigurationError(
-                    f"disk full while downloading {uri}; free some space in TMPDIR, then run again"
-                ) from error
-            raise _TransientError(str(error) or type(error).__name__) from error
+        except (*S3_RETRYABLE_ERRORS, botocore.exceptions.BotoCoreError, OSError) as error:
+            _refuse_permanent(uri, error)
+            raise _transient(error, deadline_s) from error
+
+    failures_s: list[float] = []
+
+    def has_lasted(state: tenacity.RetryCallState) -> bool:
+        failures_s.append(time.monotonic())
+        error = state.outcome.exception() if state.outcome else None
+        budget_s = error.budget_s if isinstance(error, _TransientError) else 0.0
+        return failures_s[-1] + state.upcoming_sleep - failures_s[0] > budget_s
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(_TransientError),
-        stop=tenacity.stop_after_attempt(3),
+        stop=has_lasted,
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=5),
         reraise=True,
     )
     try:
         return retrying(once)
     except _TransientError as error:
-        raise StorageError(f"{uri}: the object store cannot be reached: {error}") from error
+        tries = f"{len(failures_s)} tries" if len(failures_s) > 1 else "1 try"
+        raise StorageError(
+            f"{uri}: the object store cannot be reached ({tries}): {error}"
+        ) from error

@@ -5,6 +5,7 @@ from pathlib import Path
 from ursa import storage
 from ursa.artifacts import FailureReason, SourceVideo
 from ursa.config import IngestionConfig
+from ursa.errors import StorageError
 from ursa.sources import https
 from ursa.sources.listing import object_member_etag
 from ursa.sources.names import is_https, tar_of
@@ -75,6 +76,9 @@ def _copy_object(source: SourceVideo, folder: Path, config: IngestionConfig) -> 
     _check_unchanged(source, _object_etag(source, uri))
     storage.copy_range(uri, start, source.num_bytes, download)
     _check_unchanged(source, _object_etag(source, uri))
+    if (num_bytes := download.stat().st_size) != source.num_bytes:
+        # a part must not be kept under the etag of the whole
+        raise StorageError(f"{source.uri}: got {num_bytes} of {source.num_bytes} bytes")
     return _take(download, folder, config)
 
 

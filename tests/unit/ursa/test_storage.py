@@ -104,6 +104,52 @@ def test_listing_is_sorted_and_holds_regular_files_alone(tmp_path):
         storage.list_files(str(tmp_path / "gone"))
 
 
+def test_files_that_go_while_they_are_listed_are_left_out(tmp_path):
+    """Other writers make and remove temporary files and whole folders all the time."""
+    (tmp_path / "stays").write_bytes(b"1")
+    stop = threading.Event()
+
+    def write(folder):
+        while not stop.is_set():
+            storage.write_bytes(str(tmp_path / folder / "new"), b"2")
+            storage.remove_directory(str(tmp_path / folder))
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    try:
+        for with_etag in (False, True) * 150:
+            found = storage.list_files(str(tmp_path), with_etag=with_etag)
+            assert any(item.uri.endswith("/stays") for item in found)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("call", ["write", "put", "upload"])
+def test_a_directory_that_another_run_removes_is_made_again(tmp_path, monkeypatch, call):
+    source, target = tmp_path / "source", tmp_path / "folder" / "deep" / "file"
+    source.write_bytes(b"x")
+    synced, fsync = [], os.fsync
+
+    def remove_once(descriptor):
+        fsync(descriptor)
+        if not synced:
+            storage.remove_directory(str(tmp_path / "folder"))
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remove_once)
+    {
+        "write": lambda: storage.write_bytes(str(target), b"x"),
+        "put": lambda: storage.put_if_absent(str(target), b"x"),
+        "upload": lambda: storage.upload_file(source, str(target)),
+    }[call]()
+    assert target.read_bytes() == b"x"
+    with pytest.raises(FileNotFoundError):
+        storage.upload_file(tmp_path / "none", str(target))
+
+
 def test_directories_are_copied_with_their_hashes(tmp_path):
     (tmp_path / "from" / "sub").mkdir(parents=True)
     (tmp_path / "from" / "a.txt").write_text("a")

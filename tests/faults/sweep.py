@@ -1,0 +1,57 @@
+"""All single faults and all pairs of faults of a protocol."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from tests.faults.memory_store import FAULTS, HARD_FAULTS
+from tests.faults.protocols import Outcome, Scenario, clean_run, run_to_end
+
+
+class Swept(NamedTuple):
+    """How many cases there were, and what went wrong in which."""
+
+    num_cases: int
+    violations: dict[str, list[str]]
+
+
+def sweep(
+    scenario: Scenario,
+    *,
+    first: Mapping[str, tuple[str, ...]] = FAULTS,
+    second: Mapping[str, tuple[str, ...]] = HARD_FAULTS,
+    stop_at_first: bool = False,
+) -> Swept:
+    """Run every single fault, and after every hard one every second fault that can follow.
+
+    Args:
+        scenario: The protocol.
+        first: Kinds of single faults by kind of operation.
+        second: Kinds of faults in pairs; the second may strike in the run that resumes.
+        stop_at_first: Stop at the first violation.
+    """
+    num_cases, violations = 0, {}
+    for faults, outcome in _cases(scenario, first, second):
+        num_cases += 1
+        if outcome.problems:
+            named = ", ".join(f"{kind} at {place}" for place, kind in faults.items())
+            violations[named] = outcome.problems
+            if stop_at_first:
+                break
+    return Swept(num_cases, violations)
+
+
+def _cases(
+    scenario: Scenario, first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[dict[int, str], Outcome]]:
+    clean = clean_run(scenario)
+    for place, operation in enumerate(clean.store.trace):
+        for kind in first[operation]:
+            single = {place: kind}
+            outcome = run_to_end(scenario, single, clean)
+            yield single, outcome
+            if kind not in second[operation]:
+                continue
+            for later in range(place + 1, len(outcome.store.trace)):
+                for other in second[outcome.store.trace[later]]:
+                    pair = single | {later: other}
+                    yield pair, run_to_end(scenario, pair, clean)

@@ -1,0 +1,53 @@
+"""The fault tests must find protocols that are broken on purpose."""
+
+import pytest
+
+from tests.faults import memory_store, protocols
+from tests.faults.mutants import MUTANTS, applied
+from tests.faults.sweep import sweep
+from tests.faults.test_writers import SCENARIOS
+from tests.faults.writers import disagreements, run_together
+
+pytestmark = pytest.mark.usefixtures("fast_files")
+NUM_SEEDS = 30
+
+
+def found_by(scenario, reference):
+    """What notices: a clean run, one fault, several writers or two faults; None if nothing does."""
+    scenario.work.differs = False
+    clean = protocols.clean_run(scenario).store
+    if scenario.problems(clean.copy()):
+        return "what is there after a clean run"
+    if scenario.is_reproducible and protocols.differences(clean, reference):
+        return "the bytes of a clean run"
+    no_pairs = dict.fromkeys(memory_store.FAULTS, ())
+    if sweep(scenario, second=no_pairs, stop_at_first=True).violations:
+        return "one fault"
+    for seed in range(NUM_SEEDS):
+        scenario.work.differs = seed % 3 > 0
+        if disagreements(scenario, run_together(scenario, seed, one_dies=seed % 2 == 1)):
+            return f"writers in the order of seed {seed}"
+    return "two faults" if sweep(scenario, stop_at_first=True).violations else None
+
+
+def notices(scenario, reference):
+    try:
+        return found_by(scenario, reference)
+    except Exception as error:  # noqa: BLE001
+        return f"a test fails: {error!r}"
+
+
+def test_broken_protocols_are_found(tmp_path, monkeypatch, tiny_data):
+    survivors = {}
+    for index, mutant in enumerate(MUTANTS):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            scenario = SCENARIOS[mutant.scenario](folder, patch, tiny_data)
+            reference = protocols.clean_run(scenario).store
+            with applied(mutant):
+                by = notices(scenario, reference)
+        if by is None:
+            survivors[mutant.name] = mutant.scenario
+    assert len(MUTANTS) >= 20
+    assert len(survivors) <= 0.05 * len(MUTANTS), survivors
