@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-toy bench-steps
+.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-data bench-toy bench-steps
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ test-slow: setup ## the slow ones
 
 bench: setup ## measure the core against the plain arithmetic of the official code: minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/core.py
+
+bench-data: setup ## measure ingestion and tokenization against plain loops: many minutes
+	for file in $(wildcard tests/bench/data.py tests/bench/data_ingest.py); do \
+	  PYTHONPATH=. $(BIN)/python $$file || exit 1; done
 
 bench-toy: setup ## solvers and clocks with an exact denoiser: some minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/toy.py

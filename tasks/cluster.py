@@ -1,10 +1,11 @@
-"""The only importer of Ray: parallel units on Ray Data, distributed training on Ray Train.
+"""The only importer of Ray: parallel units on Ray actors, distributed training on Ray Train.
 
 Ray is started when the first unit of work needs it and stopped by the flow. This module is
 imported on Ray's workers as well, so it imports neither Prefect nor MLflow.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -14,8 +15,9 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tasks.settings import RuntimeSettings
 from ursa import errors
@@ -30,12 +32,25 @@ Result = TypeVar("Result", bound=FrozenModel)
 
 INIT_ATTEMPTS = 3
 UNIT_ROUNDS = 3
+MAX_LOSSES = 3
+"""How often a unit may lose the actor that works on it; then it is given up."""
+ACTOR_START_S = 300.0
+"""If no actor starts for so long while none works, the cluster has no room for one."""
 OBJECT_STORE_BYTES = 256 << 20
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+_POLL_S = 1.0
+_actor_numbers = itertools.count()
+
+
+class Workers(NamedTuple):
+    """What an actor of a step is called and needs."""
+
+    name: str = "unit"
+    num_cpus: int = 1
+    num_gpus: float = 0.0
 
 
 def map_units(
@@ -44,18 +59,22 @@ def map_units(
     result_type: type[Result],
     settings: RuntimeSettings,
     *,
+    workers: Workers = Workers(),  # noqa: B008  (immutable)
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Apply a unit function to all items in parallel; return the results in any order.
 
     An error of one unit does not stop the others: what is finished stays committed. Transient
-    errors are tried again in up to `UNIT_ROUNDS` rounds, then the first error is raised.
+    errors are tried again in up to `UNIT_ROUNDS` rounds, then the first error is raised. A unit
+    whose actor is lost, with its node or alone, is done again on another one, so units must be
+    such that doing one twice is harmless; one that loses `MAX_LOSSES` actors has failed.
 
     Args:
         make_unit: Called once per actor; must pickle and lead to functions of `ursa`.
         items: Records to work on.
         result_type: Type of the records that the unit returns.
         settings: Where to run.
+        workers: Name and needs of the actors; `settings.num_workers` is how many there are.
         on_progress: Called with the number of items done and of all items.
 
     Returns:
@@ -70,7 +89,7 @@ def map_units(
     failed: list[tuple[Item, UrsaError]] = []
     for attempt in range(UNIT_ROUNDS):
         failed = []
-        for index, outcome in _outcomes(make_unit, todo, settings):
+        for index, outcome in _outcomes(make_unit, todo, settings, workers):
             if outcome["error"]:
                 failed.append((todo[index], _restore_error(outcome)))
             else:
@@ -171,8 +190,13 @@ def _connect(settings: RuntimeSettings) -> None:
     if settings.ray_address is None:
         cores = os.cpu_count() or 1
         options.update(
-            # one more than needed: the helpers of Ray Train and Ray Data want a slot of their own
-            num_cpus=max(cores, settings.num_workers, settings.num_train_workers) + 1,
+            # one more than needed: the helpers of Ray Train want a slot of their own
+            num_cpus=max(
+                cores,
+                settings.num_workers * settings.decoders_per_worker,
+                settings.num_train_workers,
+            )
+            + 1,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
         )
@@ -193,7 +217,6 @@ def _connect(settings: RuntimeSettings) -> None:
             time.sleep(2 * attempt)
         else:
             break
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
@@ -214,47 +237,134 @@ def _outcomes(
     make_unit: Callable[[], Callable[[Item], Result]],
     items: Sequence[Item],
     settings: RuntimeSettings,
+    workers: Workers,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (position of the item, outcome row) as units finish."""
+    """Yield (position of the item, outcome) as units finish."""
     if not items:
         return
-    rows = [
-        {"index": index, "item": item.model_dump_json(), "kind": f"{type(item).__qualname__}"}
-        for index, item in enumerate(items)
-    ]
-    item_type = type(items[0])
     if settings.launcher == "local":
-        actor = _Unit(make_unit, item_type)
-        for row in rows:
-            yield row["index"], actor(row)  # type: ignore[misc]
+        unit = _Unit(make_unit, type(items[0]))
+        for index, item in enumerate(items):
+            yield index, unit.run(item.model_dump_json())
         return
     _connect(settings)
-    import ray.data  # noqa: PLC0415  (seconds; not needed when all work is done)
+    import ray  # noqa: PLC0415  (seconds; not needed when all work is done)
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    size = min(settings.num_workers, len(rows))
-    done = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(
-        _Unit,  # type: ignore[arg-type]
-        fn_constructor_args=(make_unit, item_type),
-        compute=ray.data.ActorPoolStrategy(size=size),
-        num_cpus=1,
-        max_restarts=3,
-        max_task_retries=3,
-    )
     try:
-        for outcome in done.iter_rows():
-            yield int(outcome["index"]), outcome
+        with contextlib.closing(_ActorPool(make_unit, items, settings, workers)) as pool:
+            yield from pool.outcomes()
     except ray.exceptions.RayError as error:
         raise ServiceError(
-            f"Ray lost the actors that worked ({_first_line(error)}); often the memory was full: "
-            "set URSA_NUM_WORKERS lower, then run again: finished units are kept"
+            f"Ray gave up ({_first_line(error)}); run again: finished units are kept"
         ) from error
 
 
+class _ActorPool:
+    """Units on actors, one at a time each; lost actors are replaced, their units done again."""
+
+    def __init__(
+        self,
+        make_unit: Callable[[], Callable[[Any], FrozenModel]],
+        items: Sequence[FrozenModel],
+        settings: RuntimeSettings,
+        workers: Workers,
+    ) -> None:
+        import ray  # noqa: PLC0415
+
+        self._ray = ray
+        self._items = items
+        self._workers = workers
+        # Ray restarts nothing by itself: it would repeat for ever what kills an actor
+        self._actor_class = ray.remote(
+            num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, max_restarts=0, max_task_retries=0
+        )(_Unit)
+        self._arguments = (make_unit, type(items[0]))
+        self._waiting = deque(range(len(items)))
+        self._losses: Counter[int] = Counter()
+        # what is awaited, from whom, and for which item; None: the actor starts
+        self._pending: dict[Any, tuple[Any, int | None]] = {}
+        self._max_failed_starts = MAX_LOSSES * min(settings.num_workers, len(items))
+        self._failed_starts = 0
+        for _ in range(min(settings.num_workers, len(items))):
+            self._start_actor()
+
+    def outcomes(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (position of the item, outcome) as units finish."""
+        last_sign_s = time.monotonic()
+        while self._waiting or self._is_working():
+            ready, _ = self._ray.wait(list(self._pending), timeout=_POLL_S)
+            for future in ready:
+                yield from self._settle(future)
+            if ready or self._is_working():
+                last_sign_s = time.monotonic()
+            elif time.monotonic() - last_sign_s > ACTOR_START_S:
+                raise ServiceError(
+                    f"no node of the Ray cluster had room for an actor within {ACTOR_START_S:.0f} "
+                    f"s, expected {self._workers.num_cpus} CPUs and {self._workers.num_gpus:g} "
+                    "GPUs; add nodes, or ask for less: URSA_DECODERS_PER_WORKER, "
+                    "URSA_GPUS_PER_WORKER"
+                )
+
+    def close(self) -> None:
+        """End all actors."""
+        for actor, _ in self._pending.values():
+            self._ray.kill(actor)
+        self._pending.clear()
+
+    def _is_working(self) -> bool:
+        return any(index is not None for _, index in self._pending.values())
+
+    def _start_actor(self) -> None:
+        name = f"{self._workers.name}-{next(_actor_numbers)}"
+        actor: Any = self._actor_class.options(name=name).remote(*self._arguments)
+        self._pending[actor.start.remote()] = (actor, None)
+
+    def _settle(self, future: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Take in an answer or a loss, and give the actor its next unit."""
+        actor, index = self._pending.pop(future)
+        try:
+            answer = self._ray.get(future)
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(actor)  # it may be out of reach and still work
+            yield from self._replace(index, error)
+            return
+        if self._waiting:
+            following = self._waiting.popleft()
+            call = actor.run.remote(self._items[following].model_dump_json())
+            self._pending[call] = (actor, following)
+        else:
+            self._ray.kill(actor)  # makes room for one that is to finish the work of a lost one
+        if index is not None:
+            yield index, answer
+
+    def _replace(self, index: int | None, error: Exception) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Start another actor; put the unit of the lost one last, or give it up."""
+        reason = _first_line(error)
+        if index is None:
+            self._failed_starts += 1
+            if self._failed_starts >= self._max_failed_starts:
+                raise ServiceError(
+                    f"{self._failed_starts} actors of Ray did not start ({reason}); often the "
+                    "memory was full: set URSA_NUM_WORKERS lower, then run again"
+                ) from error
+        else:
+            self._losses[index] += 1
+            logger.warning("%s lost an actor (%s)", self._workers.name, reason)
+            if self._losses[index] >= MAX_LOSSES:
+                lost = UrsaError(
+                    f"the process that worked on {_describe(self._items[index])} died "
+                    f"{MAX_LOSSES} times ({reason}); often the memory was full: set "
+                    "URSA_NUM_WORKERS lower, then run again: finished units are kept"
+                )
+                yield index, {"result": "", "error": _pack_error(lost)}
+            else:
+                self._waiting.append(index)
+        if self._waiting:
+            self._start_actor()
+
+
 class _Unit:
-    """What runs in an actor: turns every error into a row, so that one cannot stop the job."""
+    """What runs in an actor: turns every error into an outcome, so that one cannot stop the job."""
 
     def __init__(
         self, make_unit: Callable[[], Callable[[Any], FrozenModel]], item_type: type[FrozenModel]
@@ -264,14 +374,35 @@ class _Unit:
         self._item_type = item_type
         self._unit: Callable[[Any], FrozenModel] | None = None
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def start(self) -> None:
+        """Prepare the process of an actor; the answer says that it has started."""
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            # more actors use more cores; and sums do not depend on how many decoders there are
+            torch.set_num_threads(1)
+
+    def run(self, item: str) -> dict[str, Any]:
+        """Do a unit.
+
+        Args:
+            item: JSON of the item.
+
+        Returns:
+            JSON of the result, or of the error.
+        """
         try:
-            if self._unit is None:  # here, so that a model that cannot be loaded becomes a row
+            if self._unit is None:  # here, so that a model that cannot be loaded is an outcome
                 self._unit = self._make_unit()
-            result = self._unit(self._item_type.model_validate_json(row["item"]))
-        except Exception as error:  # noqa: BLE001  (becomes a row, raised again by the caller)
-            return {"index": row["index"], "result": "", "error": _pack_error(error)}
-        return {"index": row["index"], "result": result.model_dump_json(), "error": ""}
+            result = self._unit(self._item_type.model_validate_json(item))
+        except Exception as error:  # noqa: BLE001  (raised again by the caller)
+            return {"result": "", "error": _pack_error(error)}
+        return {"result": result.model_dump_json(), "error": ""}
+
+
+def _describe(item: FrozenModel) -> str:
+    """Name an item in a message."""
+    values = item.model_dump(include={"uri", "key"})
+    return f"{type(item).__name__} {next(iter(values.values()), '')}".strip()
 
 
 def _pack_error(error: Exception) -> str:

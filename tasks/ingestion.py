@@ -49,6 +49,7 @@ def ingest_videos(context: RunContext) -> ClipSet:
                 plan.todo,
                 IngestedVideo,
                 RuntimeSettings.from_env(),
+                workers=cluster.Workers("ingest"),
                 on_progress=advance,
             )
     clips = ingestion.commit_clips(

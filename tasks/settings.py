@@ -46,6 +46,12 @@ class RuntimeSettings(BaseSettings):
     num_workers: int = Field(
         default=max(1, os.cpu_count() or 1), ge=1, description="actors that ingest or tokenize"
     )
+    decoders_per_worker: int = Field(
+        default=1, ge=1, description="processes that decode for an actor that tokenizes"
+    )
+    gpus_per_worker: float = Field(
+        default=0.0, ge=0, description="GPUs of an actor that tokenizes; a part of one is possible"
+    )
     num_train_workers: int = Field(default=1, ge=1, description="training processes")
     cpus_per_train_worker: int = Field(
         default=0, ge=0, description="cores of a training process; 0 shares out this machine's"

@@ -37,12 +37,23 @@ def tokenize_clips(
     )
     datasets = plan.committed
     if datasets is None:
+        settings = RuntimeSettings.from_env()
+        make_unit = functools.partial(
+            tokenization.ClipTokenizer,
+            visual_tokenizer,
+            config,
+            num_decoders=settings.decoders_per_worker,
+            device="cuda" if settings.gpus_per_worker else "cpu",
+        )
         with reports.progress("tokenize-progress", "shards", before=len(plan.done)) as advance:
             new = cluster.map_units(
-                functools.partial(tokenization.ClipTokenizer, visual_tokenizer, config),
+                make_unit,
                 plan.todo,
                 TokenizedUnit,
-                RuntimeSettings.from_env(),
+                settings,
+                workers=cluster.Workers(
+                    "tokenize", settings.decoders_per_worker, settings.gpus_per_worker
+                ),
                 on_progress=advance,
             )
         datasets = tokenization.commit_tokens(

@@ -6,7 +6,11 @@ video, training and validation). A unit that was committed is never done again, 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,14 +43,36 @@ from ursa.data.units import (
     num_variants,
     sample_id,
 )
-from ursa.errors import FailureBudgetExceeded, StorageError, UrsaError
+from ursa.errors import FailureBudgetExceeded, ServiceError, StorageError, UrsaError
 from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
-from ursa.video.decode import read_frames
+from ursa.video.decode import FrameSize, read_frames_at
+from ursa.video.reader import ClipReader
 from ursa.video.variants import ZOOM, vary
 
 logger = logging.getLogger(__name__)
 
 _BATCH_WINDOWS = 8
+
+ReadFrames = Callable[[Path, Sequence[int], Sequence[FrameSize]], list[np.ndarray]]
+"""`ursa.video.decode.read_frames_at`, or the same in another process."""
+Rows = dict[Modality, list[dict[str, Any]]]
+"""Rows of `token_schema` by modality."""
+
+
+class ClipFrames(NamedTuple):
+    """The frames of all samples of a clip.
+
+    Attributes:
+        samples: The samples by modality.
+        place: Where in the arrays a frame of the clip is, by its number.
+        small: Frames in the size of the samples.
+        large: Frames at `ZOOM` times that size, for variants; the small ones if there are none.
+    """
+
+    samples: dict[Modality, list[Sample]]
+    place: dict[int, int]
+    small: np.ndarray
+    large: np.ndarray
 
 
 class TokenizationPlan(NamedTuple):
@@ -100,24 +126,39 @@ def plan_tokenization(
 
 
 class ClipTokenizer:
-    """The unit function, with the visual tokenizer loaded once a process."""
+    """The unit function, with the visual tokenizer loaded once a process.
+
+    Clips are decoded in child processes, the next ones while one is encoded: a clip on which a
+    decoder crashes, hangs or runs out of memory is a failed clip and nothing more.
+    """
 
     def __init__(
-        self, visual_tokenizer: TokenizerRef, config: RunConfig | TokenizationConfig
+        self,
+        visual_tokenizer: TokenizerRef,
+        config: RunConfig | TokenizationConfig,
+        *,
+        num_decoders: int = 1,
+        device: str = "cpu",
     ) -> None:
         """Load the tokenizer; runs in the process that uses it.
 
         Args:
             visual_tokenizer: The committed tokenizer.
             config: The run, of which `tokenization` matters, or that section alone.
+            num_decoders: Processes that decode, one clip each at a time; the result does not
+                depend on it.
+            device: Where to encode, such as cpu or cuda.
 
         Raises:
             ConfigError: If there is no such tokenizer.
             StorageError: If the store refuses or does not answer.
         """
         with storage.local_directory(visual_tokenizer.directory_uri) as folder:
-            self._tokenizer = load_visual_tokenizer(folder)
+            self._tokenizer = load_visual_tokenizer(folder).to(device=device)
         self._settings = config.tokenization if isinstance(config, RunConfig) else config
+        self._num_decoders = num_decoders
+        self._pool = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode")
+        self._own = threading.local()
 
     def __call__(self, unit: TokenizationUnit) -> TokenizedUnit:
         """Tokenize a unit and commit its record; a unit that is committed is returned as it is.
@@ -131,17 +172,20 @@ class ClipTokenizer:
         Raises:
             StorageError: If the store does not answer; a clip that cannot be read is not an
                 exception but an entry of `failed`.
+            ServiceError: If no process that decodes can be started.
         """
         done = storage.load_record(unit.record_uri, TokenizedUnit)
         if done is not None:
             return done
-        rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
+        rows: Rows = {modality: [] for modality in MODALITIES}
         failed: list[FailedClip] = []
         num_too_short = 0
-        for clip in unit.clips:
+        for clip, reading in self._read_ahead(unit.clips, unit.split):
             try:
-                found = tokenize_clip(clip, unit.split, self._tokenizer, self._settings)
-            except StorageError:
+                found = encode_clip(
+                    clip, unit.split, reading.result(), self._tokenizer, self._settings
+                )
+            except (StorageError, ServiceError):
                 raise
             except (UrsaError, FileNotFoundError) as error:
                 logger.warning("clip %s of %s: %s", clip.clip_id, clip.source_uri, error)
@@ -190,57 +234,105 @@ class ClipTokenizer:
             VideoDecodeError: If a clip cannot be read.
             FileNotFoundError: If a clip is missing.
             StorageError: If the store refuses or does not answer.
+            ServiceError: If no process that decodes can be started.
         """
         left_out = {clip.clip_id for clip in record.failed} if record is not None else set()
-        rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
-        for clip in unit.clips:
-            if clip.clip_id not in left_out:
-                found = tokenize_clip(clip, unit.split, self._tokenizer, self._settings)
-                for modality in MODALITIES:
-                    rows[modality] += found[modality]
+        wanted = [clip for clip in unit.clips if clip.clip_id not in left_out]
+        rows: Rows = {modality: [] for modality in MODALITIES}
+        for clip, reading in self._read_ahead(wanted, unit.split):
+            found = encode_clip(clip, unit.split, reading.result(), self._tokenizer, self._settings)
+            for modality in MODALITIES:
+                rows[modality] += found[modality]
         num_codes = len(self._tokenizer.codebook)
         return {
             modality: shard_bytes(part, codebook_size=num_codes) for modality, part in rows.items()
         }
 
+    def close(self) -> None:
+        """End the processes that decode; they end with this object as well."""
+        self._pool.shutdown(cancel_futures=True)
 
-def tokenize_clip(
-    clip: Clip, split: Split, tokenizer: AutoencoderTokenizer, settings: TokenizationConfig
-) -> dict[Modality, list[dict[str, Any]]]:
+    def _read_ahead(
+        self, clips: Sequence[Clip], split: Split
+    ) -> Iterator[tuple[Clip, "Future[ClipFrames]"]]:
+        """Yield the clips in their order; while one is encoded, the next ones are decoded."""
+        ahead: deque[tuple[Clip, Future[ClipFrames]]] = deque()
+        try:
+            for clip in clips:
+                ahead.append((clip, self._pool.submit(self._read, clip, split)))
+                # bounds what is held decoded
+                if len(ahead) > self._num_decoders:
+                    yield ahead.popleft()
+            while ahead:
+                yield ahead.popleft()
+        finally:
+            for _, reading in ahead:
+                reading.cancel()
+
+    def _read(self, clip: Clip, split: Split) -> ClipFrames:
+        if not hasattr(self._own, "reader"):  # one a thread, which ends with it
+            self._own.reader = ClipReader()
+        return read_clip(clip, split, self._settings, self._own.reader.read)
+
+
+def read_clip(
+    clip: Clip, split: Split, settings: TokenizationConfig, read: ReadFrames = read_frames_at
+) -> ClipFrames:
+    """Return the frames of all image and video samples of a clip.
+
+    Args:
+        clip: A normalised clip.
+        split: Held-out clips have no variants.
+        settings: Size, rate and distance of the samples.
+        read: Reads frames of a local file.
+
+    Raises:
+        VideoDecodeError: If the clip cannot be read.
+        FileNotFoundError: If the clip is missing.
+        StorageError: If the store refuses or does not answer.
+    """
+    samples = clip_samples(clip, settings)
+    wanted = sorted({index for found in samples.values() for _, part in found for index in part})
+    sizes = [FrameSize(settings.height_px, settings.width_px)]
+    if any(num_variants(modality, split, settings) for modality in MODALITIES):
+        sizes.append(FrameSize(ZOOM * settings.height_px, ZOOM * settings.width_px))
+    with storage.local_copy(clip.media_uri) as path:
+        # one pass over the clip: samples overlap, and random access costs a seek a sample
+        frames = read(path, wanted, sizes)
+    place = {index: position for position, index in enumerate(wanted)}
+    return ClipFrames(samples, place, frames[0], frames[-1])
+
+
+def encode_clip(
+    clip: Clip,
+    split: Split,
+    frames: ClipFrames,
+    tokenizer: AutoencoderTokenizer,
+    settings: TokenizationConfig,
+) -> Rows:
     """Return the rows of all image and video samples of a clip, training ones with variants.
 
     Args:
         clip: A normalised clip.
         split: Held-out clips have no variants.
+        frames: Result of `read_clip`.
         tokenizer: The visual tokenizer.
         settings: Size, rate and distance of the samples.
 
     Returns:
-        Rows of `token_schema` by modality; a clip shorter than a sample has no video rows.
-
-    Raises:
-        VideoDecodeError: If the clip cannot be read.
+        Rows by modality; a clip shorter than a sample has no video rows.
     """
-    samples = clip_samples(clip, settings)
-    variants = {modality: num_variants(modality, split, settings) for modality in MODALITIES}
-    rows: dict[Modality, list[dict[str, Any]]] = {"image": [], "video": []}
-    wanted = sorted({index for found in samples.values() for _, part in found for index in part})
-    with storage.local_copy(clip.media_uri) as path:
-        # one pass over the clip: samples overlap, and random access costs a seek a sample
-        height, width = settings.height_px, settings.width_px
-        small = read_frames(path, wanted, height_px=height, width_px=width)
-        large = small
-        if any(variants.values()):
-            large = read_frames(path, wanted, height_px=ZOOM * height, width_px=ZOOM * width)
-    place = {index: position for position, index in enumerate(wanted)}
+    rows: Rows = {modality: [] for modality in MODALITIES}
     for modality in MODALITIES:
-        for variant in range(1 + variants[modality]):
-            for part in _parts(samples[modality]):
+        for variant in range(1 + num_variants(modality, split, settings)):
+            for part in _parts(frames.samples[modality]):
                 windows = []
                 for start, indices in part:
-                    places = [place[index] for index in indices]
+                    places = [frames.place[index] for index in indices]
                     seed = address_seed(clip.clip_id, modality, f"{start:.4f}", variant)
-                    windows.append(vary(large[places], seed=seed) if variant else small[places])
+                    windows.append(
+                        vary(frames.large[places], seed=seed) if variant else frames.small[places]
+                    )
                 ids = tokenizer.encode(np.stack(windows)).cpu().numpy()
                 rows[modality] += [
                     _row(clip, modality, start, variant, settings.fps, grid)

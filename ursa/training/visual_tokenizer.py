@@ -24,7 +24,7 @@ from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.errors import ConfigError, DataExhaustedError, NonFiniteLossError
+from ursa.errors import ConfigError, DataExhaustedError, NonFiniteLossError, VideoDecodeError
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import (
     AutoencoderTokenizer,
@@ -41,7 +41,8 @@ from ursa.training.checkpoint import (
 )
 from ursa.training.optim import build_average, build_optimizer, learning_rate
 from ursa.training.trainer import OnMetrics
-from ursa.video.decode import read_frames
+from ursa.video.decode import FrameSize
+from ursa.video.reader import ClipReader
 from ursa.video.variants import ZOOM, shrink
 
 logger = logging.getLogger(__name__)
@@ -360,7 +361,10 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
-    """Read fitting windows at ZOOM times the sample size, evenly spread if there are many."""
+    """Read fitting windows at ZOOM times the sample size, evenly spread if there are many.
+
+    A clip that cannot be decoded is left out: tokenization names it and counts it as failed.
+    """
     samples = config.tokenization
     spans = [(clip, indices) for clip in clips for _, indices in clip_windows(clip, samples)]
     limit = config.visual_tokenizer.max_windows
@@ -368,16 +372,21 @@ def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
     shape = (samples.num_frames, ZOOM * samples.height_px, ZOOM * samples.width_px, 3)
     windows = np.empty((len(spans), *shape), np.uint8)
     filled = 0
-    for clip, group in groupby(spans, key=lambda span: span[0]):
-        parts = [indices for _, indices in group]
-        wanted = sorted({index for indices in parts for index in indices})
-        with storage.local_copy(clip.media_uri) as path:
-            frames = read_frames(path, wanted, height_px=shape[1], width_px=shape[2])
-        place = {index: position for position, index in enumerate(wanted)}
-        for indices in parts:
-            windows[filled] = frames[[place[index] for index in indices]]
-            filled += 1
-    return windows
+    with ClipReader() as reader:
+        for clip, group in groupby(spans, key=lambda span: span[0]):
+            parts = [indices for _, indices in group]
+            wanted = sorted({index for indices in parts for index in indices})
+            try:
+                with storage.local_copy(clip.media_uri) as path:
+                    (frames,) = reader.read(path, wanted, [FrameSize(*shape[1:3])])
+            except VideoDecodeError as error:
+                logger.warning("left out of the fit: %s", error)
+                continue
+            place = {index: position for position, index in enumerate(wanted)}
+            for indices in parts:
+                windows[filled] = frames[[place[index] for index in indices]]
+                filled += 1
+    return windows[:filled]
 
 
 def _spread(windows: np.ndarray, limit: int) -> np.ndarray:

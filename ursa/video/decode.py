@@ -10,7 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -20,12 +20,33 @@ from ursa.artifacts import VideoInfo
 from ursa.errors import VideoDecodeError
 from ursa.video.encode import write_gif, write_video
 
-__all__ = ["read_frames", "verify_clip", "video_info", "write_gif", "write_video"]
+__all__ = [
+    "FrameSize",
+    "read_frames",
+    "read_frames_at",
+    "verify_clip",
+    "video_info",
+    "write_gif",
+    "write_video",
+]
 
 logger = logging.getLogger(__name__)
 
 _NUM_CHANNELS = 3
+_PART_FRAMES = 16
+"""Whole frames held at a time: a long clip of large frames takes gigabytes."""
 _HAS_DECORD = importlib.util.find_spec("decord") is not None
+
+
+class FrameSize(NamedTuple):
+    """Size of frames, pixels."""
+
+    height_px: int
+    width_px: int
+
+
+class _WrongShapeError(Exception):
+    """Frames are not what decord takes them for."""
 
 
 def read_frames(path: Path, indices: Sequence[int], *, height_px: int, width_px: int) -> np.ndarray:
@@ -43,11 +64,46 @@ def read_frames(path: Path, indices: Sequence[int], *, height_px: int, width_px:
     Raises:
         VideoDecodeError: If the file cannot be read or has no such frame.
     """
+    (frames,) = read_frames_at(path, indices, [FrameSize(height_px, width_px)])
+    return frames
+
+
+def read_frames_at(
+    path: Path, indices: Sequence[int], sizes: Sequence[FrameSize]
+) -> list[np.ndarray]:
+    """Return chosen frames of a normalised clip in several sizes, decoded once.
+
+    Only some whole frames are held at a time.
+
+    Args:
+        path: Local file of a normalised clip.
+        indices: Frame numbers from 0, in any order, repeats allowed.
+        sizes: Sizes of the results.
+
+    Returns:
+        One array a size: RGB frames, shape (T, height_px, width_px, 3), uint8, cropped about the
+        centre and resized.
+
+    Raises:
+        VideoDecodeError: If the file cannot be read or has no such frame.
+    """
     wanted = [int(index) for index in indices]
-    frames = _read_with_decord(path, wanted) if _HAS_DECORD else None
-    if frames is None:
-        frames = _read_with_pyav(path, wanted)
-    return fit_frames(frames, height_px=height_px, width_px=width_px)
+    if _HAS_DECORD:
+        # on its first frames decord shows whether it gets the shape of narrow ones wrong
+        with contextlib.suppress(_WrongShapeError):
+            return _fit_parts(_read_with_decord(path, wanted), len(wanted), sizes)
+    return _fit_parts(_read_with_pyav(path, wanted), len(wanted), sizes)
+
+
+def _fit_parts(
+    parts: Iterator[tuple[Sequence[int], np.ndarray]], num_frames: int, sizes: Sequence[FrameSize]
+) -> list[np.ndarray]:
+    """Fill one array a size from parts: places in it and whole frames."""
+    results = [np.empty((num_frames, *size, _NUM_CHANNELS), np.uint8) for size in sizes]
+    for places, frames in parts:
+        for result, size in zip(results, sizes, strict=True):
+            result[places] = fit_frames(frames, height_px=size.height_px, width_px=size.width_px)
+    return results
 
 
 def fit_frames(frames: np.ndarray, *, height_px: int, width_px: int) -> np.ndarray:
@@ -152,35 +208,43 @@ def _open_with_decord(path: Path) -> Any:
     return decord.VideoReader(path.as_posix(), ctx=decord.cpu(0), num_threads=1)
 
 
-def _read_with_decord(path: Path, indices: list[int]) -> np.ndarray | None:
-    """Return whole frames, or None where decord gets the shape of narrow ones wrong."""
+def _read_with_decord(path: Path, indices: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield places in `indices` and whole frames, some at a time and in order of the file."""
     import decord  # noqa: PLC0415
 
     with _decord_errors(path):
         reader = _open_with_decord(path)
         _check_indices(path, indices, len(reader))
-        try:
-            frames: np.ndarray = reader.get_batch(indices).asnumpy()
-        except decord.DECORDError as error:
-            logger.debug("%s: read with PyAV, as decord says %s", path, error)
-            return None
-    return frames if frames.shape[-1] == _NUM_CHANNELS else None
+        ordered = sorted(range(len(indices)), key=indices.__getitem__)
+        for start in range(0, len(ordered), _PART_FRAMES):
+            places = ordered[start : start + _PART_FRAMES]
+            try:
+                frames: np.ndarray = reader.get_batch(
+                    [indices[place] for place in places]
+                ).asnumpy()
+            except decord.DECORDError as error:
+                logger.debug("%s: read with PyAV, as decord says %s", path, error)
+                raise _WrongShapeError from error
+            if frames.shape[-1] != _NUM_CHANNELS:
+                raise _WrongShapeError
+            yield places, frames
 
 
-def _read_with_pyav(path: Path, indices: list[int]) -> np.ndarray:
-    wanted = set(indices)
-    found: dict[int, np.ndarray] = {}
+def _read_with_pyav(path: Path, indices: list[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield places in `indices` and the whole frame for them, in order of the file."""
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
     count = 0
     try:
         with av.open(path.as_posix(), format="mp4") as container:
             for frame in container.decode(video=0):
-                if count in wanted:
-                    found[count] = frame.to_ndarray(format="rgb24", threads=1)
+                if count in places:
+                    yield places[count], frame.to_ndarray(format="rgb24", threads=1)[None]
                 count += 1
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise VideoDecodeError(f"{path}: cannot be read ({error})") from error
     _check_indices(path, indices, count)
-    return np.stack([found[index] for index in indices])
 
 
 def _check_indices(path: Path, indices: list[int], num_frames: int) -> None:

@@ -5,13 +5,11 @@ the numbering, order or claims of the file; the first frame is time zero. Only o
 is kept, on disk.
 """
 
-import ctypes
 import errno
 import math
 import mmap
 import os
 import resource
-import signal
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -43,6 +41,7 @@ from ursa.video.probe import (
     NormalisedVideo,
     QuarantinedError,
 )
+from ursa.video.sandbox import limit_process
 from ursa.video.scores import ClipMeter
 from ursa.video.shots import Boundary, ShotDetector, cut_spans, frame_limits, lookback_s
 
@@ -52,7 +51,6 @@ DETECTOR_WIDTH_PX = 256
 """Width of the pictures that shots are detected on, pixels."""
 MIN_OUTPUT_PX = 32
 PROGRESS_INTERVAL_S = 1.0
-MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 << 30
 MAX_BAD_PACKET_FRACTION = 0.5
 RATE_CHECK_S = 30.0
@@ -62,10 +60,6 @@ HEADROOM_FRAMES = 3
 """Room for this much more must be left when a decoder fails, else memory is the cause."""
 
 _ROUNDING = 1e-6
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NEWNET = 0x40000000
 
 
 class Geometry(NamedTuple):
@@ -651,22 +645,9 @@ def limit_resources(config: IngestionConfig) -> None:
     """
     # the caller watches the wall time and ends this process long before
     cpu_s = math.ceil(config.child_timeout_s + EARNED_S * config.max_duration_s) + 1
-    for kind, value in (
-        (resource.RLIMIT_AS, config.child_memory_bytes),
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, MAX_WRITTEN_BYTES),
-        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)  # noqa: PLW2901
-        resource.setrlimit(kind, (value, value))
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if libc.unshare(_CLONE_NEWNET) != 0:
-            libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    limit_process(
+        memory_bytes=config.child_memory_bytes, written_bytes=MAX_WRITTEN_BYTES, cpu_s=cpu_s
+    )
     cv2.setNumThreads(1)
 
 

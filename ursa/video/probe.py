@@ -15,17 +15,16 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-import ursa
 from ursa.artifacts import ClipScores, CroppedPixels, FailureReason, VideoInfo
 from ursa.config import FrozenModel, IngestionConfig
 from ursa.errors import StorageConfigurationError, VideoDecodeError
 from ursa.video.containers import HEAD_BYTES, Demuxer, describe_content, detect_demuxer
+from ursa.video.sandbox import child_command, child_environment, last_words
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,6 @@ DISK_FULL = "disk_full"
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.2
 _DETAIL_CHARACTERS = 500
-# all that the child may know of the environment: no credentials, no service addresses
-_PASSED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "TZ")
 
 
 class QuarantinedError(VideoDecodeError):
@@ -232,23 +229,11 @@ def _mode(path: Path) -> int:
 
 def _run_child(folder: Path, request: bytes, timeout_s: float) -> int:
     """Run the child to its end; return its exit code, or the negative signal that ended it."""
-    environment = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
-    package_parent = str(Path(ursa.__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_parent, inherited)))
-    # one thread each, and few memory arenas: threads reserve address space, which is limited
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "2",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
     with (folder / STDERR_NAME).open("wb") as stderr:
-        process = subprocess.Popen(
-            # -P: the folder in which the child works is no place to import from
-            [sys.executable, "-P", "-m", "ursa.video.normalise"],
+        process = subprocess.Popen(  # noqa: S603  (our own module)
+            child_command("ursa.video.normalise"),
             cwd=folder,
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -320,7 +305,6 @@ def _last_words(folder: Path) -> str:
     try:
         with (folder / STDERR_NAME).open("rb") as file:
             file.seek(max(0, (folder / STDERR_NAME).stat().st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+            return last_words(file.read())
     except OSError:
         return "nothing"
-    return lines[-1][:_DETAIL_CHARACTERS] if lines else "nothing"

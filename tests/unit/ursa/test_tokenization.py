@@ -11,9 +11,10 @@ from ursa.errors import FailureBudgetExceeded
 from ursa.tokenization import (
     ClipTokenizer,
     commit_tokens,
+    encode_clip,
     latent_shape,
     plan_tokenization,
-    tokenize_clip,
+    read_clip,
 )
 from ursa.tokenizers.visual import load_visual_tokenizer
 from ursa.video.decode import read_frames, video_info
@@ -51,9 +52,24 @@ def run(selection, tokenizer_ref, output_uri, config=CONFIG):
     plan = plan_tokenization(selection, tokenizer_ref, config, output_uri=output_uri)
     if plan.committed:
         return plan.committed
-    work = ClipTokenizer(tokenizer_ref, config)
+    work = clip_tokenizer(tokenizer_ref)
     units = [*plan.done, *(work(unit) for unit in plan.todo)]
     return commit_tokens(plan, units, tokenizer_ref, config, output_uri=output_uri)
+
+
+_TOKENIZERS: dict[str, ClipTokenizer] = {}
+
+
+def clip_tokenizer(tokenizer_ref):
+    """One for all tests: each has a process that decodes."""
+    place = tokenizer_ref.directory_uri
+    if place not in _TOKENIZERS:
+        _TOKENIZERS[place] = ClipTokenizer(tokenizer_ref, CONFIG)
+    return _TOKENIZERS[place]
+
+
+def tokenize_clip(clip, split, tokenizer, settings):
+    return encode_clip(clip, split, read_clip(clip, split, settings), tokenizer, settings)
 
 
 def files_below(path):
@@ -129,7 +145,7 @@ def test_a_second_run_does_nothing(selection, tokenizer_ref, tmp_path):
 def test_finished_units_are_not_done_again(selection, tokenizer_ref, tmp_path):
     plan = plan_tokenization(selection, tokenizer_ref, CONFIG, output_uri=str(tmp_path))
     assert [len(unit.clips) for unit in plan.todo] == [2, 1]
-    done = ClipTokenizer(tokenizer_ref, CONFIG)(plan.todo[0])
+    done = clip_tokenizer(tokenizer_ref)(plan.todo[0])
     again = plan_tokenization(selection, tokenizer_ref, CONFIG, output_uri=str(tmp_path))
     assert again.done == (done,)
     assert again.todo == plan.todo[1:]
@@ -154,7 +170,7 @@ def test_a_unit_killed_before_its_record_leaves_no_duplicate(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "put_if_absent", die)
         with pytest.raises(KeyboardInterrupt):
-            ClipTokenizer(tokenizer_ref, CONFIG)(plan.todo[0])
+            clip_tokenizer(tokenizer_ref)(plan.todo[0])
     assert len(files_below(tmp_path / "a")) == killed_after
     datasets = run(selection, tokenizer_ref, str(tmp_path / "a"))
     clean = run(selection, tokenizer_ref, str(tmp_path / "b"))
@@ -169,7 +185,7 @@ def test_a_unit_killed_before_its_record_leaves_no_duplicate(
 
 
 def test_order_of_the_results_does_not_matter(selection, tokenizer_ref, tmp_path):
-    work = ClipTokenizer(tokenizer_ref, CONFIG)
+    work = clip_tokenizer(tokenizer_ref)
     committed = []
     for name, turn in (("a", 1), ("b", -1)):
         uri = str(tmp_path / name)
@@ -205,7 +221,7 @@ def test_a_failed_budget_holds_after_a_restart(clips, tokenizer_ref, tmp_path):
     selection = factories.commit_selection(str(tmp_path / "s"), [*clips, broken])
     uri = str(tmp_path / "out")
     plan = plan_tokenization(selection, tokenizer_ref, config, output_uri=uri)
-    work = ClipTokenizer(tokenizer_ref, config)
+    work = clip_tokenizer(tokenizer_ref)
     for unit in plan.todo:
         work(unit)
     datasets = run(selection, tokenizer_ref, uri, config)
@@ -218,7 +234,7 @@ def test_short_clips_give_images_alone(tokenizer_ref, tmp_path):
     clip = factories.clip_of(path, caption="short", info=video_info(path))
     selection = factories.commit_selection(str(tmp_path / "s"), [clip])
     plan = plan_tokenization(selection, tokenizer_ref, CONFIG, output_uri=str(tmp_path / "o"))
-    unit = ClipTokenizer(tokenizer_ref, CONFIG)(plan.todo[0])
+    unit = clip_tokenizer(tokenizer_ref)(plan.todo[0])
     assert (unit.num_too_short, unit.video) == (1, None)
     assert read_shard(unit.image, codebook_size=60).num_rows == 1
     datasets = commit_tokens(plan, [unit], tokenizer_ref, CONFIG, output_uri=str(tmp_path / "o"))

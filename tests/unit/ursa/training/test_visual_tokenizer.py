@@ -6,6 +6,7 @@ import torch
 
 from tests import factories
 from ursa import storage
+from ursa.data.clips import read_clips
 from ursa.errors import ConfigError, DataExhaustedError
 from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
 from ursa.tokenizers.visual import load_visual_tokenizer, save_visual_tokenizer
@@ -61,6 +62,19 @@ def test_fitting_improves_on_the_pca_start(fitted):
     assert metrics["psnr_validation"] > metrics["psnr_pca_validation"]
     assert 10 < metrics["codes_used"] <= 60
     assert 1 < metrics["code_perplexity"] <= metrics["codes_used"]
+
+
+def test_a_clip_that_cannot_be_decoded_is_left_out(selection, tmp_path, caplog):
+    clips = read_clips(selection.clips)
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(b"no video at all")
+    broken = factories.clip_of(path, caption="broken", info=clips[0].info, index=2)
+    mixed = factories.commit_selection(str(tmp_path / "s"), [broken, *clips], num_validation=1)
+    few = config(max_steps=1, max_windows=32)
+    ref = fit_visual_tokenizer(mixed, few, output_uri=str(tmp_path / "out"))
+    assert ref.metrics["psnr_train"] > 5
+    assert "left out of the fit" in caplog.text
+    assert "broken.mp4" in caplog.text
 
 
 def test_a_fit_that_ends_below_its_start_is_refused(selection, tmp_path):
