@@ -62,8 +62,9 @@ test-unit: setup ## unit, property and parity tests, on all processors: seconds
 test-slow: setup ## the slow ones
 	$(BIN)/pytest -m "slow and not gpu"
 
-bench: setup ## measure the core against the plain arithmetic of the official code: minutes
+bench: setup ## measure the core against the plain arithmetic of the official code, then reading data: minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/core.py
+	PYTHONPATH=. $(BIN)/python tests/bench/data.py
 
 bench-data: setup ## measure ingestion and tokenization against plain loops: many minutes
 	for file in $(wildcard tests/bench/data.py tests/bench/data_ingest.py); do \

@@ -4,6 +4,7 @@
 import gc
 import logging
 import os
+import threading
 from pathlib import Path
 
 # what is imported stays: the collector shall not look through it again and again
@@ -58,6 +59,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> factories.TinyData:
 @pytest.fixture(scope="session")
 def token_datasets(tiny_data: factories.TinyData) -> TokenDatasets:
     return tiny_data.datasets
+
+
+@pytest.fixture
+def no_threads_left():
+    """Fail if a thread that began during the test is still there after it."""
+    before = set(threading.enumerate())
+    yield
+    assert not [thread.name for thread in threading.enumerate() if thread not in before]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from ursa.artifacts import (
 from ursa.config import RunConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.data.dataset import TokenSamples, spread
+from ursa.data.dataset import TokenSamples, code_counts, spread
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import build_transformer
 from ursa.tokenizers.visual import psnr_db
@@ -154,7 +154,8 @@ def held_out_metrics(
         DataExhaustedError: If there is no training video sample.
         ShardFormatError: If a shard is missing or damaged.
     """
-    train = TokenSamples(datasets.video_train)
+    limit = config.evaluation.max_samples
+    train = TokenSamples(datasets.video_train, max_samples=limit)
     untrained = build_transformer(
         pipeline.transformer.config,
         seed=address_seed(config.seed, "untrained"),
@@ -163,11 +164,9 @@ def held_out_metrics(
     measurements = [("train_", pipeline.transformer, train)]
     metrics: dict[str, float] = {}
     if datasets.video_validation.num_samples:
-        held_out = TokenSamples(datasets.video_validation)
+        held_out = TokenSamples(datasets.video_validation, max_samples=limit)
         measurements += [("", pipeline.transformer, held_out), ("untrained_", untrained, held_out)]
-        codebook_size = len(pipeline.visual_tokenizer.codebook)
-        limit = config.evaluation.max_samples
-        metrics |= unigram_metrics(train, held_out, codebook_size, max_samples=limit)
+        metrics |= unigram_metrics(code_counts(datasets.video_train), held_out)
     else:
         logger.warning("no held-out clips: the model is measured on training clips only")
     for prefix, network, samples in measurements:
@@ -178,7 +177,6 @@ def held_out_metrics(
             samples,
             timesteps=config.evaluation.timesteps,
             batch_size=config.evaluation.batch_size,
-            max_samples=config.evaluation.max_samples,
             max_prompt_length=pipeline.defaults.max_prompt_length,
             seed=address_seed(config.seed, "validation"),
         )
@@ -189,30 +187,26 @@ def held_out_metrics(
     return metrics
 
 
-def unigram_metrics(
-    train: TokenSamples, held_out: TokenSamples, codebook_size: int, *, max_samples: int
-) -> dict[str, float]:
+def unigram_metrics(train_counts: np.ndarray, held_out: TokenSamples) -> dict[str, float]:
     """Return loss and accuracy of always predicting the training tokens' distribution.
 
     Measured on the same held-out samples as the model. Codes never seen in training get the
     weight of one occurrence (Laplace), so the loss is finite.
 
     Args:
-        train: Samples whose codes are counted.
+        train_counts: How often each code occurs in training, shape (V,).
         held_out: Samples that are predicted.
-        codebook_size: V.
-        max_samples: Held-out samples used at most.
 
     Returns:
         `eval/unigram_loss` in nats, `eval/unigram_accuracy` and `eval/chance_accuracy` = 1 / V in
         [0, 1].
     """
-    counts = 1.0 + train.code_counts(codebook_size)
-    target = held_out.batch(held_out.spread(max_samples)).visual_ids.flatten().numpy()
+    counts = 1.0 + train_counts
+    target = held_out.batch(range(len(held_out))).visual_ids.flatten().numpy()
     return {
         "eval/unigram_loss": float(-np.log(counts[target] / counts.sum()).mean()),
         "eval/unigram_accuracy": float((target == counts.argmax()).mean()),
-        "eval/chance_accuracy": 1.0 / codebook_size,
+        "eval/chance_accuracy": 1.0 / len(counts),
     }
 
 

@@ -3,7 +3,7 @@
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
 from ursa.config import fingerprint
-from ursa.data.dataset import TokenSamples
+from ursa.data.dataset import motion_scores
 from ursa.generation import SampleDefaults, UrsaPipeline
 from ursa.tokenizers.text import load_text_tokenizer
 from ursa.tokenizers.visual import load_visual_tokenizer
@@ -42,7 +42,7 @@ def export_model(
     if done is not None:
         return done
     samples = request.config.tokenization
-    motion = [m for m in TokenSamples(request.datasets.video_train).motion if m is not None]
+    motion = motion_scores(request.datasets.video_train)
     with (
         storage.local_directory(request.visual_tokenizer.directory_uri) as visual,
         storage.local_directory(request.text_tokenizer.directory_uri) as text,

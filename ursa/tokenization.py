@@ -460,7 +460,7 @@ def _row(
         "num_latent_frames": frames,
         "num_rows": rows,
         "num_columns": columns,
-        "visual_ids": grid.ravel().tolist(),
+        "visual_ids": grid.ravel(),
         "caption": clip.caption or "",
         "motion_px_per_s": clip.scores.motion_px_per_s if modality == "video" else None,
     }

@@ -6,51 +6,11 @@ from hypothesis import strategies as st
 from tests import factories
 from ursa.config import fingerprint, load_config, parse_config
 from ursa.data.addresses import address_seed
-from ursa.data.dataset import epoch_order, step_indices
 from ursa.data.shards import read_shard, write_shard
 from ursa.errors import ConfigError
-from ursa.training.distributed import Group
 from ursa.training.stage import stage_fingerprint
 
 few = settings(max_examples=40, deadline=None)
-
-
-@few
-@given(
-    num_samples=st.integers(1, 40),
-    per_rank=st.integers(1, 5),
-    world_size=st.integers(1, 6),
-    step=st.integers(0, 30),
-    seed=st.integers(0, 2**31),
-)
-def test_ranks_divide_the_global_batch(num_samples, per_rank, world_size, step, seed):
-    size = per_rank * world_size
-    indices = step_indices(num_samples, step=step, batch_size=size, seed=seed)
-    assert len(indices) == size
-    parts = [indices[Group(rank, world_size).share(size)] for rank in range(world_size)]
-    assert all(len(part) == per_rank for part in parts)
-    # positions are disjoint and in order, so their union is the batch of a single worker
-    assert [index for part in parts for index in part] == indices
-
-
-@few
-@given(num_samples=st.integers(1, 40), size=st.integers(1, 12), epochs=st.integers(1, 3), seed=...)
-def test_every_sample_once_an_epoch(num_samples: int, size: int, epochs: int, seed: bool):
-    steps = -(-epochs * num_samples // size)
-    stream = [
-        index
-        for step in range(steps)
-        for index in step_indices(num_samples, step=step, batch_size=size, seed=int(seed))
-    ]
-    for epoch in range(epochs):
-        part = stream[epoch * num_samples : (epoch + 1) * num_samples]
-        assert sorted(part) == list(range(num_samples))
-        assert tuple(part) == epoch_order(num_samples, epoch, int(seed))
-
-
-def test_epochs_and_seeds_differ_in_order():
-    orders = {epoch_order(50, epoch, seed) for epoch in range(3) for seed in range(3)}
-    assert len(orders) == 9
 
 
 @few

@@ -9,7 +9,7 @@ import torch
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, StageRequest, TokenDatasets, TokenizerRef
 from ursa.config import FrozenModel, PathConfig, fingerprint
-from ursa.data.dataset import TokenSamples
+from ursa.data.dataset import code_counts
 from ursa.diffusion.linearization import fit_schedule
 from ursa.diffusion.path import Codebook, MetricPath
 from ursa.diffusion.schedule import PowerSchedule, Schedule, TabulatedSchedule
@@ -163,8 +163,7 @@ def fit_path(
     codebook = SchedulerConfig(metric=config.metric).codebook(*load_codes(tokenizer))
     weights = None
     if counts:
-        found = TokenSamples(datasets.video_train).code_counts(len(codebook))
-        weights = torch.from_numpy(found)
+        weights = torch.from_numpy(code_counts(datasets.video_train))
     fitted = FittedSchedule.of(codebook, config, weights)
     storage.write_bytes(storage.join(folder_uri, PICTURE), fitted.picture())
     return CommittedSchedule(storage.commit_record(uri, fitted), folder_uri)

@@ -1,5 +1,6 @@
 """One training stage as a step: from token data sets and a parent to a committed checkpoint."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, Tokenize
 from ursa.config import StageConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
+from ursa.data.loader import TokenLoader
 from ursa.errors import CheckpointError, TrainingError
 from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
@@ -101,8 +103,14 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     done = find_stage(request)
     if done is not None:
         return done
-    config: StageConfig = getattr(request.config.stages, request.stage)
-    trainer = _build_trainer(request, group)
+    with contextlib.closing(_build_trainer(request, group)) as trainer:
+        return _train(request, trainer, group, on_metrics)
+
+
+def _train(
+    request: StageRequest, trainer: Trainer, group: Group, on_metrics: OnMetrics | None
+) -> CheckpointRef:
+    config = trainer.config
     resumed = latest_checkpoint(_stage_uri(request), fingerprint=stage_fingerprint(request))
     first = 0
     metrics: dict[str, float] = {}
@@ -253,7 +261,12 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         model=model,
         path=path,
         text_tokenizer=load_text(request.text_tokenizer),
-        samples=TokenSamples(request.datasets.get(stage.modality, "train")),
+        loader=TokenLoader(
+            request.datasets.get(stage.modality, "train"),
+            batch_size=stage.global_batch_size,
+            num_steps=stage.max_steps,
+            seed=address_seed(request.config.seed, request.stage, "order"),
+        ),
         max_prompt_length=request.config.text_tokenizer.max_prompt_length,
         group=group,
     )
@@ -295,7 +308,8 @@ class _Validation:
     def __init__(self, request: StageRequest, trainer: Trainer) -> None:
         stage = trainer.config
         dataset = request.datasets.get(stage.modality, "validation")
-        self.samples = TokenSamples(dataset) if dataset.num_samples else None
+        limit = min(_VALIDATION_SAMPLES, request.config.evaluation.max_samples)
+        self.samples = TokenSamples(dataset, max_samples=limit) if dataset.num_samples else None
         self.request = request
         self.trainer = trainer
 
@@ -322,7 +336,6 @@ class _Validation:
             self.samples,
             timesteps=timesteps,
             batch_size=evaluation.batch_size,
-            max_samples=min(_VALIDATION_SAMPLES, evaluation.max_samples),
             max_prompt_length=self.trainer.max_prompt_length,
             seed=address_seed(self.request.config.seed, "validation"),
         )

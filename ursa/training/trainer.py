@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ursa.config import StageConfig
 from ursa.data.addresses import address_seed
-from ursa.data.dataset import TokenBatch, TokenSamples, step_indices
+from ursa.data.dataset import TokenBatch, TokenSamples
+from ursa.data.loader import TokenLoader
 from ursa.diffusion.loss import linear_posterior_loss
 from ursa.diffusion.path import MetricPath, MixturePath
 from ursa.diffusion.timesteps import training_times
@@ -60,7 +61,7 @@ class Trainer:
         model: UrsaTransformer,
         path: MetricPath,
         text_tokenizer: TextTokenizer,
-        samples: TokenSamples,
+        loader: TokenLoader,
         max_prompt_length: int,
         group: Group,
     ) -> None:
@@ -73,7 +74,7 @@ class Trainer:
             model: The network; its weights change.
             path: The probability path.
             text_tokenizer: Turns prompts into ids.
-            samples: Training samples.
+            loader: Training samples; `close` closes it too.
             max_prompt_length: Ids a prompt.
             group: This process among all.
         """
@@ -83,10 +84,10 @@ class Trainer:
         self.model = model
         self.path = path
         self.text_tokenizer = text_tokenizer
-        self.samples = samples
+        self.loader = loader
         self.max_prompt_length = max_prompt_length
         self.group = group
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._noising = ThreadPoolExecutor(1, thread_name_prefix="noising")
         self._ahead: dict[int, Future[NoisyBatch]] = {}
         self.optimizer = build_optimizer(model, config)
         self.average: AveragedModel = build_average(model, config)
@@ -99,15 +100,14 @@ class Trainer:
 
         Raises:
             ConfigError: If the batch cannot be divided evenly among the ranks.
+            ShardFormatError: If a shard is missing, damaged or of another schema.
+            StorageError: If the store refuses or does not answer.
         """
         size = self.config.global_batch_size
-        order_seed = address_seed(self.seed, self.stage, "order")
-        indices = step_indices(len(self.samples), step=step, batch_size=size, seed=order_seed)
         share = self.group.share(size)
-        batch = self.samples.batch(indices[share])
         places = range(size)[share]
         return make_noisy_batch(
-            batch,
+            self.loader.batch(step, share),
             self.path,
             self.config,
             self.text_tokenizer,
@@ -120,8 +120,13 @@ class Trainer:
         ahead = self._ahead
         batch = ahead.pop(step).result() if step in ahead else self.noisy_batch(step)
         if step + 1 < self.config.max_steps:
-            ahead[step + 1] = self._loader.submit(self.noisy_batch, step + 1)
+            ahead[step + 1] = self._noising.submit(self.noisy_batch, step + 1)
         return batch
+
+    def close(self) -> None:
+        """Stop making and reading batches ahead; what is being read is waited for."""
+        self.loader.close()
+        self._noising.shutdown(cancel_futures=True)
 
     def step(self, step: int) -> dict[str, float]:
         """Do one optimizer step.
@@ -131,18 +136,22 @@ class Trainer:
 
         Returns:
             `train/loss` in nats and `train/accuracy` in [0, 1], means over all ranks,
-            `train/grad_norm` before clipping, `train/lr`, `train/step_s` in seconds,
-            `train/tokens_per_s` and `train/samples_seen` over all ranks.
+            `train/grad_norm` before clipping, `train/lr`, `train/step_s` in seconds and the part of
+            it in which this rank waited for its batch, `train/data_wait_s`, `train/tokens_per_s`
+            and `train/samples_seen` over all ranks.
 
         Raises:
             NonFiniteLossError: On a NaN or infinite loss or gradient, before the update.
             ConfigError: If the batch cannot be divided evenly among the ranks.
+            ShardFormatError: If a shard is missing, damaged or of another schema.
+            StorageError: If the store refuses or does not answer.
         """
         started = time.perf_counter()
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self._loaded(step)
+        waited = time.perf_counter() - started
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._add_gradients(batch)
@@ -165,6 +174,7 @@ class Trainer:
             "train/grad_norm": float(norm),
             "train/lr": rate,
             "train/step_s": seconds,
+            "train/data_wait_s": waited,
             "train/tokens_per_s": tokens / seconds,
             "train/samples_seen": float((step + 1) * self.config.global_batch_size),
         }
@@ -231,7 +241,7 @@ def make_noisy_batch(
 
 
 @torch.inference_mode()
-def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of it)
+def loss_by_time(
     model: UrsaTransformer,
     path: MetricPath | MixturePath,
     text_tokenizer: TextTokenizer,
@@ -239,7 +249,6 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
     *,
     timesteps: Sequence[float],
     batch_size: int,
-    max_samples: int,
     max_prompt_length: int,
     seed: int,
 ) -> dict[float, tuple[float, float]]:
@@ -252,7 +261,6 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
         samples: What is measured on.
         timesteps: Times t in [0, 1).
         batch_size: Samples at once.
-        max_samples: Samples used at most, evenly spread.
         max_prompt_length: Ids a prompt.
         seed: Decides the noise, together with t and the name of the sample.
 
@@ -260,24 +268,23 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
         (loss in nats, accuracy in [0, 1]) by t.
     """
     model.eval()
-    chosen = samples.spread(max_samples)
-    count = len(chosen)
+    count = len(samples)
     result: dict[float, tuple[float, float]] = {}
     for t in timesteps:
         totals = torch.zeros(2, dtype=torch.float64)
         for start in range(0, count, batch_size):
-            places = chosen[start : start + batch_size]
-            batch = samples.batch(places)
+            batch = samples.batch(range(start, min(start + batch_size, count)))
+            names = batch.sample_ids
             uniform = torch.stack(
                 [
                     torch.rand(
                         batch.visual_ids.shape[1:],
                         dtype=torch.float64,
                         generator=torch.Generator().manual_seed(
-                            address_seed(seed, "validation", str(t), batch.sample_ids[index])
+                            address_seed(seed, "validation", str(t), name)
                         ),
                     )
-                    for index in range(len(places))
+                    for name in names
                 ]
             )
             x_t = path.sample(batch.visual_ids, torch.tensor(t), uniform=uniform)
@@ -285,7 +292,7 @@ def loss_by_time(  # noqa: PLR0913  (what is measured, on what, and how much of 
             hidden = model.hidden_states(text, x_t)
             clean = batch.visual_ids.flatten(1)
             measured = linear_posterior_loss(hidden, model.lm_head.weight, clean)
-            totals += torch.stack([measured.loss, measured.accuracy]).double() * len(places)
+            totals += torch.stack([measured.loss, measured.accuracy]).double() * len(names)
         loss, accuracy = (totals / count).tolist()
         result[t] = (loss, accuracy)
     return result

@@ -74,10 +74,10 @@ def test_report_measures_everything_and_shows_samples(
 
 def test_unigram_of_known_counts(tmp_path):
     train = factories.write_dataset(str(tmp_path / "a"), "image", "train", 8)
-    from ursa.data.dataset import TokenSamples
+    from ursa.data.dataset import TokenSamples, code_counts
 
     samples = TokenSamples(train)
-    metrics = unigram_metrics(samples, samples, 60, max_samples=8)
+    metrics = unigram_metrics(code_counts(train), samples)
     ids = samples.batch(range(8)).visual_ids.flatten().tolist()
     counts = [ids.count(code) + 1 for code in range(60)]
     expected = -np.mean([math.log(counts[code] / sum(counts)) for code in ids])

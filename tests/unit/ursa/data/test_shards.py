@@ -7,10 +7,13 @@ import torch
 from tests import factories
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION
-from ursa.data.dataset import TokenSamples
+from ursa.data.dataset import TokenSamples, code_counts, motion_scores
 from ursa.data.schema import token_schema
-from ursa.data.shards import read_shard, read_shards, write_shard
+from ursa.data.shards import iter_shards, read_shard, write_shard
 from ursa.errors import DataExhaustedError, ShardFormatError
+
+SAMPLE_BYTES = 2 * 12 + 512
+"""What a sample counts as in a block."""
 
 
 @pytest.fixture
@@ -67,8 +70,40 @@ def test_rows_that_do_not_fit_the_schema_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_shards_are_an_empty_table():
-    assert read_shards([], codebook_size=60).num_rows == 0
+def test_rows_from_arrays_are_those_from_lists(tmp_path):
+    rows = factories.token_rows("video", 5)
+    arrays = [row | {"visual_ids": np.array(row["visual_ids"], np.uint16)} for row in rows]
+    lists, from_arrays = (
+        write_shard(each, str(tmp_path / "s"), codebook_size=60) for each in (rows, arrays)
+    )
+    assert from_arrays == lists
+
+
+@pytest.mark.parametrize("columns", [["caption"], ["visual_ids", "sample_id"]])
+def test_columns_are_those_that_are_asked_for(shard, columns):
+    table = read_shard(shard, codebook_size=60, columns=columns)
+    assert table.equals(read_shard(shard, codebook_size=60).select(columns))
+
+
+def test_shards_come_in_their_order(tmp_path):
+    rows = factories.token_rows("video", 30)
+    shards = [write_shard(rows[i : i + 2], f"{tmp_path}/s", codebook_size=60) for i in range(15)]
+    tables = list(iter_shards(shards, codebook_size=60))
+    assert [table["sample_id"][0].as_py() for table in tables] == [
+        row["sample_id"] for row in rows[:15]
+    ]
+    assert list(iter_shards([], codebook_size=60)) == []
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_damaged_shard_stops_those_behind_it(tmp_path):
+    rows = factories.token_rows("video", 30)
+    shards = [write_shard(rows[i : i + 2], f"{tmp_path}/s", codebook_size=60) for i in range(15)]
+    storage.write_bytes(shards[2].uri, b"x")
+    tables = iter_shards(shards, codebook_size=60)
+    assert len([next(tables), next(tables)]) == 2
+    with pytest.raises(ShardFormatError, match="sha256 is"):
+        next(tables)
 
 
 def test_samples_keep_ids_captions_and_motion(token_datasets):
@@ -94,6 +129,47 @@ def test_order_of_samples_does_not_depend_on_the_shards(token_datasets):
     assert one.sample_ids == other.sample_ids
     places = list(range(len(one)))
     assert torch.equal(one.batch(places).visual_ids, other.batch(places).visual_ids)
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 20, 5 * SAMPLE_BYTES])
+@pytest.mark.parametrize("limit", [1, 7, 20, 99])
+def test_a_few_samples_are_spread(token_datasets, block_bytes, limit):
+    dataset = token_datasets.video_train
+    every = TokenSamples(dataset)
+    few = TokenSamples(dataset, max_samples=limit, block_bytes=block_bytes)
+    assert len(few) == len(set(few.sample_ids)) == min(limit, 20)
+    rows = [every.sample_ids.index(name) for name in few.sample_ids]
+    assert torch.equal(few.batch(range(len(few))).visual_ids, every.batch(rows).visual_ids)
+    assert few.captions == [every.captions[row] for row in rows]
+    if block_bytes > 20 * SAMPLE_BYTES:
+        assert rows == [index * 20 // len(few) for index in range(len(few))]
+    elif limit == 7:  # from both shards
+        assert {row < 10 for row in rows} == {True, False}
+
+
+def test_of_a_large_data_set_only_shards_with_chosen_samples_are_read(token_datasets):
+    dataset = token_datasets.video_train
+    first, last = sorted(dataset.shards, key=lambda shard: shard.sha256)
+    gone = last.model_copy(update={"uri": last.uri + ".gone"})
+    torn = dataset.model_copy(update={"shards": (gone, first)})
+    assert len(TokenSamples(torn, max_samples=1, block_bytes=5 * SAMPLE_BYTES)) == 1
+    with pytest.raises(ShardFormatError, match="is missing"):
+        TokenSamples(torn, max_samples=1)
+
+
+def test_counts_and_scores_are_over_all_samples(token_datasets):
+    dataset = token_datasets.video_train
+    rows = factories.token_rows("video", 20)
+    ids = np.concatenate([row["visual_ids"] for row in rows])
+    assert np.array_equal(code_counts(dataset), [(ids == code).sum() for code in range(60)])
+    scores = [row["motion_px_per_s"] for row in rows]
+    assert sorted(motion_scores(dataset)) == sorted(score for score in scores if score is not None)
+
+
+def test_samples_of_another_shape_are_refused(token_datasets):
+    other = token_datasets.video_train.model_copy(update={"latent_shape": (2, 2, 2)})
+    with pytest.raises(ShardFormatError, match=r"other numbers of ids than the 8 of the data set"):
+        TokenSamples(other)
 
 
 def test_no_samples_say_what_to_do(token_datasets):

@@ -8,7 +8,13 @@ import torch
 from tests import factories
 from ursa import storage
 from ursa.artifacts import TokenizerRef
-from ursa.errors import CheckpointError, ConfigError, DataExhaustedError, NonFiniteLossError
+from ursa.errors import (
+    CheckpointError,
+    ConfigError,
+    DataExhaustedError,
+    NonFiniteLossError,
+    ShardFormatError,
+)
 from ursa.training import stage as stage_module
 from ursa.training.checkpoint import load_checkpoint
 from ursa.training.distributed import Group
@@ -182,6 +188,18 @@ def test_no_samples_is_an_error_that_says_what_to_do(make_request, tmp_path):
     datasets = request.datasets.model_copy(update={"video_train": empty})
     with pytest.raises(DataExhaustedError, match="no train video samples; loosen"):
         train_stage(request.model_copy(update={"datasets": datasets}))
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_damaged_shard_ends_the_stage_with_its_own_message(make_request, tmp_path):
+    dataset = factories.write_dataset(str(tmp_path / "data"), "video", "train", 8)
+    storage.write_bytes(dataset.shards[1].uri, b"damaged")
+    request = make_request()
+    datasets = request.datasets.model_copy(update={"video_train": dataset})
+    request = request.model_copy(update={"datasets": datasets})
+    with pytest.raises(ShardFormatError, match=f"{dataset.shards[1].uri}: sha256 is"):
+        train_stage(request)
+    assert find_stage(request) is None
 
 
 def test_without_held_out_samples_there_is_no_validation(make_request):

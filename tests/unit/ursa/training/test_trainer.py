@@ -1,8 +1,15 @@
+import time
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
 import torch
 
+from tests import factories
+from ursa import storage
+from ursa.data.loader import TokenLoader
+from ursa.data.shards import read_shard
+from ursa.errors import ShardFormatError
 from ursa.training import stage as stage_module
 from ursa.training.distributed import Group
 from ursa.training.optim import build_average, learning_rate
@@ -114,7 +121,7 @@ def test_shift_means_more_noise(make_request):
 )
 def test_prompts(make_request, dropout, prefix, expected):
     trainer = build(make_request(prompt_dropout=dropout, motion_prefix_probability=prefix))
-    batch = trainer.samples.batch([0, 1])
+    batch = trainer.loader.batch(0, slice(0, 2))
     batch = type(batch)(
         batch.visual_ids, ("a red ball rolls", "the night city"), (9.5, None), batch.sample_ids
     )
@@ -152,3 +159,71 @@ def test_average_forgets_its_start(make_request):
         decay = min(0.9, (1 + step) / (10 + step))
         value = weight if value is None else decay * value + (1 - decay) * weight
     assert float(average.module.weight.detach()) == pytest.approx(value)
+
+
+def in_blocks(request, group, num_threads):
+    """Return a trainer whose data are many blocks of one shard each."""
+    trainer = build(request, group.rank, group.world_size)
+    trainer.loader.close()
+    trainer.loader = TokenLoader(
+        request.datasets.video_train,
+        batch_size=trainer.config.global_batch_size,
+        num_steps=trainer.config.max_steps,
+        seed=7,
+        block_bytes=1,
+        num_threads=num_threads,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_samples_and_noise_do_not_depend_on_threads_and_ranks(
+    make_request, num_threads, world_size
+):
+    request = make_request("async_finetune", global_batch_size=4, max_steps=9)
+    alone = in_blocks(request, Group(0, 1), 1)
+    ranks = [in_blocks(request, Group(rank, world_size), num_threads) for rank in range(world_size)]
+    for step in (0, 1, 2, 3, 8, 5):  # the fourth step joins two epochs
+        whole = alone.noisy_batch(step)
+        parts = [rank.noisy_batch(step) for rank in ranks]
+        for name in ("text_ids", "x_1", "x_t"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(whole, name)), (step, name)
+    for trainer in (alone, *ranks):
+        trainer.close()
+
+
+def test_waiting_for_data_is_measured(make_request, monkeypatch):
+    request = make_request(max_steps=3)
+    read = storage.read_bytes
+
+    def slowly(uri):
+        time.sleep(0.2)
+        return read(uri)
+
+    with closing(build(request)) as trainer:
+        monkeypatch.setattr(storage, "read_bytes", slowly)
+        first, second = trainer.step(0), trainer.step(1)
+    assert 0.2 <= first["train/data_wait_s"] <= first["train/step_s"]
+    assert second["train/data_wait_s"] < 0.2  # the data set is one block and was read at once
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_what_the_background_meets_stops_the_next_step(make_request, tmp_path):
+    dataset = factories.write_dataset(str(tmp_path / "data"), "video", "train", 8)
+    request = make_request(max_steps=9)
+    datasets = request.datasets.model_copy(update={"video_train": dataset})
+    request = request.model_copy(update={"datasets": datasets})
+    with closing(in_blocks(request, Group(0, 1), 2)) as trainer:
+        whole = trainer.loader.batch(0).sample_ids
+    _, second = sorted(dataset.shards, key=lambda each: whole[0] not in names_of(each))
+    storage.write_bytes(second.uri, b"damaged")
+    with closing(in_blocks(request, Group(0, 1), 2)) as trainer:
+        trainer.step(0)
+        with pytest.raises(ShardFormatError, match=f"{second.uri}: sha256 is .*expected"):
+            trainer.step(1)
+
+
+def names_of(shard):
+    return read_shard(shard, codebook_size=60)["sample_id"].to_pylist()
