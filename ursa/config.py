@@ -293,7 +293,18 @@ class StageConfig(ConfigSection):
     )
     timestep_shift: float = Field(gt=0, description="1 is none, larger means more noise")
     max_steps: int = Field(gt=0, description="optimizer steps")
-    global_batch_size: int = Field(gt=0, description="samples a step over all workers")
+    scale_shift: bool = Field(
+        description="samples of other sizes have timestep_shift times sqrt(tokens / tokens of the "
+        "main size)"
+    )
+    image_fraction: float = Field(
+        ge=0, lt=1, description="share of steps on images in a stage on videos"
+    )
+    global_batch_size: int = Field(
+        gt=0,
+        description="samples a step over all workers; of other sizes a multiple or a whole part, "
+        "for about as many tokens",
+    )
     gradient_accumulation_steps: int = Field(
         gt=0, description="parts of a worker's batch that go through the network one by one"
     )
@@ -315,6 +326,10 @@ class StageConfig(ConfigSection):
     def _check(self) -> Self:
         if self.modality == "image" and self.timesteps == "per_frame":
             raise ValueError("timesteps 'per_frame' needs modality 'video', got 'image'")
+        if self.modality == "image" and self.image_fraction:
+            raise ValueError(
+                f"image_fraction {self.image_fraction:g} is for modality 'video'; set it to 0"
+            )
         if self.gradient_accumulation_steps > self.global_batch_size:
             raise ValueError(
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} must be at most "
