@@ -1,4 +1,4 @@
-"""Batches of several sizes: every sample once an epoch, whatever the sizes of buckets and batches."""
+"""Batches of several sizes: every sample comes once an epoch, whatever the sizes."""
 
 import math
 from collections import Counter

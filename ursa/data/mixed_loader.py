@@ -17,6 +17,7 @@ from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch
 from ursa.data.loader import TokenLoader
 from ursa.data.order import BLOCK_BYTES
+from ursa.data.shards import READ_THREADS
 from ursa.errors import DataExhaustedError
 
 
@@ -145,6 +146,7 @@ class MixedLoader:
         num_steps: int,
         seed: int,
         block_bytes: int = BLOCK_BYTES,
+        num_threads: int = READ_THREADS,
     ) -> None:
         """Plan the order; nothing is read here.
 
@@ -154,6 +156,7 @@ class MixedLoader:
             num_steps: Nothing is read ahead for steps from this one on.
             seed: Decides the order, together with the epoch.
             block_bytes: Size of a block in memory; decides the order of larger data sets.
+            num_threads: Shards of a data set read at the same time; does not matter to the order.
         """
         self.num_main_tokens = num_main_tokens
         self._parts = parts
@@ -172,6 +175,7 @@ class MixedLoader:
                 # alone, or the main size: the order of a stage without buckets
                 seed=address_seed(seed, "part", number) if number else seed,
                 block_bytes=block_bytes,
+                num_threads=num_threads,
             )
             for number, part in enumerate(parts)
         ]
