@@ -247,19 +247,18 @@ def token_shards(datasets: TokenDatasets) -> None:
     """Store the list of shards.
 
     Args:
-        datasets: The four data sets; the first 250 shards of each are listed.
+        datasets: The data sets; the first 250 shards of each are listed.
     """
     rows = [
         {
             "data set": f"{dataset.modality} {dataset.split}",
+            "latent size": "x".join(map(str, dataset.latent_shape)),
             "samples": shard.num_samples,
             "bytes": shard.num_bytes,
             "sha256": shard.sha256[:8],
             "shard": shard.uri,
         }
-        for modality in ("image", "video")
-        for split in ("train", "validation")
-        for dataset in (getattr(datasets, f"{modality}_{split}"),)
+        for dataset in datasets.parts()
         for shard in dataset.shards[:250]
     ]
     table("token-shards", rows, "Token shards in Parquet; the first 250 of each data set.")

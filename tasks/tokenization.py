@@ -7,7 +7,7 @@ from tasks.context import RunContext
 from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
-from ursa.data.units import TokenizedUnit
+from ursa.data.units import MODALITIES, SPLITS, TokenizedUnit
 
 
 @step(run_name="tokenize clips")
@@ -64,12 +64,6 @@ def tokenize_clips(
             output_uri=context.data_uri,
         )
     reports.token_shards(datasets)
-    parts = (
-        datasets.image_train,
-        datasets.image_validation,
-        datasets.video_train,
-        datasets.video_validation,
-    )
     with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
         tracking.log_inputs(
             run,
@@ -80,11 +74,18 @@ def tokenize_clips(
             ],
         )
         tracking.log_metrics(
-            run, {f"data/num_{part.modality}_{part.split}": part.num_samples for part in parts}
+            run,
+            {
+                f"data/num_{modality}_{split}": sum(
+                    part.num_samples for part in datasets.of(modality, split)
+                )
+                for modality in MODALITIES
+                for split in SPLITS
+            },
         )
     announce(
         "%d image and %d video samples to train on",
-        datasets.image_train.num_samples,
-        datasets.video_train.num_samples,
+        sum(part.num_samples for part in datasets.of("image", "train")),
+        sum(part.num_samples for part in datasets.of("video", "train")),
     )
     return datasets

@@ -96,16 +96,15 @@ def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
     checkpoint = stage.find_stage(request)
     tags = {"ursa.fingerprint": context.fingerprint, **reports.flow_run_tags()}
     with tracking.child_run(context.run, name, tags) as run:
-        dataset = request.datasets.get(
-            getattr(request.config.stages, request.stage).modality, "train"
-        )
+        modality = getattr(request.config.stages, request.stage).modality
+        dataset = request.datasets.get(modality, "train")
         tracking.log_inputs(
             run,
             [
                 tracking.DatasetInput(
                     f"tokens-{dataset.modality}-{dataset.split}",
                     dataset.manifest_uri,
-                    dataset.fingerprint,
+                    request.datasets.fingerprint,
                     "training",
                 )
             ],

@@ -215,6 +215,7 @@ def write_dataset(output_uri: str, modality: str, split: str, num_samples: int) 
         manifest_uri=f"{output_uri}/manifest.json",
         modality=modality,
         split=split,
+        bucket=0,
         num_samples=num_samples,
         num_tokens=num_samples * int(np.prod(shape)),
         codebook_size=CODEBOOK_SIZE,
@@ -236,7 +237,9 @@ def write_tiny_data(output_uri: str, *, num_train: int = 20, num_validation: int
     return TinyData(
         TokenDatasets(
             manifest_uri=f"{output_uri}/manifest.json",
+            extra_buckets=(),
             num_failed_clips=0,
+            num_short_clips=0,
             fingerprint=fingerprint("datasets", num_train, num_validation),
             **datasets,
         ),

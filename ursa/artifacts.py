@@ -250,11 +250,12 @@ class ShardInfo(FrozenModel):
 
 
 class TokenDataset(FrozenModel):
-    """Token shards of one modality and split, committed. Shards are listed in the manifest."""
+    """Token shards of one modality, split and size, committed; the manifest lists the shards."""
 
     manifest_uri: str
     modality: Modality
     split: Split
+    bucket: int = Field(ge=0, description="0 is the main size, then `extra_buckets` in their order")
     num_samples: int
     num_tokens: int
     codebook_size: int
@@ -266,18 +267,20 @@ class TokenDataset(FrozenModel):
 
 
 class TokenDatasets(FrozenModel):
-    """The four token data sets of a run."""
+    """The token data sets of a run: four of the main size, and four of each further bucket."""
 
     manifest_uri: str
     image_train: TokenDataset
     image_validation: TokenDataset
     video_train: TokenDataset
     video_validation: TokenDataset
+    extra_buckets: tuple[TokenDataset, ...]
     num_failed_clips: int
+    num_short_clips: int = Field(description="kept clips that gave images alone")
     fingerprint: str
 
     def get(self, modality: Modality, split: Split) -> TokenDataset:
-        """Return the data set of a modality and split.
+        """Return the data set of the main size of a modality and split.
 
         Args:
             modality: "image" or "video".
@@ -285,6 +288,28 @@ class TokenDatasets(FrozenModel):
         """
         dataset: TokenDataset = getattr(self, f"{modality}_{split}")
         return dataset
+
+    def of(self, modality: Modality, split: Split) -> tuple[TokenDataset, ...]:
+        """Return the data sets of all sizes of a modality and split, by bucket.
+
+        Args:
+            modality: "image" or "video".
+            split: "train" or "validation".
+        """
+        extra = (
+            part for part in self.extra_buckets if (part.modality, part.split) == (modality, split)
+        )
+        return (self.get(modality, split), *extra)
+
+    def parts(self) -> tuple[TokenDataset, ...]:
+        """Return all data sets: those of the main size first."""
+        main = (
+            self.image_train,
+            self.image_validation,
+            self.video_train,
+            self.video_validation,
+        )
+        return (*main, *self.extra_buckets)
 
 
 class CheckpointRef(FrozenModel):

@@ -349,6 +349,14 @@ class VisualTokenizerConfig(ConfigSection):
         return size
 
 
+class SampleSize(ConfigSection):
+    """The size of the samples of a bucket."""
+
+    num_frames: int = Field(gt=0, description="frames of a video sample: 1 + 4k")
+    height_px: int = Field(gt=0, description="height of a sample, pixels; divisible by 8")
+    width_px: int = Field(gt=0, description="width of a sample, pixels; divisible by 8")
+
+
 class TokenizationConfig(ConfigSection):
     """How clips are cut into samples for the visual tokenizer."""
 
@@ -356,6 +364,10 @@ class TokenizationConfig(ConfigSection):
     num_frames: int = Field(gt=0, description="frames of a video sample: 1 + 4k")
     height_px: int = Field(gt=0, description="height of a sample, pixels; divisible by 8")
     width_px: int = Field(gt=0, description="width of a sample, pixels; divisible by 8")
+    extra_buckets: tuple[SampleSize, ...] = Field(
+        description="further sizes: a clip goes to the one that keeps most of its picture; models "
+        "are sampled and evaluated at the main size above"
+    )
     window_stride_s: float = Field(gt=0, description="distance between starts of samples, seconds")
     image_stride_s: float = Field(gt=0, description="distance between frames used as images")
     image_variants: int = Field(
@@ -438,7 +450,18 @@ class StageConfig(ConfigSection):
     )
     timestep_shift: float = Field(gt=0, description="1 is none, larger means more noise")
     max_steps: int = Field(gt=0, description="optimizer steps")
-    global_batch_size: int = Field(gt=0, description="samples a step over all workers")
+    scale_shift: bool = Field(
+        description="samples of other sizes have timestep_shift times sqrt(tokens / tokens of the "
+        "main size)"
+    )
+    image_fraction: float = Field(
+        ge=0, lt=1, description="share of steps on images in a stage on videos"
+    )
+    global_batch_size: int = Field(
+        gt=0,
+        description="samples a step over all workers; of other sizes a multiple or a whole part, "
+        "for about as many tokens",
+    )
     gradient_accumulation_steps: int = Field(
         gt=0, description="parts of a worker's batch that go through the network one by one"
     )
@@ -460,6 +483,10 @@ class StageConfig(ConfigSection):
     def _check(self) -> Self:
         if self.modality == "image" and self.timesteps == "per_frame":
             raise ValueError("timesteps 'per_frame' needs modality 'video', got 'image'")
+        if self.modality == "image" and self.image_fraction:
+            raise ValueError(
+                f"image_fraction {self.image_fraction:g} is for modality 'video'; set it to 0"
+            )
         if self.gradient_accumulation_steps > self.global_batch_size:
             raise ValueError(
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} must be at most "
@@ -524,25 +551,36 @@ class RunConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        stride_t = self.visual_tokenizer.temporal_stride
-        num_frames = self.tokenization.num_frames
-        if hint := size_hint(num_frames, stride_t, 1):
-            raise ValueError(
-                f"tokenization.num_frames must be 1 + {stride_t}k, got {num_frames}; {hint}"
-            )
-        stride_s = self.visual_tokenizer.spatial_stride
-        for name in ("height_px", "width_px"):
-            value = getattr(self.tokenization, name)
-            if hint := size_hint(value, stride_s, stride_s):
-                raise ValueError(
-                    f"tokenization.{name} must be divisible by {stride_s}, got {value}; {hint}"
-                )
+        samples = self.tokenization
+        self._check_size(samples, "tokenization")
+        shapes = [(samples.num_frames, samples.height_px, samples.width_px)]
+        for place, size in enumerate(samples.extra_buckets):
+            name = f"tokenization.extra_buckets.{place}"
+            self._check_size(size, name)
+            shape = (size.num_frames, size.height_px, size.width_px)
+            if shape in shapes:
+                raise ValueError(f"{name} is there twice: {size}; leave one out")
+            shapes.append(shape)
         if self.tokenization.fps > self.ingestion.clip_fps:
             raise ValueError(
                 f"tokenization.fps {self.tokenization.fps} must not exceed "
                 f"ingestion.clip_fps {self.ingestion.clip_fps}"
             )
         return self
+
+    def _check_size(self, size: SampleSize | TokenizationConfig, name: str) -> None:
+        """Refuse a size that is not a whole number of latent frames, rows and columns."""
+        stride_t = self.visual_tokenizer.temporal_stride
+        if hint := size_hint(size.num_frames, stride_t, 1):
+            raise ValueError(
+                f"{name}.num_frames must be 1 + {stride_t}k, got {size.num_frames}; {hint}"
+            )
+        stride_s = self.visual_tokenizer.spatial_stride
+        for side in ("height_px", "width_px"):
+            if hint := size_hint(value := getattr(size, side), stride_s, stride_s):
+                raise ValueError(
+                    f"{name}.{side} must be divisible by {stride_s}, got {value}; {hint}"
+                )
 
 
 def _without_password(text: str) -> str:

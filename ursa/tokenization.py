@@ -8,7 +8,7 @@ video, training and validation). A unit that was committed is never done again, 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from ursa.artifacts import (
 )
 from ursa.config import RunConfig, TokenizationConfig, fingerprint
 from ursa.data.addresses import address_seed
+from ursa.data.buckets import bucket_settings, sample_sizes
 from ursa.data.shards import shard_bytes, write_shard
 from ursa.data.units import (
     MODALITIES,
@@ -82,6 +83,8 @@ class TokenizationPlan(NamedTuple):
     done: tuple[TokenizedUnit, ...]
     todo: tuple[TokenizationUnit, ...]
     recipe: TokenizationRecipe
+    buckets: Mapping[str, int]
+    """Bucket of each unit by its key."""
 
     @property
     def fingerprint(self) -> str:
@@ -117,12 +120,13 @@ def plan_tokenization(
     manifest_uri = _root(output_uri, recipe.fingerprint, "manifest.json")
     committed = storage.load_record(manifest_uri, TokenDatasets)
     if committed is not None:
-        return TokenizationPlan(committed, (), (), recipe)
+        return TokenizationPlan(committed, (), (), recipe, {})
     units = list(iter_units(recipe, output_uri))
     results = storage.load_records([unit.record_uri for unit in units], TokenizedUnit)
     done = tuple(result for result in results if result is not None)
     todo = tuple(unit for unit, result in zip(units, results, strict=True) if result is None)
-    return TokenizationPlan(None, done, todo, recipe)
+    buckets = {unit.key: unit.bucket for unit in units}
+    return TokenizationPlan(None, done, todo, recipe, buckets)
 
 
 class ClipTokenizer:
@@ -180,11 +184,10 @@ class ClipTokenizer:
         rows: Rows = {modality: [] for modality in MODALITIES}
         failed: list[FailedClip] = []
         num_too_short = 0
-        for clip, reading in self._read_ahead(unit.clips, unit.split):
+        settings = bucket_settings(self._settings, unit.bucket)
+        for clip, reading in self._read_ahead(unit.clips, unit.split, settings):
             try:
-                found = encode_clip(
-                    clip, unit.split, reading.result(), self._tokenizer, self._settings
-                )
+                found = encode_clip(clip, unit.split, reading.result(), self._tokenizer, settings)
             except (StorageError, ServiceError):
                 raise
             except (UrsaError, FileNotFoundError) as error:
@@ -239,8 +242,9 @@ class ClipTokenizer:
         left_out = {clip.clip_id for clip in record.failed} if record is not None else set()
         wanted = [clip for clip in unit.clips if clip.clip_id not in left_out]
         rows: Rows = {modality: [] for modality in MODALITIES}
-        for clip, reading in self._read_ahead(wanted, unit.split):
-            found = encode_clip(clip, unit.split, reading.result(), self._tokenizer, self._settings)
+        settings = bucket_settings(self._settings, unit.bucket)
+        for clip, reading in self._read_ahead(wanted, unit.split, settings):
+            found = encode_clip(clip, unit.split, reading.result(), self._tokenizer, settings)
             for modality in MODALITIES:
                 rows[modality] += found[modality]
         num_codes = len(self._tokenizer.codebook)
@@ -253,13 +257,13 @@ class ClipTokenizer:
         self._pool.shutdown(cancel_futures=True)
 
     def _read_ahead(
-        self, clips: Sequence[Clip], split: Split
+        self, clips: Sequence[Clip], split: Split, settings: TokenizationConfig
     ) -> Iterator[tuple[Clip, "Future[ClipFrames]"]]:
         """Yield the clips in their order; while one is encoded, the next ones are decoded."""
         ahead: deque[tuple[Clip, Future[ClipFrames]]] = deque()
         try:
             for clip in clips:
-                ahead.append((clip, self._pool.submit(self._read, clip, split)))
+                ahead.append((clip, self._pool.submit(self._read, clip, split, settings)))
                 # bounds what is held decoded
                 if len(ahead) > self._num_decoders:
                     yield ahead.popleft()
@@ -269,10 +273,10 @@ class ClipTokenizer:
             for _, reading in ahead:
                 reading.cancel()
 
-    def _read(self, clip: Clip, split: Split) -> ClipFrames:
+    def _read(self, clip: Clip, split: Split, settings: TokenizationConfig) -> ClipFrames:
         if not hasattr(self._own, "reader"):  # one a thread, which ends with it
             self._own.reader = ClipReader()
-        return read_clip(clip, split, self._settings, self._own.reader.read)
+        return read_clip(clip, split, settings, self._own.reader.read)
 
 
 def read_clip(
@@ -349,7 +353,7 @@ def commit_tokens(
     *,
     output_uri: str,
 ) -> TokenDatasets:
-    """Commit the four data sets of a run.
+    """Commit the data sets of a run.
 
     Args:
         plan: The plan whose `todo` has been done.
@@ -377,39 +381,43 @@ def commit_tokens(
             f"max_failed_fraction {settings.max_failed_fraction:g} allows: {named}"
         )
     manifest_uri = _root(output_uri, plan.fingerprint, "manifest.json")
-    datasets = {
-        f"{modality}_{split}": _dataset(
-            modality,
-            split,
-            [unit for unit in ordered if unit.split == split],
+    datasets = [
+        _dataset(
+            (modality, split, bucket),
+            [u for u in ordered if u.split == split and plan.buckets[u.key] == bucket],
             visual_tokenizer,
             config,
             manifest_uri,
             plan.fingerprint,
         )
+        for bucket in range(len(sample_sizes(settings)))
         for modality in MODALITIES
         for split in SPLITS
-    }
+    ]
     storage.commit_record(_root(output_uri, plan.fingerprint, RECIPE_NAME), plan.recipe)
     return storage.commit_record(
         manifest_uri,
         TokenDatasets(
             manifest_uri=manifest_uri,
             num_failed_clips=len(failed),
+            num_short_clips=sum(unit.num_too_short for unit in ordered),
             fingerprint=plan.fingerprint,
-            **datasets,
+            extra_buckets=tuple(part for part in datasets if part.bucket > 0),
+            **{f"{part.modality}_{part.split}": part for part in datasets if part.bucket == 0},
         ),
     )
 
 
-def latent_shape(config: RunConfig, modality: Modality) -> tuple[int, int, int]:
+def latent_shape(config: RunConfig, modality: Modality, bucket: int = 0) -> tuple[int, int, int]:
     """Return (T, H, W) of a sample in latent frames, rows and columns.
 
     Args:
         config: The run; `tokenization` and `visual_tokenizer` matter.
         modality: An image is one latent frame.
+        bucket: 0 is the main size.
     """
-    samples, strides = config.tokenization, config.visual_tokenizer
+    samples = sample_sizes(config.tokenization)[bucket]
+    strides = config.visual_tokenizer
     frames = 1 if modality == "image" else 1 + (samples.num_frames - 1) // strides.temporal_stride
     return (
         frames,
@@ -419,21 +427,22 @@ def latent_shape(config: RunConfig, modality: Modality) -> tuple[int, int, int]:
 
 
 def _dataset(
-    modality: Modality,
-    split: Split,
+    address: tuple[Modality, Split, int],
     units: Sequence[TokenizedUnit],
     visual_tokenizer: TokenizerRef,
     config: RunConfig,
     manifest_uri: str,
     print_: str,
 ) -> TokenDataset:
-    shards = tuple(shard for unit in units if (shard := getattr(unit, modality)) is not None)
-    shape = latent_shape(config, modality)
+    modality, split, bucket = address
+    shards = tuple(shard for unit in units if (shard := unit.shard(modality)) is not None)
+    shape = latent_shape(config, modality, bucket)
     num_samples = sum(shard.num_samples for shard in shards)
     return TokenDataset(
         manifest_uri=manifest_uri,
         modality=modality,
         split=split,
+        bucket=bucket,
         num_samples=num_samples,
         num_tokens=num_samples * shape[0] * shape[1] * shape[2],
         codebook_size=visual_tokenizer.vocab_size,
@@ -441,7 +450,7 @@ def _dataset(
         latent_shape=shape,
         shards=shards,
         schema_version=SCHEMA_VERSION,
-        fingerprint=fingerprint(print_, modality, split),
+        fingerprint=fingerprint(print_, *address),
     )
 
 

@@ -58,7 +58,7 @@ def print_stats(stats: "DataStats") -> None:
         ("tokens", "set", "samples", "tokens", "shards", "bytes"),
         [
             (
-                f"{part.modality} {part.split}",
+                f"{part.modality} {part.split} {size_of(part.latent_shape)}",
                 part.manifest_uri.split("/")[-2][:8],
                 *map("{:,}".format, (part.num_samples, part.num_tokens, part.num_shards)),
                 f"{part.num_bytes:,}",
@@ -66,6 +66,15 @@ def print_stats(stats: "DataStats") -> None:
             for part in stats.tokens
         ],
     )
+
+
+def size_of(latent_shape: Sequence[int]) -> str:
+    """Return a latent shape in words.
+
+    Args:
+        latent_shape: (T, H, W).
+    """
+    return "x".join(str(length) for length in latent_shape)
 
 
 def print_versions(versions: Sequence["DatasetVersion"]) -> None:

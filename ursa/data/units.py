@@ -7,6 +7,8 @@ decides its samples. So a reader can tell which samples must be there, and make 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ursa import storage
@@ -20,7 +22,14 @@ from ursa.artifacts import (
     TokenizerRef,
 )
 from ursa.config import FrozenModel, TokenizationConfig, fingerprint
-from ursa.data.clips import clip_frames, clip_windows, clips_of, read_selection_tables
+from ursa.data.buckets import bucket_settings, choose_bucket
+from ursa.data.clips import (
+    clip_frames,
+    clip_windows,
+    clips_of,
+    read_selection_tables,
+    unchecked_clips,
+)
 
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -32,6 +41,7 @@ class TokenizationUnit(FrozenModel):
 
     key: str
     split: Split
+    bucket: int
     clips: tuple[Clip, ...]
     output_uri: str
 
@@ -106,7 +116,8 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
         output_uri: Root of all data of the run.
 
     Yields:
-        Units of `clips_per_shard` kept clips of one split on average, twice as many at most.
+        Units of `clips_per_shard` kept clips of one split and bucket on average, twice as many at
+        most.
 
     Raises:
         ShardFormatError: If a table of the clips is missing or damaged.
@@ -119,12 +130,12 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
         kept = clips.filter(chosen).sort_by(
             [(name, "ascending") for name in ("source_sha256", "start_s", "clip_id", "source_uri")]
         )
-        for start, end in _spans(kept["clip_id"].to_pylist(), settings.clips_per_shard):
-            part = tuple(clips_of(kept.slice(start, end - start)))
+        for bucket, part in _bucket_units(kept, settings):
             key = fingerprint(
                 "token-unit",
                 SCHEMA_VERSION,
-                settings,
+                # a bucket more changes the units of those clips alone that go there
+                bucket_settings(settings, bucket),
                 recipe.visual_tokenizer.fingerprint,
                 split,
                 # all that goes into the rows, and not where files lie
@@ -133,7 +144,22 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
                     for clip in part
                 ],
             )
-            yield TokenizationUnit(key=key[:32], split=split, clips=part, output_uri=output_uri)
+            yield TokenizationUnit(
+                key=key[:32], split=split, bucket=bucket, clips=part, output_uri=output_uri
+            )
+
+
+def _bucket_units(
+    kept: pa.Table, settings: TokenizationConfig
+) -> Iterator[tuple[int, tuple[Clip, ...]]]:
+    """Yield the units of one split: bucket and clips."""
+    buckets = np.zeros(kept.num_rows, int)
+    if settings.extra_buckets:
+        buckets[:] = [choose_bucket(clip, settings) for clip in unchecked_clips(kept)]
+    for bucket in range(1 + len(settings.extra_buckets)):
+        own = kept.filter(pa.array(buckets == bucket))
+        for start, end in _spans(own["clip_id"].to_pylist(), settings.clips_per_shard):
+            yield bucket, tuple(clips_of(own.slice(start, end - start)))
 
 
 def _spans(clip_ids: Sequence[str], mean_length: int) -> Iterator[tuple[int, int]]:

@@ -159,7 +159,11 @@ def commit_version(
     )
     folder_uri = _folder_uri(root_uri, clips.source_uri)
     files_uri = put_table(folder_uri, "files", FILE_SCHEMA, files)
-    sets = {f"{m}_{s}": datasets.get(m, s) for m in MODALITIES for s in SPLITS}
+    sets = {
+        f"{modality}_{split}": datasets.of(modality, split)
+        for modality in MODALITIES
+        for split in SPLITS
+    }
     while True:
         newest = newest_version(root_uri, clips.source_uri)
         if newest is not None and newest.fingerprint == print_:
@@ -187,9 +191,13 @@ def commit_version(
             text_tokenizer=text,
             tokens_uri=datasets.manifest_uri,
             tokens_fingerprint=datasets.fingerprint,
-            num_samples={name: part.num_samples for name, part in sets.items()},
-            num_tokens=sum(part.num_tokens for part in sets.values()),
-            num_shard_bytes=sum(shard.num_bytes for part in sets.values() for shard in part.shards),
+            num_samples={
+                name: sum(part.num_samples for part in parts) for name, parts in sets.items()
+            },
+            num_tokens=sum(part.num_tokens for part in datasets.parts()),
+            num_shard_bytes=sum(
+                shard.num_bytes for part in datasets.parts() for shard in part.shards
+            ),
             fingerprint=print_,
         )
         if storage.commit_record(version.manifest_uri, version) == version:

@@ -185,6 +185,7 @@ def _tokens(stats: DataStats) -> str:
     rows = [
         (
             f"{part.modality}, {part.split}",
+            "x".join(map(str, part.latent_shape)),
             escape(part.manifest_uri.split("/")[-2][:8]),
             f"{part.num_samples:,}",
             f"{part.num_tokens:,}",
@@ -193,7 +194,7 @@ def _tokens(stats: DataStats) -> str:
         )
         for part in stats.tokens
     ]
-    return _table(("data set", "of", "samples", "tokens", "shards", "MB"), rows)
+    return _table(("data set", "latent size", "of", "samples", "tokens", "shards", "MB"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, kind: str = "") -> str:

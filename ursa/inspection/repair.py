@@ -18,8 +18,6 @@ from ursa.artifacts import Clip, ClipSet, ShardInfo, SourceVideo, TokenDatasets
 from ursa.config import FrozenModel, RunConfig, TokenizationConfig
 from ursa.data.clips import clips_of, read_clip_table
 from ursa.data.units import (
-    MODALITIES,
-    SPLITS,
     TokenizationRecipe,
     TokenizationUnit,
     TokenizedUnit,
@@ -206,9 +204,8 @@ def _wanted_shards(root_uri: str, uris: Sequence[str]) -> dict[str, _Wanted]:
     return {
         shard.uri: _Wanted(shard, datasets)
         for datasets in (good_records(root_uri, TOKENS, TokenDatasets) if uris else ())
-        for modality in MODALITIES
-        for split in SPLITS
-        for shard in datasets.get(modality, split).shards
+        for part in datasets.parts()
+        for shard in part.shards
         if shard.uri in set(uris)
     }
 

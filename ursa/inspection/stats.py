@@ -19,7 +19,6 @@ from ursa.artifacts import (
 )
 from ursa.config import FrozenModel, RunConfig
 from ursa.data.clips import read_selection_tables
-from ursa.data.units import MODALITIES, SPLITS
 from ursa.inspection.root import (
     TOKENS,
     find_recipe,
@@ -49,11 +48,12 @@ class Quantiles(FrozenModel):
 
 
 class TokenCount(FrozenModel):
-    """Samples of one modality and split."""
+    """Samples of one modality, split and size."""
 
     manifest_uri: str
     modality: Modality
     split: Split
+    latent_shape: tuple[int, int, int]
     num_samples: int
     num_tokens: int
     num_shards: int
@@ -235,20 +235,19 @@ def _count_tokens(
         recipe = find_recipe(root_uri, datasets, settings)
         if recipe is None or recipe.selection.fingerprint != selection.fingerprint:
             continue
-        for modality in MODALITIES:
-            for split in SPLITS:
-                part = datasets.get(modality, split)
-                counts.append(
-                    TokenCount(
-                        manifest_uri=datasets.manifest_uri,
-                        modality=modality,
-                        split=split,
-                        num_samples=part.num_samples,
-                        num_tokens=part.num_tokens,
-                        num_shards=len(part.shards),
-                        num_bytes=sum(shard.num_bytes for shard in part.shards),
-                    )
-                )
+        counts += [
+            TokenCount(
+                manifest_uri=datasets.manifest_uri,
+                modality=part.modality,
+                split=part.split,
+                latent_shape=part.latent_shape,
+                num_samples=part.num_samples,
+                num_tokens=part.num_tokens,
+                num_shards=len(part.shards),
+                num_bytes=sum(shard.num_bytes for shard in part.shards),
+            )
+            for part in datasets.parts()
+        ]
     return tuple(counts)
 
 

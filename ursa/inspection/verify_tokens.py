@@ -14,15 +14,14 @@ from ursa.artifacts import (
     SCHEMA_VERSION,
     Modality,
     ShardInfo,
-    Split,
     TokenDataset,
     TokenDatasets,
 )
 from ursa.config import TokenizationConfig, fingerprint
+from ursa.data.buckets import bucket_settings
 from ursa.data.shards import read_shard
 from ursa.data.units import (
     MODALITIES,
-    SPLITS,
     TokenizationRecipe,
     TokenizationUnit,
     TokenizedUnit,
@@ -108,19 +107,17 @@ class _TokenSet:
         self._manifest_uri = datasets.manifest_uri
         self._seen_clips: dict[Modality, set[str]] = {"image": set(), "video": set()}
         self._left = {
-            (modality, shard_key(shard)): (datasets.get(modality, split), shard)
-            for modality in MODALITIES
-            for split in SPLITS
-            for shard in datasets.get(modality, split).shards
+            (part.modality, shard_key(shard)): (part, shard)
+            for part in datasets.parts()
+            for shard in part.shards
         }
 
     def verify(self) -> set[str]:
         """Go through all shards; return the keys of their units, cut."""
         keys = {key for _, key in self._left}
         self._verify_recipe()
-        for modality in MODALITIES:
-            for split in SPLITS:
-                self._verify_header(modality, split)
+        for part in self._datasets.parts():
+            self._verify_header(part)
         are_known = self._recipe is not None and self._verify_units(self._recipe)
         if self._recipe is None:
             self._tally.not_checked.append(
@@ -142,15 +139,14 @@ class _TokenSet:
             hint = "delete it, and name the settings with --preset and --set; training needs none"
             self._tally.add(ProblemKind.MANIFEST, recipe_uri(self._datasets), detail, hint)
 
-    def _verify_header(self, modality: Modality, split: Split) -> None:
+    def _verify_header(self, dataset: TokenDataset) -> None:
         """Compare what the manifest says of one data set with what else is known."""
-        whole, dataset = self._datasets, self._datasets.get(modality, split)
+        whole = self._datasets
+        modality, split, bucket = dataset.modality, dataset.split, dataset.bucket
         num_samples = sum(shard.num_samples for shard in dataset.shards)
         stated: dict[str, object] = {
             "manifest_uri": whole.manifest_uri,
-            "modality": modality,
-            "split": split,
-            "fingerprint": fingerprint(whole.fingerprint, modality, split),
+            "fingerprint": fingerprint(whole.fingerprint, modality, split, bucket),
             "schema_version": SCHEMA_VERSION,
             "num_samples": num_samples,
             "num_tokens": num_samples * math.prod(dataset.latent_shape),
@@ -167,7 +163,7 @@ class _TokenSet:
 
     def _verify_units(self, recipe: TokenizationRecipe) -> bool:
         """Go through the units; return whether all of them are known."""
-        num_failed = 0
+        num_failed = num_short = 0
         try:
             for unit in iter_units(recipe, self._tally.root_uri):
                 record = load_unit_record(unit)
@@ -176,6 +172,7 @@ class _TokenSet:
                     self._tally.add(ProblemKind.UNIT_RECORD, unit.record_uri, record, hint)
                 else:
                     num_failed += len(record.failed)
+                    num_short += record.num_too_short
                     self._verify_too_short(unit, record, recipe.settings)
                 for modality in MODALITIES:
                     self._verify_unit(unit, record, modality, recipe.settings)
@@ -189,12 +186,19 @@ class _TokenSet:
                 self._manifest_uri,
                 f"says that {self._datasets.num_failed_clips} clips failed, its units {num_failed}",
             )
+        if num_short != self._datasets.num_short_clips:
+            self._add_content(
+                self._manifest_uri,
+                f"says that {self._datasets.num_short_clips} clips are too short, its units "
+                f"{num_short}",
+            )
         return True
 
     def _verify_too_short(
         self, unit: TokenizationUnit, record: TokenizedUnit, settings: TokenizationConfig
     ) -> None:
         """Compare how many clips gave no video sample with how many can give none."""
+        settings = bucket_settings(settings, unit.bucket)
         failed = {clip.clip_id for clip in record.failed}
         count = sum(
             not expected_sample_ids(clip, "video", unit.split, settings)
@@ -215,6 +219,7 @@ class _TokenSet:
         settings: TokenizationConfig,
     ) -> None:
         """Compare the samples of a shard with those that the clips of its unit must give."""
+        settings = bucket_settings(settings, unit.bucket)
         dataset, shard = self._left.pop((modality, unit.key[:KEY_DIGITS]), (None, None))
         found: list[str] | None = []
         if dataset is not None and shard is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, Tokenize
 from ursa.config import StageConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
-from ursa.data.loader import TokenLoader
+from ursa.data.mixed_loader import MixedLoader, plan_parts
 from ursa.errors import CheckpointError, TrainingError
 from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
@@ -142,7 +143,7 @@ def _train(
         uri=uri,
         stage=request.stage,
         step=config.max_steps,
-        num_samples_seen=config.max_steps * config.global_batch_size,
+        num_samples_seen=trainer.loader.samples_seen(config.max_steps),
         metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
         loss_curve=curve,
         fingerprint=stage_fingerprint(request),
@@ -261,14 +262,33 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         model=model,
         path=path,
         text_tokenizer=load_text(request.text_tokenizer),
-        loader=TokenLoader(
-            request.datasets.get(stage.modality, "train"),
-            batch_size=stage.global_batch_size,
-            num_steps=stage.max_steps,
-            seed=address_seed(request.config.seed, request.stage, "order"),
-        ),
+        loader=stage_loader(request),
         max_prompt_length=request.config.text_tokenizer.max_prompt_length,
         group=group,
+    )
+
+
+def stage_loader(request: StageRequest) -> MixedLoader:
+    """Return the batches of a stage: of all buckets, with images among videos where wanted.
+
+    Args:
+        request: The stage.
+
+    Raises:
+        DataExhaustedError: If there is no sample.
+    """
+    stage: StageConfig = getattr(request.config.stages, request.stage)
+    main = request.datasets.get(stage.modality, "train")
+    return MixedLoader(
+        plan_parts(
+            request.datasets.of(stage.modality, "train"),
+            request.datasets.of("image", "train") if stage.image_fraction else (),
+            batch_size=stage.global_batch_size,
+            image_share=stage.image_fraction,
+        ),
+        num_main_tokens=math.prod(main.latent_shape),
+        num_steps=stage.max_steps,
+        seed=address_seed(request.config.seed, request.stage, "order"),
     )
 
 
@@ -295,7 +315,7 @@ def _save(trainer: Trainer, request: StageRequest, count: int, metrics: Mapping[
         training_state(trainer.model, trainer.average, trainer.optimizer),
         _stage_uri(request),
         step=count,
-        num_samples_seen=count * trainer.config.global_batch_size,
+        num_samples_seen=trainer.loader.samples_seen(count),
         fingerprint=stage_fingerprint(request),
         keep=trainer.config.keep_checkpoints,
         metrics=metrics,

@@ -7,6 +7,7 @@ References:
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from ursa.config import StageConfig
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch, TokenSamples
-from ursa.data.loader import TokenLoader
+from ursa.data.mixed_loader import MixedLoader
 from ursa.diffusion.loss import linear_posterior_loss
 from ursa.diffusion.path import MetricPath, MixturePath
 from ursa.diffusion.timesteps import training_times
@@ -61,7 +62,7 @@ class Trainer:
         model: UrsaTransformer,
         path: MetricPath,
         text_tokenizer: TextTokenizer,
-        loader: TokenLoader,
+        loader: MixedLoader,
         max_prompt_length: int,
         group: Group,
     ) -> None:
@@ -103,7 +104,7 @@ class Trainer:
             ShardFormatError: If a shard is missing, damaged or of another schema.
             StorageError: If the store refuses or does not answer.
         """
-        size = self.config.global_batch_size
+        size = self.loader.batch_size(step)
         share = self.group.share(size)
         places = range(size)[share]
         return make_noisy_batch(
@@ -112,6 +113,7 @@ class Trainer:
             self.config,
             self.text_tokenizer,
             max_prompt_length=self.max_prompt_length,
+            num_main_tokens=self.loader.num_main_tokens,
             seeds=[address_seed(self.seed, self.stage, step, place) for place in places],
         )
 
@@ -176,7 +178,7 @@ class Trainer:
             "train/step_s": seconds,
             "train/data_wait_s": waited,
             "train/tokens_per_s": tokens / seconds,
-            "train/samples_seen": float((step + 1) * self.config.global_batch_size),
+            "train/samples_seen": float(self.loader.samples_seen(step + 1)),
         }
 
     def _add_gradients(self, batch: NoisyBatch) -> Tensor:
@@ -203,6 +205,7 @@ def make_noisy_batch(
     text_tokenizer: TextTokenizer,
     *,
     max_prompt_length: int,
+    num_main_tokens: int,
     seeds: Sequence[int],
 ) -> NoisyBatch:
     """Draw prompts, times and noise, each sample from its own seed.
@@ -213,12 +216,16 @@ def make_noisy_batch(
         config: The stage: timesteps, shift, prompt dropout, motion prefix.
         text_tokenizer: Turns the prompt into ids.
         max_prompt_length: Ids a prompt.
+        num_main_tokens: Tokens of a sample of the main size, for which the shift is given.
         seeds: One seed a sample.
 
     Returns:
         Prompt ids, clean and noisy codes.
     """
     num_frames, rows, columns = batch.visual_ids.shape[1:]
+    shift = config.timestep_shift
+    if config.scale_shift:
+        shift *= math.sqrt(num_frames * rows * columns / num_main_tokens)
     prompts, times, noises = [], [], []
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -228,7 +235,7 @@ def make_noisy_batch(
         noises.append(noise)
         if config.timesteps == "synchronous" or together < config.synchronous_fraction:
             uniform = uniform[:1].expand(num_frames)
-        times.append(training_times(uniform, config.timestep_shift))
+        times.append(training_times(uniform, shift))
         motion = batch.motion_px_per_s[index]
         prompt = motion_prompt(
             batch.captions[index], motion if prefix < config.motion_prefix_probability else None

@@ -303,6 +303,8 @@ def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
         timesteps="synchronous",
         synchronous_fraction=1.0,
         timestep_shift=1.0,
+        scale_shift=False,
+        image_fraction=0.0,
         max_steps=settings.max_steps,
         global_batch_size=settings.batch_size,
         gradient_accumulation_steps=1,

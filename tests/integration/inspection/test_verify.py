@@ -216,6 +216,7 @@ def write_large_root(folder):
             manifest_uri=manifest_uri,
             modality=modality,
             split=split,
+            bucket=0,
             num_samples=len(shards) * len(rows),
             num_tokens=len(shards) * ids.size,
             codebook_size=codes,
@@ -223,14 +224,19 @@ def write_large_root(folder):
             latent_shape=shape,
             shards=shards,
             schema_version=SCHEMA_VERSION,
-            fingerprint=fingerprint(print_, modality, split),
+            fingerprint=fingerprint(print_, modality, split, 0),
         )
         for modality in ("image", "video")
         for split in ("train", "validation")
         for shards in ((shard,) if (modality, split) == ("video", "train") else (),)
     }
     record = TokenDatasets(
-        manifest_uri=manifest_uri, num_failed_clips=0, fingerprint=print_, **sets
+        manifest_uri=manifest_uri,
+        extra_buckets=(),
+        num_failed_clips=0,
+        num_short_clips=0,
+        fingerprint=print_,
+        **sets,
     )
     storage.commit_record(manifest_uri, record)
     return uri, Path(shard.uri)

@@ -1,3 +1,4 @@
+import math
 import time
 from contextlib import closing
 from itertools import pairwise
@@ -7,7 +8,7 @@ import torch
 
 from tests import factories
 from ursa import storage
-from ursa.data.loader import TokenLoader
+from ursa.data.mixed_loader import MixedLoader, plan_parts
 from ursa.data.shards import read_shard
 from ursa.errors import ShardFormatError
 from ursa.training import stage as stage_module
@@ -131,10 +132,34 @@ def test_prompts(make_request, dropout, prefix, expected):
         trainer.config,
         trainer.text_tokenizer,
         max_prompt_length=30,
+        num_main_tokens=12,
         seeds=[1, 2],
     )
     assert [trainer.text_tokenizer.decode(ids.tolist()) for ids in noisy.text_ids] == expected
     assert torch.equal(noisy.x_1, batch.visual_ids)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_larger_samples_are_noisier_where_the_shift_is_scaled(make_request, scaled):
+    """The same draws with four times the tokens have the times of twice the shift."""
+    trainer = build(make_request(timestep_shift=1.5, scale_shift=scaled))
+    batch = trainer.loader.batch(0, slice(0, 4))
+    num_tokens = math.prod(batch.visual_ids.shape[1:])
+
+    def noisy(**changes):
+        return make_noisy_batch(
+            batch,
+            trainer.path,
+            trainer.config.model_copy(update=changes),
+            trainer.text_tokenizer,
+            max_prompt_length=8,
+            num_main_tokens=num_tokens // 4,
+            seeds=[1, 2, 3, 4],
+        ).x_t
+
+    shift = 3.0 if scaled else 1.5
+    assert torch.equal(noisy(), noisy(timestep_shift=shift, scale_shift=False))
+    assert not torch.equal(noisy(), noisy(timestep_shift=30.0, scale_shift=False))
 
 
 def test_learning_rate_warms_up_and_falls(make_request):
@@ -165,9 +190,9 @@ def in_blocks(request, group, num_threads):
     """Return a trainer whose data are many blocks of one shard each."""
     trainer = build(request, group.rank, group.world_size)
     trainer.loader.close()
-    trainer.loader = TokenLoader(
-        request.datasets.video_train,
-        batch_size=trainer.config.global_batch_size,
+    trainer.loader = MixedLoader(
+        plan_parts([request.datasets.video_train], batch_size=trainer.config.global_batch_size),
+        num_main_tokens=12,
         num_steps=trainer.config.max_steps,
         seed=7,
         block_bytes=1,
