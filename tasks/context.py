@@ -30,6 +30,7 @@ from ursa.artifacts import (
 from ursa.config import FrozenModel, Preset, RunConfig, fingerprint, load_config
 from ursa.errors import UrsaError
 from ursa.sources.listing import discover_videos
+from ursa.video.selection import check_rules
 
 
 class SourceListing(FrozenModel):
@@ -138,6 +139,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     settings = RuntimeSettings.from_env()
     given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
     config = load_config(preset, given)
+    check_rules(config.selection, extra_scores=())  # before hours of work
     tracking.check_service(settings.mlflow_tracking_uri)
     uri = absolute_uri(source_uri)
     sources = discover_videos(
