@@ -18,7 +18,7 @@ from tasks.options import ConfigOverrides, announce, show_library_logs, step
 from tasks.settings import RuntimeSettings, absolute_uri
 from tasks.tracking import TrackedRun
 from ursa import ingestion, storage
-from ursa.annotation.scorers import check_scorers
+from ursa.annotation.scorers import check_scorers, score_keys
 from ursa.annotation.units import has_failures
 from ursa.artifacts import (
     SCHEMA_VERSION,
@@ -33,6 +33,7 @@ from ursa.artifacts import (
 from ursa.config import FrozenModel, Preset, RunConfig, fingerprint, load_config
 from ursa.errors import UrsaError
 from ursa.sources.listing import discover_videos
+from ursa.video.selection import check_rules
 
 
 class SourceListing(FrozenModel):
@@ -142,6 +143,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
     config = load_config(preset, given)
     check_scorers(config.annotation)
+    check_rules(config.selection, score_keys(config.annotation))  # before hours of work
     tracking.check_service(settings.mlflow_tracking_uri)
     uri = absolute_uri(source_uri)
     sources = discover_videos(

@@ -29,12 +29,11 @@ from ursa.artifacts import (
     EvalReport,
     IngestedVideo,
     ModelVersion,
-    RejectReason,
     SelectedClip,
     TokenDatasets,
 )
 from ursa.data.versions import DatasetVersion, FileChange
-from ursa.video.selection import THRESHOLD_KEYS
+from ursa.video.selection import explain
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ def data_funnel(
             "between cuts, dissolves and fades; see `ingestion.min_clip_s`",
         ),
         *(
-            _funnel_row(f"rejected: {reason}", count, clips.num_clips, _threshold_of(reason))
+            _funnel_row(f"rejected: {reason}", count, clips.num_clips, explain(reason))
             for reason, count in sorted(selection.rejections.items())
         ),
         _funnel_row("clips kept", selection.num_kept, clips.num_clips),
@@ -215,11 +214,6 @@ def data_funnel(
 def _funnel_row(step: str, count: int, total: int, detail: str = "") -> dict[str, Any]:
     percent = f"{100 * count / total:.1f}" if total else ""
     return {"step": step, "count": count, "percent": percent, "file": "", "detail": detail}
-
-
-def _threshold_of(reason: RejectReason) -> str:
-    key = THRESHOLD_KEYS.get(reason)
-    return "a score that a threshold needs" if key is None else f"see `selection.{key}`"
 
 
 def clip_examples(selected: Sequence[SelectedClip]) -> None:

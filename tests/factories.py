@@ -295,6 +295,7 @@ def commit_selection(
         num_clips=len(clips),
         num_dropped_shots=0,
         failures={},
+        config=tiny_config().ingestion,
         fingerprint=print_,
     )
     return ClipSelection(
@@ -305,6 +306,9 @@ def commit_selection(
         num_train=num_train,
         num_validation=num_validation,
         rejections={},
+        config=tiny_config().selection,
+        seed=0,
+        thresholds=(),
         fingerprint=print_,
     )
 

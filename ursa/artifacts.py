@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ursa.config import FrozenModel, RunConfig, StageName
+from ursa.config import FrozenModel, IngestionConfig, RunConfig, SelectionConfig, StageName
 
 SCHEMA_VERSION = 3
 """Version of every manifest and Parquet schema; a reader refuses another one."""
@@ -42,7 +42,11 @@ class FailureReason(StrEnum):
 
 
 class RejectReason(StrEnum):
-    """Why a readable clip was not selected."""
+    """Why a readable clip was not selected.
+
+    A rule or recipe adds the score that decided: `too_low:<scorer>/<score>`, `too_high:...`,
+    `not_measured:...`.
+    """
 
     TOO_SHORT = "too_short"
     TOO_STATIC = "too_static"
@@ -63,6 +67,9 @@ class RejectReason(StrEnum):
     TEXT = "text"
     OVERLAY = "overlay"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    TOO_LOW = "too_low"
+    TOO_HIGH = "too_high"
     NOT_MEASURED = "not_measured"
 
 
@@ -138,7 +145,9 @@ class ClipScores(FrozenModel):
         description="share of the picture in edges that stay while it moves, in [0, 1]; None where "
         "too little moves"
     )
-    perceptual_hash: str | None = Field(description="64-bit hash of the middle frame, hexadecimal")
+    perceptual_hash: str | None = Field(
+        description="64-bit hashes of nine frames, 16 hexadecimal digits each"
+    )
 
 
 class CroppedPixels(FrozenModel):
@@ -204,7 +213,20 @@ class ClipSet(FrozenModel):
     num_clips: int
     num_dropped_shots: int
     failures: dict[FailureReason, int]
+    config: IngestionConfig = Field(description="what made the clips, where the set came first")
     fingerprint: str
+
+
+class Threshold(FrozenModel):
+    """A limit as a selection applied it, with percentiles and shares in numbers."""
+
+    key: str = Field(description="of the configuration: `min_sharpness`, `rules.0`, `cosmos.0`")
+    scorer: str
+    score: str
+    least: float | None
+    greatest: float | None
+    is_relative: bool = Field(description="it follows from a percentile or a share of the clips")
+    source: str | None = Field(description="where the numbers come from, if that is known")
 
 
 class ClipSelection(FrozenModel):
@@ -216,7 +238,10 @@ class ClipSelection(FrozenModel):
     num_kept: int
     num_train: int
     num_validation: int
-    rejections: dict[RejectReason, int]
+    rejections: dict[str, int] = Field(description="by reason: a RejectReason, see there")
+    config: SelectionConfig
+    seed: int = Field(ge=0)
+    thresholds: tuple[Threshold, ...] = Field(description="in the order in which they decide")
     fingerprint: str
 
 
@@ -225,7 +250,7 @@ class SelectedClip(FrozenModel):
 
     clip: Clip
     kept: bool
-    reason: RejectReason | None
+    reason: str | None = Field(description="a RejectReason, with the score if a rule decided")
     split: Split | None
 
 

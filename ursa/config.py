@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from importlib import resources
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -226,7 +226,7 @@ class SimilarityConfig(ModelFilesConfig):
 
 
 class AestheticConfig(ModelFilesConfig):
-    """Score `rating`: a linear or MLP head over the image embedding of a CLIP or SigLIP model."""
+    """Scores `rating`, `least_rating`: a head over the image embedding of a CLIP or SigLIP model."""
 
     kind: Literal["aesthetic"]
     head: str = Field(min_length=1, description="safetensors file of the head, docs/annotation.md")
@@ -236,7 +236,7 @@ class AestheticConfig(ModelFilesConfig):
 
 
 class ClassifierConfig(ModelFilesConfig):
-    """Score `probability`: of named labels of an image classifier, at the worst frame."""
+    """Scores `probability` (of the worst frame), `mean_probability`: of labels of a classifier."""
 
     kind: Literal["classifier"]
     labels: tuple[str, ...] = Field(min_length=1, description="their probabilities are added up")
@@ -276,6 +276,53 @@ class AnnotationConfig(ConfigSection):
         return self
 
 
+class SelectionRule(ConfigSection):
+    """Limits on one score, in the unit of the scorer that they were chosen for."""
+
+    score: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name of the score")
+    scorer: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]+$", description="who measures it; clips of another are refused"
+    )
+    least: float | None = Field(
+        default=None, allow_inf_nan=False, description="clips below are rejected, unit of the score"
+    )
+    greatest: float | None = Field(
+        default=None, allow_inf_nan=False, description="clips above are rejected, unit of the score"
+    )
+    least_percentile: float | None = Field(
+        default=None, ge=0, le=100, description="share of the clips below that is rejected, percent"
+    )
+    greatest_percentile: float | None = Field(
+        default=None, ge=0, le=100, description="share up to which clips are kept, percent"
+    )
+    keep_fraction: float | None = Field(
+        default=None, gt=0, le=1, description="share of the clips that is kept"
+    )
+    keep: Literal["greatest", "least"] = Field(
+        default="greatest", description="which clips `keep_fraction` keeps, by their score"
+    )
+    source: str | None = Field(default=None, description="where the numbers come from")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        pairs = (("least", "greatest"), ("least_percentile", "greatest_percentile"))
+        for names in pairs:
+            low, high = (getattr(self, name) for name in names)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{names[0]} {low:g} must not exceed {names[1]} {high:g}")
+        limits = [name for pair in pairs for name in pair] + ["keep_fraction"]
+        if all(getattr(self, name) is None for name in limits):
+            raise ValueError(f"a rule needs one of {', '.join(limits)}, got none")
+        return self
+
+
+RecipeName = Literal[
+    "cosmos", "data-juicer", "data-juicer-t2v", "koala", "opensora", "opensora-plan", "panda",
+    "ursa-basic",
+]  # fmt: skip
+RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
+
+
 class SelectionConfig(ConfigSection):
     """Thresholds over stored scores; `None` switches a threshold off."""
 
@@ -311,8 +358,18 @@ class SelectionConfig(ConfigSection):
         description="share of the picture in edges that stay while it moves; clips in which too "
         "little moves to tell pass"
     )
+    recipe: RecipeName | None = Field(description="published rules to apply beside all others")
+    rules: tuple[SelectionRule, ...] = Field(description="limits on any score, of extras too")
     drop_duplicates: bool = Field(description="reject clips with equal source bytes and span")
-    validation_fraction: Fraction = Field(description="share of clips held out, by source video")
+    max_duplicate_distance: int | None = Field(
+        ge=0,
+        le=8,
+        description="reject clips of which most frames are seen again in a better one: hashes "
+        "differ in so many of 64 bits at most",
+    )
+    validation_fraction: Fraction = Field(
+        description="share of sources held out, with all that show the same"
+    )
 
 
 class VisualTokenizerConfig(ConfigSection):

@@ -22,7 +22,6 @@ from ursa.artifacts import (
     ClipSet,
     FailureReason,
     IngestedVideo,
-    RejectReason,
     SelectedClip,
     SourceVideo,
 )
@@ -42,11 +41,11 @@ from ursa.sources.names import last_segment, stand_in_etag
 from ursa.sources.notes import SourceNotes
 from ursa.sources.reading import copy_source
 from ursa.video.probe import NormalisedVideo, QuarantinedError, normalise_video
-from ursa.video.selection import choose_validation_sources, judge_clips
+from ursa.video.selection import judge_clips, rules_of
 
 logger = logging.getLogger(__name__)
 
-INGESTION_VERSION = 2
+INGESTION_VERSION = 3
 """Raised when the same file and configuration would give other clips or scores."""
 
 # these may come out differently on another day or machine, so they are not kept as done
@@ -269,6 +268,7 @@ def commit_clips(
             num_clips=len(clips),
             num_dropped_shots=sum(video.num_dropped_shots for video in ordered),
             failures=_counts(video.failure for video in failed if video.failure is not None),
+            config=config,
             fingerprint=plan_fingerprint,
         ),
     )
@@ -283,7 +283,7 @@ def select_clips(
 
     Args:
         clips: Committed clips.
-        config: Thresholds and share of clips to hold out.
+        config: Thresholds, rules and share of sources to hold out.
         seed: Decides which sources are held out.
         output_uri: Root of all intermediate data.
 
@@ -291,40 +291,32 @@ def select_clips(
         The committed selection.
 
     Raises:
+        ConfigError: If a rule needs a scorer that has not measured these clips.
         DataError: If no clip is kept.
         StorageError: If the store refuses or does not answer.
     """
-    key = fingerprint("selection", SCHEMA_VERSION, clips.fingerprint, config, seed)
+    rules = [rule.model_dump(mode="json") for _, rule in rules_of(config)]
+    key = fingerprint("selection", SCHEMA_VERSION, clips.fingerprint, config, seed, rules)
     folder_uri = storage.join(output_uri, "selections", key[:16])
     manifest_uri = storage.join(folder_uri, "manifest.json")
     committed = storage.load_record(manifest_uri, ClipSelection)
     if committed is not None:
         return committed
     rows = read_clips(clips)
-    verdicts = judge_clips(rows, config)
-    kept_of = Counter(
-        clip.source_sha256 for clip, verdict in zip(rows, verdicts, strict=True) if verdict is None
-    )
-    num_kept = sum(kept_of.values())
-    rejections: dict[RejectReason, int] = _counts(reason for reason in verdicts if reason)
+    judged = judge_clips(rows, config, seed=seed)
+    splits = Counter(split for split in judged.splits if split is not None)
+    num_kept, num_validation = splits.total(), splits["validation"]
+    rejections: dict[str, int] = _counts(reason for reason in judged.reasons if reason)
     if num_kept == 0:
         raise DataError(
             f"none of {len(rows)} clips passes the selection ({_in_words(rejections)}); loosen the "
             "thresholds in `selection` or add videos"
         )
-    held_out = choose_validation_sources(kept_of, config.validation_fraction, seed=seed)
-    if config.validation_fraction > 0 and not held_out:
-        logger.warning("all clips are of one source video: no clip is held out for validation")
+    _check_split(num_kept, num_validation, config.validation_fraction)
     selected = [
-        SelectedClip(
-            clip=clip,
-            kept=verdict is None,
-            reason=verdict,
-            split=_split_of(clip, held_out) if verdict is None else None,
-        )
-        for clip, verdict in zip(rows, verdicts, strict=True)
+        SelectedClip(clip=clip, kept=reason is None, reason=reason, split=split)
+        for clip, reason, split in zip(rows, judged.reasons, judged.splits, strict=True)
     ]
-    num_validation = sum(kept_of[source] for source in held_out)
     selection_uri = put_table(
         folder_uri, "selection", SELECTION_SCHEMA, map(selection_row, selected)
     )
@@ -338,9 +330,29 @@ def select_clips(
             num_train=num_kept - num_validation,
             num_validation=num_validation,
             rejections=rejections,
+            config=config,
+            seed=seed,
+            thresholds=judged.thresholds,
             fingerprint=key,
         ),
     )
+
+
+def _check_split(num_kept: int, num_validation: int, fraction: float) -> None:
+    """Warn if what is held out is far from what was asked for."""
+    if fraction > 0 and num_validation == 0:
+        logger.warning(
+            "all clips are of one source video, or of videos that show the same: no clip is held "
+            "out for validation"
+        )
+    elif num_validation > max(2 * fraction, fraction + 0.1) * num_kept:
+        logger.warning(
+            "%d of %d clips are held out, a share of %g was asked for: whole sources are, and few "
+            "or large ones miss the share",
+            num_validation,
+            num_kept,
+            fraction,
+        )
 
 
 def _quarantined(
@@ -437,10 +449,6 @@ def _rebind(unit: IngestedVideo, source: SourceVideo) -> IngestedVideo:
         return unit
     clips = tuple(clip.model_copy(update={"source_uri": source.uri}) for clip in unit.clips)
     return unit.model_copy(update={"source": source, "clips": clips})
-
-
-def _split_of(clip: Clip, held_out: frozenset[str]) -> str:
-    return "validation" if clip.source_sha256 in held_out else "train"
 
 
 def _counts(reasons: Iterable[Any]) -> dict[Any, int]:

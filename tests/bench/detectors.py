@@ -2,6 +2,7 @@
 
     python tests/bench/detectors.py              # the tables of docs/filters.md, a few minutes
     python tests/bench/detectors.py --seeds 1    # a quick look
+    python tests/bench/detectors.py --duplicates
     python tests/bench/detectors.py --cost       # time a frame, with and without each part
 
 Every clip is made from drawn pictures and from frames of the videos in tests/data, written as
@@ -14,6 +15,7 @@ import argparse
 import collections
 import functools
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,8 @@ from scipy.stats import spearmanr
 from ursa.artifacts import ClipScores
 from ursa.config import IngestionConfig, load_config
 from ursa.video.borders import brighter_of, find_bars
-from ursa.video.scores import ClipMeter, perceptual_hash
+from ursa.video.duplicates import HASH_DIGITS, find_clusters, find_likeness
+from ursa.video.scores import ClipMeter, hashed_frames, perceptual_hash
 from ursa.video.shots import ShotDetector
 
 FPS = 24.0
@@ -45,8 +48,8 @@ THRESHOLDS = {
     "static_overlay_fraction": 0.002,
 }
 """A clip beyond these is taken to have the fault; they bound the thresholds of a selection."""
-HASH_BITS = 8
-"""Clips whose hashes differ in at most so many bits are taken for duplicates."""
+HASH_BITS = 6
+"""Frames whose hashes differ in at most so many bits are taken for the same picture."""
 CUT_TOLERANCE = 2
 """A boundary is found if one is reported this near, frames."""
 
@@ -560,43 +563,134 @@ def tally_bars(seeds: Sequence[int]) -> tuple[Tally, list[float], list[str]]:
     )
 
 
-def tally_duplicates(num_pictures: int) -> tuple[Tally, list[str]]:
-    """Compare hashes of pictures, of copies of them, and of other pictures."""
+class Copied(NamedTuple):
+    """A clip, copies of it, and other clips of the same scene."""
 
-    def hash_of(image: np.ndarray) -> int:
-        return int(perceptual_hash(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)), 16)
+    name: str
+    original: np.ndarray
+    copies: dict[str, np.ndarray]
+    others: dict[str, np.ndarray]
 
-    originals = [picture(seed) for seed in range(num_pictures)]
-    hashes = [hash_of(image) for image in originals]
-    counts = collections.Counter()
-    wrong: list[str] = []
-    for index, image in enumerate(originals):
-        half = cv2.resize(image, (WIDTH // 2, HEIGHT // 2), interpolation=cv2.INTER_AREA)
-        copies = {
-            "low rate": compressed(still(image, 3), 38)[1],
-            "half size": half,
-            "small and low rate": compressed(still(half, 3), 32)[1],
-            "darker": scaled(image[None], 0.7)[0],
-            "grain": grainy(image[None], 10.0)[0],
-            "cropped by 3 %": image[4:-4, 8:-8],
+
+def video_clip(index: int, first: int, num_frames: int = NUM_FRAMES) -> np.ndarray:
+    """Frames of one of the videos in tests/data from `first` on, shape (T, HEIGHT, WIDTH, 3)."""
+    path = sorted(VIDEOS.glob("*.mp4"))[index]
+    with av.open(path.as_posix()) as container:
+        frames = itertools.islice(container.decode(video=0), first, first + num_frames)
+        size = {"format": "rgb24", "width": WIDTH, "height": HEIGHT}
+        return np.stack([frame.to_ndarray(**size) for frame in frames])
+
+
+def copies_of(frames: np.ndarray) -> dict[str, np.ndarray]:
+    """What people do to a clip before they upload it once more."""
+    count = len(frames)
+    half = [cv2.resize(f, (WIDTH // 2, HEIGHT // 2), interpolation=cv2.INTER_AREA) for f in frames]
+    return {
+        "low rate": compressed(frames, 38),
+        "half size, low rate": compressed(np.stack(half), 32),
+        "darker": scaled(frames, 0.7),
+        "recoloured": np.clip(1.15 * frames * [1.1, 1.0, 0.8], 0, 255).astype(np.uint8),
+        "grain": grainy(frames, 8.0),
+        "cropped by 2 %": frames[:, 2:-2, 2:-4],
+        "cropped by 5 %": frames[:, 4:-4, 6:-8],
+        "trimmed by 10 %": frames[count // 10 :],
+        "trimmed by 20 %": frames[count // 10 : -(count // 10)],
+        "1.25 times as fast": frames[(np.arange(int(count / 1.25)) * 1.25).astype(int)],
+        "half as fast": np.repeat(frames, 2, axis=0),
+    }
+
+
+def copied_clips(seed: int) -> Iterator[Copied]:
+    """Pans, an object, a zoom and a piece of a real video, with copies and other clips."""
+    image = picture(seed)
+    for step in (0.5, 2.0, 5.0):
+        both = pan(image, step, 3 * NUM_FRAMES)
+        # meets the other pan in its middle frame
+        middle = step * (np.arange(NUM_FRAMES) - NUM_FRAMES // 2)
+        way = step * (NUM_FRAMES // 2)
+        crossing = [shifted(image, way - 0.3 * x, 0.3 * way + x) for x in middle]
+        others = {
+            "the pan goes on": both[NUM_FRAMES : 2 * NUM_FRAMES],
+            "later": both[-NUM_FRAMES:],
+            "another pan through the same place": np.stack(crossing),
         }
-        for name, copy in copies.items():
-            bits = (hash_of(copy) ^ hashes[index]).bit_count()
-            counts[True, bits <= HASH_BITS] += 1
-            if bits > HASH_BITS:
-                wrong.append(f"missed: {name} ({bits} bits)")
-    for first in range(num_pictures):
-        for second in range(first):
-            if (first - second) % (2 * NUM_VIDEOS) == 0 and first % 2 == 0:
-                continue  # two frames of one video are no different pictures
-            bits = (hashes[first] ^ hashes[second]).bit_count()
-            counts[False, bits <= HASH_BITS] += 1
-            if bits <= HASH_BITS:
-                wrong.append(f"false: pictures {first} and {second} ({bits} bits)")
-    return (
-        Tally(counts[True, True], counts[False, True], counts[True, False], counts[False, False]),
-        wrong,
-    )
+        original = both[:NUM_FRAMES]
+        yield Copied(f"pan of {step:g} px", original, copies_of(original), others)
+    ground = still(image)
+    original = with_object(ground, 40, 2.0, seed)
+    others = {
+        "another small object": with_object(ground, 40, 3.0, seed + 1),
+        "another large object": with_object(ground, 100, 2.0, seed + 1),
+    }
+    yield Copied("object", original, copies_of(original), others)
+    zoom = [shifted(image, 0.3 * k, 0.2 * k, 1 + 0.008 * k) for k in range(2 * NUM_FRAMES)]
+    original = np.stack(zoom[:NUM_FRAMES])
+    others = {"the zoom goes on": np.stack(zoom[NUM_FRAMES:])}
+    yield Copied("zoom", original, copies_of(original), others)
+    index = seed % NUM_VIDEOS
+    original = video_clip(index, 10 * (seed // NUM_VIDEOS))
+    others = {"the next seconds": video_clip(index, 10 * (seed // NUM_VIDEOS) + NUM_FRAMES)}
+    yield Copied("video", original, copies_of(original), others)
+
+
+def hash_of(frames: np.ndarray) -> str:
+    """The perceptual hash of a clip, as it is measured."""
+    lumas = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
+    return "".join(perceptual_hash(lumas[place]) for place in hashed_frames(len(frames)))
+
+
+def middle_of(text: str) -> str:
+    """The hash of the middle frame alone."""
+    middle = HASH_DIGITS * (len(text) // HASH_DIGITS // 2)
+    return text[middle : middle + HASH_DIGITS]
+
+
+class Duplicates(NamedTuple):
+    """Counts of one way to tell copies, by their kind: how many, and how many were found."""
+
+    copies: dict[str, tuple[int, int]]
+    others: dict[str, tuple[int, int]]
+
+    def tally(self) -> Tally:
+        """Counts over all kinds."""
+        total, found = np.sum(list(self.copies.values()), axis=0).tolist()
+        num_others, num_false = np.sum(list(self.others.values()), axis=0).tolist()
+        return Tally(found, num_false, total - found, num_others - num_false)
+
+
+def tally_duplicates(
+    pairs: Sequence[tuple[bool, str, str, str]], max_distance: int, *, middle_only: bool
+) -> Duplicates:
+    """Count which pairs of hashes are near: whether they are copies, their kind and both hashes."""
+    counts: tuple[dict, dict] = ({}, {})
+    for is_copy, kind, one, other in pairs:
+        hashes = [middle_of(one), middle_of(other)] if middle_only else [one, other]
+        likeness = find_likeness(hashes, max_distance)
+        is_near = len(set(find_clusters(likeness).tolist())) == 1
+        total, found = counts[not is_copy].get(kind, (0, 0))
+        counts[not is_copy][kind] = (total + 1, found + is_near)
+    return Duplicates(*counts)
+
+
+def duplicate_pairs(seeds: Sequence[int]) -> list[tuple[bool, str, str, str]]:
+    """Copies, clips of the same scene, and clips of different scenes, with their hashes."""
+    pairs = []
+    originals = []
+    for seed in seeds:
+        for item in copied_clips(seed):
+            one = hash_of(compressed(item.original))
+            originals.append((seed, item.name, one))
+            for kind, frames in item.copies.items():
+                pairs.append((True, f"{item.name}: {kind}", one, hash_of(compressed(frames))))
+            for kind, frames in item.others.items():
+                name = f"same scene, {item.name}: {kind}"
+                pairs.append((False, name, one, hash_of(compressed(frames))))
+    for index, (seed, name, one) in enumerate(originals):
+        for other_seed, other_name, other in originals[:index]:
+            # clips of a seed, and of two seeds with frames of one video, show one picture
+            if (seed - other_seed) % NUM_VIDEOS and "video" not in {name, other_name}:
+                pairs.append((False, "other scene", one, other))
+    return pairs
 
 
 def motion_speeds(seeds: Sequence[int]) -> tuple[list[float], dict[str, list[float]]]:
@@ -666,9 +760,7 @@ def report(seeds: Sequence[int]) -> None:
         cases = [case for seed in seeds for case in make(seed)]
         result, faults[name] = tally(score, THRESHOLDS[score], cases)
         print(row(name, f"`{score}` > {THRESHOLDS[score]:g}", result))
-    result, faults["duplicates"] = tally_duplicates(10 * len(seeds))
-    print(row("duplicates", f"hashes differ in <= {HASH_BITS} bits", result))
-    print()
+    report_duplicates(seeds)
     speeds, measured = motion_speeds(seeds)
     print("| score | against | Spearman | median ratio |")
     print("|---|---|---|---|")
@@ -691,6 +783,36 @@ def report(seeds: Sequence[int]) -> None:
             print(f"- {name}: {line}" + (f" x {count}" if count > 1 else ""))
 
 
+def report_duplicates(seeds: Sequence[int]) -> None:
+    """Print the tables of near-duplicates: by distance, and by kind at `HASH_BITS`."""
+    pairs = duplicate_pairs(seeds)
+    for middle_only in (True, False):
+        frames = "the middle frame" if middle_only else "most of nine frames"
+        for bits in (4, HASH_BITS, 8):
+            found = tally_duplicates(pairs, bits, middle_only=middle_only)
+            threshold = f"`max_duplicate_distance` {bits}"
+            print(row(f"duplicates, {frames}", threshold, found.tally()))
+    print()
+    ways = [tally_duplicates(pairs, HASH_BITS, middle_only=way) for way in (True, False)]
+    print("| pair | number | near by the middle frame | near by most of nine |")
+    print("|---|---|---|---|")
+    for name in ("copies", "others"):
+        middle, most = (_by_last_word(getattr(way, name)) for way in ways)
+        for kind, (number, found_in_middle) in middle.items():
+            print(f"| {kind} | {number} | {found_in_middle} | {most[kind][1]} |")
+    print()
+
+
+def _by_last_word(counts: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Add up counts over all originals."""
+    total: dict[str, tuple[int, int]] = {}
+    for name, (number, found) in counts.items():
+        kind = name.rpartition(": ")[2]
+        before = total.get(kind, (0, 0))
+        total[kind] = (before[0] + number, before[1] + found)
+    return total
+
+
 def cost(num_frames: int = 240) -> None:
     """Print the time a frame takes, in one thread."""
     cv2.setNumThreads(1)
@@ -708,11 +830,14 @@ def main() -> None:
     """Read the options."""
     parser = argparse.ArgumentParser(description="How well the scores of a clip do.")
     parser.add_argument("--seeds", type=int, default=6, help="sets of pictures")
+    parser.add_argument("--duplicates", action="store_true", help="only those of near-duplicates")
     parser.add_argument("--cost", action="store_true", help="only the time a frame takes")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     if options.cost:
         cost()
+    elif options.duplicates:
+        report_duplicates(range(options.seeds))
     else:
         report(range(options.seeds))
 

@@ -153,7 +153,11 @@ def test_captions_and_scores_are_made_once(own_root, models, captioner, server):
     assert annotated.fingerprint != clips.fingerprint
     assert read_failures(annotated) == read_failures(clips)
     for clip, before in zip(read_clips(annotated), read_clips(clips), strict=True):
-        assert set(clip.extra_scores) == {"clip/similarity", "nsfw/probability"}
+        assert set(clip.extra_scores) == {
+            "clip/similarity",
+            "nsfw/probability",
+            "nsfw/mean_probability",
+        }
         assert 0 <= clip.extra_scores["nsfw/probability"] <= 1
         if before.caption_source == "sidecar":
             assert (clip.caption, clip.caption_model) == (before.caption, None)
@@ -201,7 +205,8 @@ def test_new_clips_and_new_scorers_repeat_nothing(own_root, models, captioner, s
     renamed = own_root.annotate(make(captioner, {"safe": models["nsfw"]}))
     assert own_root.looked_at == {}
     assert {name for clip in read_clips(renamed) for name in clip.extra_scores} == {
-        "safe/probability"
+        "safe/probability",
+        "safe/mean_probability",
     }
 
 

@@ -41,6 +41,7 @@ def selection_config(**changes):
         "min_luminance": None,
         "max_luminance": None,
         "max_black_border_fraction": None,
+        "rules": [],
         "drop_duplicates": True,
         "validation_fraction": 0.4,
     }

@@ -93,7 +93,7 @@ def test_a_video_is_its_content(videos, tmp_path):
 def selection_config():
     off = dict.fromkeys(SelectionConfig.model_fields)
     return SelectionConfig.model_validate(
-        off | {"drop_duplicates": True, "validation_fraction": 0.0}
+        off | {"rules": [], "drop_duplicates": True, "validation_fraction": 0.0}
     )
 
 

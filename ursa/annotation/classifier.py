@@ -54,4 +54,6 @@ class ClassifierScorer:
                 found = logits.float().sigmoid()[:, self._places].amax(dim=-1)
             else:
                 found = logits.float().softmax(dim=-1)[:, self._places].sum(dim=-1).clamp(max=1)
-        return Measurement(scores={"probability": float(found.max())})
+        return Measurement(
+            scores={"probability": float(found.max()), "mean_probability": float(found.mean())}
+        )

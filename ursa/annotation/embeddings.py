@@ -78,7 +78,7 @@ class SimilarityScorer:
 
 
 class AestheticScorer:
-    """Score `rating`: mean over frames of what the head says; LAION's are from 1 to 10."""
+    """Scores `rating` and `least_rating`: mean and least over frames of what the head says."""
 
     def __init__(self, where: str, config: AestheticConfig, head: Path, device: Device) -> None:
         """Load model and head.
@@ -113,8 +113,10 @@ class AestheticScorer:
             seen: Frames of a clip.
         """
         with deterministic():
-            score = self._head(self._embed(seen.frames)).mean()
-        return Measurement(scores={"rating": float(score)})
+            found = self._head(self._embed(seen.frames))
+        return Measurement(
+            scores={"rating": float(found.mean()), "least_rating": float(found.min())}
+        )
 
     def _embed(self, frames: np.ndarray) -> Tensor:
         with deterministic():

@@ -3,7 +3,7 @@
 Importing this module imports no network; a scorer's own module is imported when it is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ursa import storage
@@ -38,6 +38,13 @@ from ursa.video.captions import clean_caption
 
 VERSIONS = {"url": 1, "model": 1, "similarity": 1, "aesthetic": 1, "classifier": 1, "text_area": 1}
 """By kind; raised when the same settings and files would give other results."""
+SCORES: Mapping[str, tuple[str, ...]] = {
+    "similarity": ("similarity",),
+    "aesthetic": ("rating", "least_rating"),
+    "classifier": ("probability", "mean_probability"),
+    "text_area": ("area_fraction",),
+}
+"""What the scorers of a kind measure."""
 _NOT_IN_RESULTS = {
     # where models lie and are asked, and which clips get a caption, not what is said of a clip
     *("model", "revision", "head", "replace", "base_url", "timeout_s", "max_retries"),
@@ -58,6 +65,17 @@ def check_scorers(config: AnnotationConfig) -> None:
     """
     for name, part in _parts(config):
         _check(_where(name), part)
+
+
+def score_keys(config: AnnotationConfig) -> set[str]:
+    """Return the keys of `Clip.extra_scores` that the scorers will fill.
+
+    Args:
+        config: Captioner and scorers.
+    """
+    return {
+        f"{name}/{score}" for name, part in config.scorers.items() for score in SCORES[part.kind]
+    }
 
 
 def resolve_scorers(

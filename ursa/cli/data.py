@@ -1,7 +1,7 @@
 """`ursa data`: verify, repair, count and show the data of runs, and try other thresholds."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,7 +71,7 @@ def repair(root: str | None = None, *, preset: Preset | None = None, changes: Ch
     Args:
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         preset: What made data sets without a recipe; else the presets are tried.
-        changes: Overrides of the preset, such as ingestion.clip_fps=12; may be given again.
+        changes: Overrides of the preset, such as tokenization.fps=12; may be given again.
     """
     from ursa.inspection.repair import repair_root
 
@@ -158,27 +158,61 @@ def sample(
 def what_if(
     root: str | None = None,
     *,
-    preset: Preset = "tiny",
+    recipe: str | None = None,
     changes: Changes = (),
+    preset: Preset | None = None,
     selection: str | None = None,
     list_clips: Annotated[bool, Parameter(name="--list", negative=())] = False,
 ) -> None:
     """Show what other thresholds would keep, from stored scores; nothing is decoded or written.
 
-    Example: ursa data what-if --preset tiny --set selection.min_sharpness=30 --list
+    Example: ursa data what-if --recipe ursa-basic --set selection.min_sharpness=30 --list
 
     Args:
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
-        preset: Where thresholds that are not set come from.
+        recipe: Rules to try beside the others; see `ursa data recipes`.
         changes: Thresholds to try, such as selection.min_sharpness=30; may be given again.
+        preset: Where thresholds that are not set come from; else the selection itself.
         selection: Manifest or folder of the selection to compare with; the newest.
         list_clips: Name the clips that make the difference.
     """
     from ursa.cli.data_tables import print_what_if
+    from ursa.inspection.root import load_selection
     from ursa.inspection.what_if import what_if as judge_again
 
-    result = judge_again(root_uri(root), _load(preset, changes), selection_uri=selection)
+    base: dict[str, Any] = {}
+    given = _overrides((*changes, *([f"selection.recipe={recipe}"] if recipe else [])))
+    if preset is None:
+        _load("tiny", given)  # a mistake is named before anything is read
+        record = load_selection(root_uri(root), selection)
+        selection = record.manifest_uri
+        base = {"seed": record.seed, "selection": record.config.model_dump(mode="json")}
+        base["selection"] |= given.pop("selection", {})
+    config = _load(preset or "tiny", base | given)
+    result = judge_again(root_uri(root), config, selection_uri=selection)
     print_what_if(result, list_clips=list_clips)
+
+
+@app.command
+def recipes(*, as_json: AsJson = False) -> None:
+    """List the recipes of `selection.recipe`: what they need, their rules, their source.
+
+    Example: ursa data recipes
+
+    Args:
+        as_json: Print JSON.
+    """
+    from ursa.video.recipes import load_recipes
+
+    found = load_recipes()
+    if as_json:
+        import json
+
+        print(json.dumps([item.model_dump(mode="json") for item in found], indent=1))
+        return
+    from ursa.cli.data_tables import print_recipes
+
+    print_recipes(found)
 
 
 @app.command
@@ -198,7 +232,7 @@ def card(
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         out: The file, .html.
         selection: Manifest or folder of a selection; the newest.
-        preset: What made the selection, for its thresholds; else the presets are tried.
+        preset: What made token data sets without a recipe; else the presets are tried.
         changes: Overrides of the preset; may be given again.
     """
     if out.suffix.lower() != ".html" or not out.parent.is_dir():
@@ -224,14 +258,21 @@ def root_uri(root: str | None) -> str:
 
 def _config(preset: str | None, changes: Sequence[str]) -> "RunConfig | None":
     """Return the configuration that `--preset` and `--set` name; None if they are not given."""
-    return _load(preset or "tiny", changes) if preset is not None or changes else None
+    if preset is None and not changes:
+        return None
+    return _load(preset or "tiny", _overrides(changes))
 
 
-def _load(preset: str, changes: Sequence[str]) -> "RunConfig":
-    """Return a preset with the changes that `--set` names."""
-    import yaml
-
+def _load(preset: str, overrides: Mapping[str, Any]) -> "RunConfig":
+    """Return a preset with some values replaced."""
     from ursa.config import load_config
+
+    return load_config(preset, overrides)
+
+
+def _overrides(changes: Sequence[str]) -> dict[str, Any]:
+    """Return the values that `--set` names, nested by section."""
+    import yaml
 
     overrides: dict[str, Any] = {}
     for change in changes:
@@ -248,4 +289,4 @@ def _load(preset: str, changes: Sequence[str]) -> "RunConfig":
             place[(section, *names)[-1]] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {change!r}: {value!r} is no value") from error
-    return load_config(preset, overrides)
+    return overrides

@@ -8,11 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ursa.inspection.stats import QUANTILES
+from ursa.video.score_table import BUILT_IN_SCORERS
 
 if TYPE_CHECKING:
     from ursa.data.versions import DatasetVersion
     from ursa.inspection.stats import DataStats, FunnelRow, Quantiles
     from ursa.inspection.what_if import ChangedClip, WhatIf
+    from ursa.video.recipes import Recipe
 
 _WIDTH = 110
 
@@ -36,6 +38,20 @@ def print_stats(stats: "DataStats") -> None:
         f"{stats.shard_bytes:,} token shards"
     )
     _print(console, ("funnel", "count", "%"), [_funnel_cells(row) for row in stats.funnel])
+    _print(
+        console,
+        ("limits", "scorer", "least", "greatest", "number"),
+        [
+            (
+                f"{item.key}: {item.score}" if "." in item.key else item.key,
+                item.scorer,
+                "" if item.least is None else f"{item.least:.6g}",
+                "" if item.greatest is None else f"{item.greatest:.6g}",
+                "from the clips" if item.is_relative else "as set",
+            )
+            for item in stats.thresholds
+        ],
+    )
     counts = {
         "resolution": stats.resolutions,
         "frames per second": stats.frame_rates,
@@ -137,6 +153,26 @@ def print_what_if(result: "WhatIf", *, list_clips: bool) -> None:
         for sign, clips in (("+", result.gained), ("-", result.lost)):
             for clip in clips:
                 console.print(Text(_clip_line(sign, clip)), soft_wrap=True)
+
+
+def print_recipes(recipes: Sequence["Recipe"]) -> None:
+    """Print what each recipe needs and does.
+
+    Args:
+        recipes: The recipes.
+    """
+    console = Console(width=_WIDTH)
+    for recipe in recipes:
+        needed = [scorer for scorer in recipe.scorers if scorer not in BUILT_IN_SCORERS]
+        console.print(Text(f"{recipe.name}: {recipe.title}", style="bold"), soft_wrap=True)
+        console.print(Text(f"  source  {recipe.source}"), soft_wrap=True)
+        words = ", ".join(needed) or "nothing: all of its scores are always measured"
+        console.print(Text(f"  needs   {words}"), soft_wrap=True)
+        for rule in recipe.rules:
+            limits = rule.model_dump(exclude={"score", "scorer", "source"}, exclude_defaults=True)
+            words = ", ".join(f"{name} {value}" for name, value in limits.items())
+            console.print(Text(f"  rule    {rule.score} of {rule.scorer}: {words}"), soft_wrap=True)
+        console.print(Text(f"  note    {recipe.note}\n"), soft_wrap=True)
 
 
 def _is_before(step: str) -> bool:

@@ -13,12 +13,12 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from ursa.artifacts import ClipSelection, SelectedClip
-from ursa.config import RunConfig, SelectionConfig
+from ursa.config import RunConfig
 from ursa.data.clips import read_selection_tables
 from ursa.errors import DataError
 from ursa.inspection.examples import choose_examples, read_strip, verdict_of
 from ursa.inspection.pictures import data_url, jpeg, score_histograms
-from ursa.inspection.root import find_thresholds, known_configs, load_selection
+from ursa.inspection.root import load_selection
 from ursa.inspection.stats import DataStats, data_stats, resolutions
 
 DURATION_EDGES_S = (1.0, 2.0, 4.0, 8.0)
@@ -64,7 +64,7 @@ def data_card(
     Args:
         root_uri: The data root.
         selection_uri: Manifest or folder of a selection; None takes the newest.
-        config: The run that made it, for its thresholds; None tries the presets.
+        config: What to try for token data sets without a recipe; None tries the presets.
 
     Returns:
         A whole HTML document; the same data give the same text.
@@ -78,12 +78,12 @@ def data_card(
     selection = load_selection(root_uri, selection_uri)
     stats = data_stats(root_uri, selection_uri=selection.manifest_uri, config=config)
     clips, verdicts = read_selection_tables(selection)
-    thresholds = find_thresholds(selection, known_configs(config))
-    histograms = score_histograms(clips, verdicts["kept"].to_numpy(), thresholds)
+    histograms = score_histograms(clips, verdicts["kept"].to_numpy(), selection.thresholds)
     parts = [
         _head(stats, selection),
         _section("From files to clips", _funnel(stats)),
-        _section("Scores", _scores(histograms, thresholds)),
+        _section("Scores", _scores(histograms)),
+        _section("Thresholds", _thresholds(selection)),
         _section("Resolution and duration", _buckets(clips)),
         _section("Captions", _counts("where they come from", stats.captions)),
         _section("Licences", _counts("licence", stats.licences)),
@@ -142,18 +142,41 @@ def _funnel(stats: DataStats) -> str:
     return _table((), rows, kind="funnel")
 
 
-def _scores(histograms: bytes | None, thresholds: SelectionConfig | None) -> str:
+def _scores(histograms: bytes | None) -> str:
     if histograms is None:
         return "<p>No score was measured.</p>"
-    note = (
-        "The thresholds that made this selection are not known, so none is drawn; name them with "
-        "--preset and --set."
-        if thresholds is None
-        else "Dashed: the thresholds of this selection."
-    )
     url = data_url(histograms, "png")
     text = "histograms of all scores"
-    return f'<img class="wide" alt="{text}" src="{url}"><div class="small">{note}</div>'
+    return (
+        f'<img class="wide" alt="{text}" src="{url}">'
+        '<div class="small">Dashed: the thresholds of this selection.</div>'
+    )
+
+
+def _thresholds(selection: ClipSelection) -> str:
+    """Return every limit as it was applied, and what else decides."""
+    config = selection.config
+    rows = [
+        (
+            escape(item.key),
+            escape(item.score),
+            escape(item.scorer),
+            "" if item.least is None else f"{item.least:.6g}",
+            "" if item.greatest is None else f"{item.greatest:.6g}",
+            "from the clips" if item.is_relative else "as set",
+            escape(item.source or ""),
+        )
+        for item in selection.thresholds
+    ]
+    head = ("key", "score", "scorer", "least", "greatest", "number", "source")
+    near = config.max_duplicate_distance
+    words = (
+        f"Recipe {config.recipe or 'none'}; copies with equal bytes "
+        f"{'dropped' if config.drop_duplicates else 'kept'}; near-duplicates "
+        f"{'kept' if near is None else f'within {near} bits dropped'}; share of sources to hold "
+        f"out {config.validation_fraction:g}; seed {selection.seed}."
+    )
+    return f'{_table(head, rows)}<div class="small">{escape(words)}</div>'
 
 
 def _buckets(clips: pa.Table) -> str:
@@ -227,7 +250,7 @@ def _example(item: SelectedClip) -> str:
         picture = '<div class="none">the clip is missing or damaged</div>'
     scores = ", ".join(
         f"{name} {value:,.0f}" if abs(value) >= 100 else f"{name} {value:.3g}"
-        for name, value in clip.scores.model_dump().items()
+        for name, value in (clip.scores.model_dump() | clip.extra_scores).items()
         if isinstance(value, float)
     )
     name = unquote(clip.source_uri.rpartition("/")[2])

@@ -36,7 +36,7 @@ def choose_examples(
         ShardFormatError: If a table is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    known = [item.value for item in RejectReason]
+    known = sorted({*(item.value for item in RejectReason), *selection.rejections})
     if reason is not None and reason not in known:
         raise ConfigError(f"there is no reason {reason!r}; {name_hint(reason, known)}")
     if number < 1:
@@ -80,7 +80,8 @@ def write_examples(
     for item in examples:
         # a name from a table is not trusted to be one
         name = re.sub(r"[^0-9A-Za-z_-]", "_", item.clip.clip_id)
-        path = folder / verdict_of(item) / f"{name}{'.png' if as_strips else '.mp4'}"
+        verdict = re.sub(r"[^0-9A-Za-z_.-]", "_", verdict_of(item)).lstrip(".")
+        path = folder / verdict / f"{name}{'.png' if as_strips else '.mp4'}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if as_strips:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,29 +10,24 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ursa.config import SelectionConfig
+from ursa.artifacts import Threshold
 from ursa.inspection.stats import score_names
+from ursa.video.score_table import SCORES
 
 KEPT_COLOUR, REJECTED_COLOUR, THRESHOLD_COLOUR = "#2a7f62", "#c9ced6", "#b3261e"
 NUM_BINS = 40
-UNITS = {
-    "motion_px_per_s": "motion, px/s at 256 px width",
-    "sharpness": "sharpness, variance of the Laplacian",
-    "luminance": "luminance, mean luma 0..255",
-    "black_border_fraction": "black borders, share of the picture",
-}
 _COLUMNS = 2
 
 
 def score_histograms(
-    clips: pa.Table, kept: np.ndarray, thresholds: SelectionConfig | None
+    clips: pa.Table, kept: np.ndarray, thresholds: Sequence[Threshold]
 ) -> bytes | None:
     """Draw a histogram for each score that was measured, kept clips below rejected ones.
 
     Args:
         clips: A table of clips.
         kept: Whether each clip is kept, shape (number of clips,), bool.
-        thresholds: Drawn as lines; None draws none.
+        thresholds: Limits that the selection applied, drawn as lines.
 
     Returns:
         A PNG; None if no score was measured.
@@ -53,7 +49,7 @@ def score_histograms(
 
 
 def _draw(
-    axis: Any, name: str, values: np.ndarray, kept: np.ndarray, thresholds: SelectionConfig | None
+    axis: Any, name: str, values: np.ndarray, kept: np.ndarray, thresholds: Sequence[Threshold]
 ) -> None:
     """Draw the histogram of one score; NaN is "not measured"."""
     is_measured = np.isfinite(values)
@@ -68,7 +64,7 @@ def _draw(
         color=[KEPT_COLOUR, REJECTED_COLOUR],
         label=["kept", "rejected"],
     )
-    for side, limit in _limits(name, thresholds).items():
+    for side, limit in _limits(name, thresholds):
         # a threshold far away would press the bars together
         if low - width <= limit <= high + width:
             axis.axvline(limit, color=THRESHOLD_COLOUR, linestyle="--", linewidth=1.4)
@@ -84,16 +80,20 @@ def _draw(
                 fontsize=8,
                 transform=axis.transAxes,
             )
-    axis.set_xlabel(UNITS.get(name, name))
+    axis.set_xlabel(f"{name}, {SCORES[name].unit}" if name in SCORES else name)
     axis.set_ylabel("clips")
     axis.spines[["top", "right"]].set_visible(False)
     axis.yaxis.get_major_locator().set_params(integer=True)
 
 
-def _limits(name: str, thresholds: SelectionConfig | None) -> dict[str, float]:
-    """Return the thresholds of a score: `min_<score>` and `max_<score>` where they are set."""
-    values = {side: getattr(thresholds, f"{side}_{name}", None) for side in ("min", "max")}
-    return {side: value for side, value in values.items() if value is not None}
+def _limits(name: str, thresholds: Sequence[Threshold]) -> list[tuple[str, float]]:
+    """Return the sides and values of the limits on a score."""
+    found = []
+    for item in thresholds:
+        if name == item.score and SCORES[name].scorer == item.scorer:
+            found += [("min", item.least)] if item.least is not None else []
+            found += [("max", item.greatest)] if item.greatest is not None else []
+    return found
 
 
 def jpeg(picture: np.ndarray) -> bytes:

@@ -15,7 +15,13 @@ import pyarrow.compute as pc
 
 from ursa import storage
 from ursa.artifacts import Clip, ClipSet, ShardInfo, SourceVideo, TokenDatasets
-from ursa.config import FrozenModel, RunConfig, TokenizationConfig
+from ursa.config import (
+    FrozenModel,
+    IngestionConfig,
+    RunConfig,
+    TokenizationConfig,
+    fingerprint,
+)
 from ursa.data.clips import clips_of, read_clip_table
 from ursa.data.units import (
     TokenizationRecipe,
@@ -84,10 +90,9 @@ def repair_root(root_uri: str, *, config: RunConfig | None = None) -> RepairRepo
     damaged: dict[ProblemKind, list[str]] = defaultdict(list)
     for problem in found.problems:
         damaged[problem.kind].append(problem.uri)
-    configs = known_configs(config)
-    repairs = list(_repair_media(root_uri, damaged[ProblemKind.MEDIA], configs))
+    repairs = list(_repair_media(root_uri, damaged[ProblemKind.MEDIA]))
     lost = {repair.uri for repair in repairs if not repair.is_repaired}
-    settings = [item.tokenization for item in configs]
+    settings = [item.tokenization for item in known_configs(config)]
     repairs += _repair_shards(root_uri, damaged[ProblemKind.SHARD], settings, lost)
     repairs += [
         Repair(uri=item.uri, is_repaired=False, detail=f"{item.detail}; {item.repair}")
@@ -107,42 +112,43 @@ def _not_done(uri: str, detail: str) -> Repair:
     return Repair(uri=uri, is_repaired=False, detail=detail)
 
 
-def _repair_media(
-    root_uri: str, uris: Sequence[str], configs: Sequence[RunConfig]
-) -> Iterator[Repair]:
-    """Make clips again from their sources, a source at a time."""
-    clips_of_source: dict[tuple[str, str], dict[str, Clip]] = defaultdict(dict)
-    for clip in _clips_at(root_uri, uris):
-        clips_of_source[clip.source_sha256, clip.source_uri][clip.media_uri] = clip
+def _repair_media(root_uri: str, uris: Sequence[str]) -> Iterator[Repair]:
+    """Make clips again from their sources, a source and configuration at a time."""
+    wanted_of: dict[tuple[str, str, str], dict[str, Clip]] = defaultdict(dict)
+    configs: dict[str, IngestionConfig] = {}
+    for clip, config in _clips_at(root_uri, uris):
+        key = fingerprint(config)
+        configs[key] = config
+        wanted_of[clip.source_sha256, clip.source_uri, key][clip.media_uri] = clip
     left = dict.fromkeys(uris, "no table of clips names it any more")
-    for (_, source_uri), clips in sorted(clips_of_source.items()):
+    for (_, source_uri, key), clips in sorted(wanted_of.items()):
         wanted = {uri: clip for uri, clip in clips.items() if uri in left}
         if not wanted:  # another file with the same bytes has given them
             continue
-        for config in configs:
-            why = _remake_clips(source_uri, wanted, config)
-            for uri in [uri for uri, reason in why.items() if reason is None]:
-                del left[uri], wanted[uri]
+        why = _remake_clips(source_uri, wanted, configs[key])
+        for uri, reason in why.items():
+            if reason is None:
+                del left[uri]
                 yield _done(uri, f"made again from {source_uri}")
-            left |= {uri: reason for uri, reason in why.items() if reason is not None}
-            if not wanted:
-                break
+            else:
+                left[uri] = reason
     for uri, reason in left.items():
         yield _not_done(uri, reason)
 
 
-def _clips_at(root_uri: str, uris: Sequence[str]) -> Iterator[Clip]:
-    """Yield the clips whose files are at the given places."""
+def _clips_at(root_uri: str, uris: Sequence[str]) -> Iterator[tuple[Clip, IngestionConfig]]:
+    """Yield the clips whose files are at the given places, with what made them."""
     for clip_set in good_records(root_uri, CLIP_SETS, ClipSet) if uris else ():
         try:
             table = read_clip_table(clip_set)
         except ShardFormatError:
             continue  # it is a problem of its own
-        yield from clips_of(table.filter(pc.is_in(table["media_uri"], pa.array(uris))))
+        for clip in clips_of(table.filter(pc.is_in(table["media_uri"], pa.array(uris)))):
+            yield clip, clip_set.config
 
 
 def _remake_clips(
-    source_uri: str, wanted: Mapping[str, Clip], config: RunConfig
+    source_uri: str, wanted: Mapping[str, Clip], config: IngestionConfig
 ) -> dict[str, str | None]:
     """Ingest a source again, beside the data; return by clip why it was not made, or None."""
     clip = next(iter(wanted.values()))
@@ -151,7 +157,7 @@ def _remake_clips(
         return dict.fromkeys(wanted, f"its source {source_uri} is gone; put it back and try again")
     why: dict[str, str | None] = {}
     with storage.scratch_directory("repair") as folder:
-        video = ingest_video(source, str(folder), config.ingestion)
+        video = ingest_video(source, str(folder), config)
         if video.failure is not None or video.source_sha256 != clip.source_sha256:
             detail = video.detail or "it has changed"
             return dict.fromkeys(wanted, f"its source {source_uri} does not give it: {detail}")
@@ -165,8 +171,8 @@ def _remake_clips(
                 why[uri] = _OTHER_BYTES
             else:
                 why[uri] = (
-                    f"its source {source_uri} gives other clips with this configuration; name the "
-                    "one that made it with --preset and --set"
+                    f"its source {source_uri} gives other clips: another version of this program "
+                    "has made it; run the pipeline again"
                 )
     return why
 

@@ -4,14 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from ursa import storage
-from ursa.artifacts import SCHEMA_VERSION, ClipSelection, ExportedModel, TokenDatasets, TokenizerRef
+from ursa.artifacts import ClipSelection, ExportedModel, TokenDatasets, TokenizerRef
 from ursa.config import (
     PRESETS,
     FrozenModel,
     RunConfig,
-    SelectionConfig,
     TokenizationConfig,
-    fingerprint,
     load_config,
 )
 from ursa.data.units import RECIPE_NAME, TokenizationRecipe
@@ -262,28 +260,3 @@ def recipe_uri(datasets: TokenDatasets) -> str:
         datasets: The committed data sets.
     """
     return storage.join(datasets.manifest_uri.rpartition("/")[0], RECIPE_NAME)
-
-
-def find_thresholds(
-    selection: ClipSelection, configs: Sequence[RunConfig]
-) -> SelectionConfig | None:
-    """Return the thresholds that a selection was made with; its fingerprint proves them.
-
-    Args:
-        selection: The committed selection.
-        configs: What to try.
-
-    Returns:
-        The thresholds; None if none of the configurations has made it.
-    """
-    for config in configs:
-        key = fingerprint(
-            "selection",
-            SCHEMA_VERSION,
-            selection.clips.fingerprint,
-            config.selection,
-            config.seed,
-        )
-        if key == selection.fingerprint:
-            return config.selection
-    return None

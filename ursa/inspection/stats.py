@@ -1,6 +1,6 @@
 """Counts of a data root: files, clips, seconds, reasons, sizes, scores, tokens, captions."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -13,8 +13,8 @@ from ursa.artifacts import (
     ClipSelection,
     ClipSet,
     Modality,
-    RejectReason,
     Split,
+    Threshold,
     TokenDatasets,
 )
 from ursa.config import FrozenModel, RunConfig
@@ -72,6 +72,7 @@ class DataStats(FrozenModel):
     duration_s: float
     kept_duration_s: float
     funnel: tuple[FunnelRow, ...]
+    thresholds: tuple[Threshold, ...]
     resolutions: dict[str, int]
     frame_rates: dict[str, int]
     clip_duration_s: Quantiles
@@ -120,11 +121,12 @@ def data_stats(
         funnel=funnel(
             selection.clips, selection.rejections, selection.num_train, selection.num_validation
         ),
+        thresholds=selection.thresholds,
         resolutions=count_values(resolutions(clips)),
         frame_rates=count_values(f"{fps:g}" for fps in clips["fps"].to_pylist()),
         clip_duration_s=quantiles(clips["duration_s"]),
-        scores={name: quantiles(clips[name]) for name in score_names(clips)},
-        kept_scores={name: quantiles(kept[name]) for name in score_names(clips)},
+        scores=_all_quantiles(clips),
+        kept_scores=_all_quantiles(kept),
         captions=count_values(source or "none" for source in clips["caption_source"].to_pylist()),
         licences=count_values(text or "unknown" for text in clips["license"].to_pylist()),
         tokens=tokens,
@@ -138,7 +140,7 @@ def data_stats(
 
 def funnel(
     clips: ClipSet,
-    rejections: Mapping[RejectReason, int] | Mapping[str, int],
+    rejections: Mapping[str, int],
     num_train: int,
     num_validation: int,
 ) -> tuple[FunnelRow, ...]:
@@ -181,6 +183,19 @@ def score_names(clips: pa.Table) -> list[str]:
 
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _all_quantiles(clips: pa.Table) -> dict[str, Quantiles]:
+    """Return the quantiles of all scores, those of extras by `<scorer>/<score>`."""
+    found = {name: quantiles(clips[name]) for name in score_names(clips)}
+    extras: dict[str, list[float]] = defaultdict(list)
+    for pairs in clips["extra_scores"].to_pylist():
+        for pair in pairs:
+            extras[pair["name"]].append(pair["value"])
+    for name, values in sorted(extras.items()):
+        nulls = [None] * (clips.num_rows - len(values))
+        found[name] = quantiles(pa.chunked_array([pa.array([*values, *nulls], pa.float64())]))
+    return found
 
 
 def quantiles(column: pa.ChunkedArray) -> Quantiles:

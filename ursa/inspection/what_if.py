@@ -9,7 +9,7 @@ from ursa.config import RunConfig
 from ursa.data.clips import read_selection_tables, unchecked_clips
 from ursa.inspection.root import load_selection
 from ursa.inspection.stats import FunnelRow, funnel
-from ursa.video.selection import choose_validation_sources, judge_clips
+from ursa.video.selection import judge_clips
 
 
 class ChangedClip(NamedTuple):
@@ -53,6 +53,7 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
         Both outcomes and what changes; nothing is committed.
 
     Raises:
+        ConfigError: If a rule needs a scorer that has not measured these clips.
         DataError: If there is no selection.
         ManifestError: If its manifest is damaged.
         ShardFormatError: If a table is missing or damaged.
@@ -62,9 +63,9 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
     table, verdicts = read_selection_tables(selection)
     clips = unchecked_clips(table)
     reasons_now = verdicts["reason"].to_pylist()
-    reasons_then = judge_clips(clips, config.selection)
-    splits_now = (selection.num_train, selection.num_validation)
-    splits_then = _splits(clips, reasons_then, config)
+    then = judge_clips(clips, config.selection, seed=config.seed)
+    splits_now, splits_then = verdicts["split"].to_pylist(), then.splits
+    reasons_then = then.reasons
     changed = [
         ChangedClip(clip.clip_id, clip.source_uri, clip.start_s, clip.end_s, now, then)
         for clip, now, then in zip(clips, reasons_now, reasons_then, strict=True)
@@ -79,29 +80,16 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
     )
 
 
-def _splits(
-    clips: Sequence[Clip], reasons: Sequence[str | None], config: RunConfig
-) -> tuple[int, int]:
-    """Return how many clips would be kept for training and for validation."""
-    kept_of = Counter(
-        clip.source_sha256 for clip, reason in zip(clips, reasons, strict=True) if reason is None
-    )
-    held_out: frozenset[str] = frozenset()
-    if kept_of:
-        fraction = config.selection.validation_fraction
-        held_out = choose_validation_sources(kept_of, fraction, seed=config.seed)
-    num_validation = sum(kept_of[source] for source in held_out)
-    return kept_of.total() - num_validation, num_validation
-
-
 def _outcome(
     selection: ClipSelection,
     clips: Sequence[Clip],
     reasons: Sequence[str | None],
-    splits: tuple[int, int],
+    splits: Sequence[str | None],
 ) -> Outcome:
     rejections = Counter(str(reason) for reason in reasons if reason is not None)
     kept_s = sum(
         clip.info.duration_s for clip, reason in zip(clips, reasons, strict=True) if reason is None
     )
-    return Outcome(funnel(selection.clips, rejections, *splits), sum(splits), kept_s)
+    counts = Counter(split for split in splits if split is not None)
+    rows = funnel(selection.clips, rejections, counts["train"], counts["validation"])
+    return Outcome(rows, counts.total(), kept_s)

@@ -17,8 +17,11 @@ from ursa.video.motion import MOTION_FPS, MOTION_WIDTH_PX, FlowMeter
 from ursa.video.overlays import OverlayMeter, TextMeter
 from ursa.video.stillness import StillnessMeter
 
+HASHED_FRAMES = 9
 _HASH_SIDE = 8
 _HASH_INPUT_SIDE = 32
+_LEAST_CONTRAST = 2.0
+"""Standard deviation of luma; below it the signs of a picture are those of noise."""
 
 
 class ClipMeter:
@@ -29,10 +32,10 @@ class ClipMeter:
 
         Args:
             fps: Frame rate of the clip, frames per second.
-            num_frames: Number of frames that will be added; the middle one is hashed.
+            num_frames: Number of frames that will be added; `hashed_frames` of them are hashed.
         """
         self._fps = fps
-        self._hashed_frame = num_frames // 2
+        self._hashed_frames = hashed_frames(num_frames)
         self._num_frames = 0
         self._flow = FlowMeter()
         self._exposure = ExposureMeter()
@@ -49,7 +52,7 @@ class ClipMeter:
         self._sharpness_sum = 0.0
         self._luminance_sum = 0.0
         self._lumas: list[float] = []
-        self._hash: str | None = None
+        self._hashes: list[str] = []
 
     def add(self, frame: np.ndarray) -> None:
         """Take in the next frame.
@@ -68,8 +71,7 @@ class ClipMeter:
         self._exposure.add(luma)
         self._stillness.add(small)
         self._text.add(luma)
-        if self._num_frames == self._hashed_frame:
-            self._hash = perceptual_hash(luma)
+        self._hashes += [perceptual_hash(luma)] * self._hashed_frames.count(self._num_frames)
         self._num_frames += 1
 
     def scores(self) -> ClipScores:
@@ -78,6 +80,7 @@ class ClipMeter:
             return ClipScores(**dict.fromkeys(ClipScores.model_fields))
         dark, bright, black = self._exposure.fractions()
         distinct = self._stillness.distinct_frames()
+        is_whole = len(self._hashes) == HASHED_FRAMES
         return ClipScores(
             motion_px_per_s=self._per_second(self._motion_sum),
             camera_motion_px_per_s=self._per_second(self._camera_sum),
@@ -94,7 +97,7 @@ class ClipMeter:
             flicker=flicker_levels([self._lumas[index] for index in distinct]),
             text_area_fraction=self._text.area_fraction(),
             static_overlay_fraction=self._overlay.area_fraction(),
-            perceptual_hash=self._hash,
+            perceptual_hash="".join(self._hashes) if is_whole else None,
         )
 
     def _per_second(self, displacement_sum: float) -> float | None:
@@ -119,6 +122,15 @@ def _at_motion_width(luma: np.ndarray) -> np.ndarray:
     return cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
 
 
+def hashed_frames(num_frames: int) -> list[int]:
+    """Return the frames of a clip that are hashed: the middles of `HASHED_FRAMES` equal parts.
+
+    Args:
+        num_frames: Number of frames of the clip; a very short one gives the same frame twice.
+    """
+    return [(2 * part + 1) * num_frames // (2 * HASHED_FRAMES) for part in range(HASHED_FRAMES)]
+
+
 def perceptual_hash(luma: np.ndarray) -> str:
     """Return a 64-bit hash that changes little when a picture is scaled or recompressed.
 
@@ -126,10 +138,13 @@ def perceptual_hash(luma: np.ndarray) -> str:
         luma: Picture, shape (H, W), uint8.
 
     Returns:
-        16 hexadecimal digits: the signs of the 8 x 8 lowest DCT coefficients about their median.
+        16 hexadecimal digits: the signs of the 8 x 8 lowest DCT coefficients about their median;
+        zeros alone if there is nothing to see, as in a picture of one colour.
     """
     side = (_HASH_INPUT_SIDE, _HASH_INPUT_SIDE)
     small = cv2.resize(luma, side, interpolation=cv2.INTER_AREA).astype(np.float32)
+    if small.std() < _LEAST_CONTRAST:
+        return "0" * (_HASH_SIDE * _HASH_SIDE // 4)
     low = cv2.dct(small)[:_HASH_SIDE, :_HASH_SIDE].ravel()
     bits = low > np.median(low[1:])
     return np.packbits(bits).tobytes().hex()

@@ -1,147 +1,346 @@
-"""Which clips are used, and for what: pure rules over stored scores; no frame is decoded here."""
+"""Which clips are used, and for what: pure rules over stored scores; no frame is decoded here.
 
+`judge_clips` is the one place that decides. Order: limits in numbers; copies with equal source
+bytes; percentiles and shares, all of the clips that passed so far; near-duplicates; the split.
+"""
+
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from ursa.artifacts import Clip, ClipScores, RejectReason
-from ursa.config import SelectionConfig
+import numpy as np
+
+from ursa.artifacts import Clip, RejectReason, Split, Threshold
+from ursa.config import SelectionConfig, SelectionRule
+from ursa.errors import ConfigError
+from ursa.video.duplicates import drop_repeats, find_clusters, find_likeness, join
+from ursa.video.recipes import load_recipe
+from ursa.video.score_table import SCORES, score_key, score_of
 
 _ONLY_WHERE_IT_MOVES = frozenset({"distinct_fps", "static_overlay_fraction"})
 
+_PLAIN_LIMITS: tuple[tuple[str, str, RejectReason], ...] = (
+    ("min_clip_s", "duration_s", RejectReason.TOO_SHORT),
+    ("max_black_fraction", "black_fraction", RejectReason.BLACK_FRAMES),
+    ("min_luminance", "luminance", RejectReason.TOO_DARK),
+    ("max_luminance", "luminance", RejectReason.TOO_BRIGHT),
+    ("max_dark_fraction", "dark_fraction", RejectReason.UNDEREXPOSED),
+    ("max_bright_fraction", "bright_fraction", RejectReason.OVEREXPOSED),
+    ("max_black_border_fraction", "black_border_fraction", RejectReason.BLACK_BORDERS),
+    ("min_sharpness", "sharpness", RejectReason.BLURRED),
+    ("min_motion_px_per_s", "motion_px_per_s", RejectReason.TOO_STATIC),
+    ("max_motion_px_per_s", "motion_px_per_s", RejectReason.TOO_FAST),
+    ("max_camera_motion_px_per_s", "camera_motion_px_per_s", RejectReason.CAMERA_TOO_FAST),
+    ("min_object_motion_px_per_s", "object_motion_px_per_s", RejectReason.OBJECTS_TOO_STATIC),
+    ("max_slideshow_fraction", "slideshow_fraction", RejectReason.SLIDESHOW),
+    ("max_freeze_fraction", "freeze_fraction", RejectReason.FROZEN),
+    ("min_distinct_fps", "distinct_fps", RejectReason.REPEATED_FRAMES),
+    ("max_flicker", "flicker", RejectReason.FLICKER),
+    ("max_text_area_fraction", "text_area_fraction", RejectReason.TEXT),
+    ("max_static_overlay_fraction", "static_overlay_fraction", RejectReason.OVERLAY),
+)
+"""Key of `SelectionConfig`, score and reason, the plainest reasons first."""
+
+_PLAIN_REASONS = {key: reason for key, _, reason in _PLAIN_LIMITS}
 
 THRESHOLD_KEYS: Mapping[RejectReason, str] = {
-    RejectReason.TOO_SHORT: "min_clip_s",
-    RejectReason.TOO_STATIC: "min_motion_px_per_s",
-    RejectReason.TOO_FAST: "max_motion_px_per_s",
-    RejectReason.CAMERA_TOO_FAST: "max_camera_motion_px_per_s",
-    RejectReason.OBJECTS_TOO_STATIC: "min_object_motion_px_per_s",
-    RejectReason.BLURRED: "min_sharpness",
-    RejectReason.TOO_DARK: "min_luminance",
-    RejectReason.TOO_BRIGHT: "max_luminance",
-    RejectReason.UNDEREXPOSED: "max_dark_fraction",
-    RejectReason.OVEREXPOSED: "max_bright_fraction",
-    RejectReason.BLACK_FRAMES: "max_black_fraction",
-    RejectReason.BLACK_BORDERS: "max_black_border_fraction",
-    RejectReason.FROZEN: "max_freeze_fraction",
-    RejectReason.SLIDESHOW: "max_slideshow_fraction",
-    RejectReason.REPEATED_FRAMES: "min_distinct_fps",
-    RejectReason.FLICKER: "max_flicker",
-    RejectReason.TEXT: "max_text_area_fraction",
-    RejectReason.OVERLAY: "max_static_overlay_fraction",
+    **{reason: key for key, _, reason in _PLAIN_LIMITS},
     RejectReason.DUPLICATE: "drop_duplicates",
+    RejectReason.NEAR_DUPLICATE: "max_duplicate_distance",
+    RejectReason.TOO_LOW: "rules",
+    RejectReason.TOO_HIGH: "rules",
 }
 """The key of `SelectionConfig` that decides about a reason."""
 
 
-def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> list[RejectReason | None]:
-    """Return for every clip the reason to reject it, or None to keep it.
+class Judgement(NamedTuple):
+    """What is decided about clips, in their order."""
 
-    Of several clips with the same source bytes and span only the first is kept.
+    reasons: list[str | None]
+    """Why each clip is rejected; None keeps it."""
+    splits: list[Split | None]
+    """What each clip that is kept is for."""
+    thresholds: tuple[Threshold, ...]
+    """The limits in numbers, in the order in which they decided."""
+
+
+def judge_clips(clips: Sequence[Clip], config: SelectionConfig, *, seed: int) -> Judgement:
+    """Decide which clips are kept and which of these are held out.
+
+    A score that a limit needs but that was not measured rejects a clip too, except the two that
+    say nothing about a clip in which (almost) nothing moves. Of several clips with equal source
+    bytes and span the first is kept. Percentiles and shares are of the clips that pass all limits
+    in numbers and are no such copies; clips whose score is equal to the limit are all kept. Of
+    near-duplicates the one with the most pixels is kept, of equal ones the longest, then the one
+    whose id comes first in order.
 
     Args:
         clips: All clips, in a fixed order.
-        config: Thresholds.
+        config: Thresholds, rules and share to hold out.
+        seed: Decides which sources are held out.
+
+    Returns:
+        Reasons, splits and the limits in numbers.
+
+    Raises:
+        ConfigError: If a rule needs a scorer that has not measured these clips.
     """
-    verdicts: list[RejectReason | None] = []
-    seen: set[str] = set()
-    for clip in clips:
-        verdict = judge_clip(clip, config)
-        if verdict is None and config.drop_duplicates and clip.clip_id in seen:
-            verdict = RejectReason.DUPLICATE
-        seen.add(clip.clip_id)
-        verdicts.append(verdict)
-    return verdicts
+    rules = rules_of(config)
+    if clips:
+        check_rules(config, {key for clip in clips for key in clip.extra_scores})
+
+    @functools.cache
+    def values_of(scorer: str, score: str) -> np.ndarray:
+        measured = (score_of(clip, scorer, score) for clip in clips)
+        return np.array([math.nan if value is None else value for value in measured], float)
+
+    reasons = np.full(len(clips), None, object)
+    absolute = [*_plain_thresholds(config), *_rule_thresholds(rules)]
+    for item in absolute:
+        _reject(reasons, values_of(item.scorer, item.score), item)
+    if config.drop_duplicates:
+        _reject_equal(reasons, clips)
+    is_passing = _is_open(reasons)
+    relative = list(
+        _relative_thresholds(rules, lambda rule: values_of(rule.scorer, rule.score)[is_passing])
+    )
+    for item in relative:
+        _reject(reasons, values_of(item.scorer, item.score), item)
+    passing = np.flatnonzero(_is_open(reasons)).tolist()
+    clusters = np.arange(len(passing))
+    if config.max_duplicate_distance is not None:
+        shown = [clips[place] for place in passing]
+        hashes = [clip.scores.perceptual_hash for clip in shown]
+        likeness = find_likeness(hashes, config.max_duplicate_distance)
+        order = sorted(range(len(shown)), key=lambda place: _preference(shown[place]))
+        repeats = sorted(drop_repeats(likeness, order))
+        reasons[[passing[place] for place in repeats]] = RejectReason.NEAR_DUPLICATE
+        clusters = find_clusters(likeness)
+    # of dropped copies too: their sources show the same
+    groups = _joined_sources([clips[place].source_sha256 for place in passing], clusters)
+    held_out = choose_validation_sources(groups, config.validation_fraction, seed=seed)
+    verdicts = [None if reason is None else str(reason) for reason in reasons.tolist()]
+    splits: list[Split | None] = [
+        None if reason else "validation" if clip.source_sha256 in held_out else "train"
+        for clip, reason in zip(clips, verdicts, strict=True)
+    ]
+    return Judgement(verdicts, splits, (*absolute, *relative))
 
 
-def judge_clip(clip: Clip, config: SelectionConfig) -> RejectReason | None:
-    """Return the first threshold that a clip misses, or None.
+def rules_of(config: SelectionConfig) -> list[tuple[str, SelectionRule]]:
+    """Return the rules of the recipe and those beside it, by what they are called in a record.
 
     Args:
-        clip: A measured clip.
-        config: Thresholds; None is none.
+        config: Names the recipe and holds the rules.
     """
-    if config.min_clip_s is not None and clip.info.duration_s < config.min_clip_s:
-        return RejectReason.TOO_SHORT
-    return judge_scores(clip.scores, config)
+    recipe = () if config.recipe is None else load_recipe(config.recipe).rules
+    return [
+        *((f"{config.recipe}.{place}", rule) for place, rule in enumerate(recipe)),
+        *((f"rules.{place}", rule) for place, rule in enumerate(config.rules)),
+    ]
 
 
-def judge_scores(scores: ClipScores, config: SelectionConfig) -> RejectReason | None:
-    """Return the first threshold that the scores of a clip miss, or None.
+def check_rules(config: SelectionConfig, extra_scores: Collection[str]) -> None:
+    """Refuse rules whose scorer has not measured, or will not measure, the clips.
 
     Args:
-        scores: Measurements of a clip.
-        config: Thresholds; None is none. A score that is needed but not measured is a reason too,
-            except the two that say nothing about a clip in which (almost) nothing moves.
+        config: Names the recipe and holds the rules.
+        extra_scores: What scorers of extras measure, as `<scorer>/<score>`.
+
+    Raises:
+        ConfigError: If there is such a rule; names the scorer that it needs, the one that there
+            is, and what to do.
     """
-    for name, least, greatest, reason in _thresholds(config):
-        if least is None and greatest is None:
+    measured = {score_key(item.scorer, name): name for name, item in SCORES.items()}
+    measured |= {key: key.partition("/")[2] for key in extra_scores}
+    missing: dict[str, str] = {}
+    for key, rule in rules_of(config):
+        needed = score_key(rule.scorer, rule.score)
+        if needed in measured:
             continue
-        value = getattr(scores, name)
-        if value is None:
-            if name in _ONLY_WHERE_IT_MOVES:
-                continue
-            return RejectReason.NOT_MEASURED
-        if (least is not None and value < least) or (greatest is not None and value > greatest):
-            return reason
-    return None
+        word = rule.score.partition("_")[0]
+        others = sorted(item for item, name in measured.items() if name.partition("_")[0] == word)
+        there = f"there is {', '.join(others)}" if others else "nothing like it is measured"
+        missing.setdefault(needed, f"{needed} for {key} ({there})")
+    if missing:
+        other = "" if config.recipe is None else " or another recipe (`ursa data recipes`)"
+        raise ConfigError(
+            f"selection needs scores that the clips do not have: {'; '.join(missing.values())}. A "
+            "number means nothing on the scale of another scorer: enable the plug-in that measures "
+            f"it, or choose a rule for a scorer that there is{other}"
+        )
 
 
-def _thresholds(
-    config: SelectionConfig,
-) -> Iterator[tuple[str, float | None, float | None, RejectReason]]:
-    """Yield score, least value, greatest value and reason, the plainest reasons first."""
-    yield "black_fraction", None, config.max_black_fraction, RejectReason.BLACK_FRAMES
-    yield "luminance", config.min_luminance, None, RejectReason.TOO_DARK
-    yield "luminance", None, config.max_luminance, RejectReason.TOO_BRIGHT
-    yield "dark_fraction", None, config.max_dark_fraction, RejectReason.UNDEREXPOSED
-    yield "bright_fraction", None, config.max_bright_fraction, RejectReason.OVEREXPOSED
-    borders = config.max_black_border_fraction
-    yield "black_border_fraction", None, borders, RejectReason.BLACK_BORDERS
-    yield "sharpness", config.min_sharpness, None, RejectReason.BLURRED
-    yield "motion_px_per_s", config.min_motion_px_per_s, None, RejectReason.TOO_STATIC
-    yield "motion_px_per_s", None, config.max_motion_px_per_s, RejectReason.TOO_FAST
-    camera = config.max_camera_motion_px_per_s
-    yield "camera_motion_px_per_s", None, camera, RejectReason.CAMERA_TOO_FAST
-    objects = config.min_object_motion_px_per_s
-    yield "object_motion_px_per_s", objects, None, RejectReason.OBJECTS_TOO_STATIC
-    yield "slideshow_fraction", None, config.max_slideshow_fraction, RejectReason.SLIDESHOW
-    yield "freeze_fraction", None, config.max_freeze_fraction, RejectReason.FROZEN
-    yield "distinct_fps", config.min_distinct_fps, None, RejectReason.REPEATED_FRAMES
-    yield "flicker", None, config.max_flicker, RejectReason.FLICKER
-    yield "text_area_fraction", None, config.max_text_area_fraction, RejectReason.TEXT
-    overlay = config.max_static_overlay_fraction
-    yield "static_overlay_fraction", None, overlay, RejectReason.OVERLAY
+def explain(reason: str) -> str:
+    """Return where the limit behind a reason is set, in words.
+
+    Args:
+        reason: Why a clip was rejected.
+    """
+    kind, _, score = reason.partition(":")
+    if kind == RejectReason.NOT_MEASURED:
+        return f"{score or 'a score'} that a limit needs"
+    key = THRESHOLD_KEYS[RejectReason(kind)]
+    return f"see `selection.{key}`" + (" and `selection.recipe`" if score else "")
+
+
+def _plain_thresholds(config: SelectionConfig) -> Iterator[Threshold]:
+    for key, score, _ in _PLAIN_LIMITS:
+        value = getattr(config, key)
+        if value is not None:
+            is_least = key.startswith("min_")
+            yield Threshold(
+                key=key,
+                scorer=SCORES[score].scorer,
+                score=score,
+                least=value if is_least else None,
+                greatest=None if is_least else value,
+                is_relative=False,
+                source=None,
+            )
+
+
+def _rule_thresholds(rules: Sequence[tuple[str, SelectionRule]]) -> Iterator[Threshold]:
+    for key, rule in rules:
+        if rule.least is not None or rule.greatest is not None:
+            yield _threshold(key, rule, rule.least, rule.greatest, is_relative=False)
+
+
+def _relative_thresholds(
+    rules: Sequence[tuple[str, SelectionRule]], values_of: Callable[[SelectionRule], np.ndarray]
+) -> Iterator[Threshold]:
+    """Yield percentiles and shares as numbers; none where nothing was measured."""
+    for key, rule in rules:
+        values = values_of(rule)
+        ordered = np.sort(values[np.isfinite(values)])
+        if not len(ordered):
+            continue
+        least, greatest = _percentile_limits(rule, ordered)
+        if least is not None or greatest is not None:
+            yield _threshold(key, rule, least, greatest, is_relative=True)
+        if rule.keep_fraction is not None:
+            # rounded, or 0.1 * 30 would be a little more than three clips
+            number = max(1, math.ceil(round(rule.keep_fraction * len(ordered), 6)))
+            if rule.keep == "greatest":
+                yield _threshold(key, rule, float(ordered[-number]), None, is_relative=True)
+            else:
+                yield _threshold(key, rule, None, float(ordered[number - 1]), is_relative=True)
+
+
+def _percentile_limits(
+    rule: SelectionRule, ordered: np.ndarray
+) -> tuple[float | None, float | None]:
+    """Return the least and greatest value that stay; both are values of clips."""
+    least = greatest = None
+    if rule.least_percentile is not None:
+        number = math.floor(round(rule.least_percentile / 100 * len(ordered), 6))
+        least = float(ordered[min(number, len(ordered) - 1)])
+    if rule.greatest_percentile is not None:
+        number = math.ceil(round(rule.greatest_percentile / 100 * len(ordered), 6))
+        greatest = float(ordered[max(number - 1, 0)])
+    return least, greatest
+
+
+def _threshold(
+    key: str,
+    rule: SelectionRule,
+    least: float | None,
+    greatest: float | None,
+    *,
+    is_relative: bool,
+) -> Threshold:
+    return Threshold(
+        key=key,
+        scorer=rule.scorer,
+        score=rule.score,
+        least=least,
+        greatest=greatest,
+        is_relative=is_relative,
+        source=rule.source,
+    )
+
+
+def _reject(reasons: np.ndarray, values: np.ndarray, limit: Threshold) -> None:
+    """Write the reason of the clips that a limit rejects and that have none yet."""
+    is_open = _is_open(reasons)
+    plain = _PLAIN_REASONS.get(limit.key)
+    name = score_key(limit.scorer, limit.score)
+    if limit.score not in _ONLY_WHERE_IT_MOVES:
+        missing = RejectReason.NOT_MEASURED if plain else f"{RejectReason.NOT_MEASURED}:{name}"
+        reasons[is_open & ~np.isfinite(values)] = missing
+    if limit.least is not None:
+        reasons[is_open & (values < limit.least)] = plain or f"{RejectReason.TOO_LOW}:{name}"
+    if limit.greatest is not None:
+        reasons[is_open & (values > limit.greatest)] = plain or f"{RejectReason.TOO_HIGH}:{name}"
+
+
+def _is_open(reasons: np.ndarray) -> np.ndarray:
+    """Whether each clip has no reason yet, bool."""
+    return np.array([reason is None for reason in reasons.tolist()], bool)
+
+
+def _reject_equal(reasons: np.ndarray, clips: Sequence[Clip]) -> None:
+    seen: set[str] = set()
+    for place in np.flatnonzero(_is_open(reasons)).tolist():
+        clip_id = clips[place].clip_id
+        if clip_id in seen:
+            reasons[place] = RejectReason.DUPLICATE
+        seen.add(clip_id)
+
+
+def _preference(clip: Clip) -> tuple[int, float, str]:
+    """Return a key that puts the clip first that is kept of near-duplicates."""
+    return -clip.info.width_px * clip.info.height_px, -clip.info.duration_s, clip.clip_id
+
+
+def _joined_sources(sources: Sequence[str], clusters: np.ndarray) -> list[set[str]]:
+    """Return the sources in groups: joined are those with clips in one cluster."""
+    names = sorted(set(sources))
+    number_of = {name: number for number, name in enumerate(names)}
+    numbers = np.array([number_of[source] for source in sources], np.int64)
+    num_clusters = int(clusters.max(initial=-1)) + 1
+    edges = np.stack([numbers, len(names) + clusters], axis=1)
+    groups: dict[int, set[str]] = defaultdict(set)
+    for name, group in zip(names, join(edges, len(names) + num_clusters).tolist(), strict=False):
+        groups[group].add(name)
+    return list(groups.values())
 
 
 def choose_validation_sources(
-    num_clips: Mapping[str, int], fraction: float, *, seed: int
+    groups: Iterable[Collection[str]], fraction: float, *, seed: int
 ) -> frozenset[str]:
     """Choose the source videos whose clips are held out.
 
-    Sources are gone through in an order drawn by the seed. One is held out if all clips held out
-    so far and its own are at most `fraction` of all. If none fits, but some should be held out,
-    the smallest is. At least one source stays for training.
+    Every source has a number in [0, 1), a hash of its content and the seed. A group is held out if
+    the numbers of all its sources are below `fraction`. So a source stays where it is whatever
+    else comes, except that a group which is joined by a source for training becomes training too:
+    what was trained on is never held out later, while fraction and seed are the same and no group
+    falls apart. If no group is held out, that of the smallest number is; if all are, that of the
+    greatest is not; such a small set may change sides when it grows.
 
     Args:
-        num_clips: Number of kept clips by sha256 of the source.
-        fraction: Greatest share of clips to hold out, in [0, 1].
-        seed: Decides the order.
+        groups: sha256 of sources, those together that must stay together.
+        fraction: Share of the sources to hold out, in [0, 1].
+        seed: Decides the numbers.
 
     Returns:
         sha256 of the sources.
     """
-    order = sorted(num_clips, key=lambda source: _rank(source, seed))
-    if fraction == 0 or len(order) < 2:
+    ranked = [{_rank(source, seed): source for source in group} for group in groups]
+    if fraction == 0 or len(ranked) < 2:
         return frozenset()
-    allowed = fraction * sum(num_clips.values())
-    chosen: set[str] = set()
-    total = 0
-    for source in order:
-        if len(chosen) + 1 < len(order) and total + num_clips[source] <= allowed:
-            chosen.add(source)
-            total += num_clips[source]
-    return frozenset(chosen or {min(order, key=lambda source: num_clips[source])})
+    chosen = [group for group in ranked if max(group) < fraction]
+    if not chosen:
+        chosen = [min(ranked, key=min)]
+    elif len(chosen) == len(ranked):
+        chosen.remove(max(ranked, key=max))
+    return frozenset(source for group in chosen for source in group.values())
 
 
-def _rank(source: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{source}".encode()).digest()
+def _rank(source: str, seed: int) -> float:
+    """Return the number of a source; that no two are equal is as sure as a hash is."""
+    digest = hashlib.sha256(f"{seed}:{source}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

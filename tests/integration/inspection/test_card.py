@@ -6,12 +6,15 @@ import pyarrow as pa
 import pytest
 
 from tests import browser, data_roots
+from ursa.ingestion import select_clips
 from ursa.inspection.card import data_card, escape
 from ursa.inspection.pictures import score_histograms
-from ursa.inspection.root import find_thresholds
 
 STRUCTURE = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "div", "p", "br"}
 CONTENT = {"b", "i", "span", "table", "tr", "th", "td", "figure", "img", "figcaption"}
+
+
+SHARP = {"score": "sharpness", "scorer": "laplacian-variance-clip-size"}
 
 
 class Elements(HTMLParser):
@@ -56,19 +59,26 @@ def test_the_card_shows_counts_reasons_and_tokens(root):
     assert data_card(root.uri) == data_card(root.uri)
 
 
-def test_unknown_thresholds_and_missing_clips_are_said(root):
+def test_missing_clips_are_said(root):
     for path in root.media():
         path.unlink()
-    other = data_roots.root_config(selection={"min_sharpness": 31.0})
-    text = Elements(data_card(root.uri, config=other)).text
+    text = Elements(data_card(root.uri)).text
     assert text.count("the clip is missing or damaged") == 5
-    assert "thresholds that made this selection are not known" in text
 
 
-def test_thresholds_are_proved_by_the_fingerprint(root):
-    other = data_roots.root_config(selection={"min_sharpness": 31.0})
-    assert find_thresholds(root.selection, [other, root.config]) == root.config.selection
-    assert find_thresholds(root.selection, [other]) is None
+def test_the_card_shows_the_thresholds_of_the_record(root):
+    """No preset has made this root, and none is named."""
+    config = data_roots.root_config(
+        selection={"min_sharpness": None, "rules": [SHARP | {"keep_fraction": 0.5}]}
+    )
+    made = select_clips(
+        root.selection.clips, config.selection, seed=root.config.seed, output_uri=root.uri
+    )
+    text = Elements(data_card(root.uri, selection_uri=made.manifest_uri)).text
+    (item,) = [item for item in made.thresholds if item.key == "rules.0"]
+    for part in ("rules.0", SHARP["scorer"], f"{item.least:.6g}", "from the clips"):
+        assert part in text
+    assert f"rejected: too_low:{SHARP['scorer']}/sharpness" in text
 
 
 @pytest.mark.parametrize("text", ["<script>&\"'", "\udcff", "a\x00b"])
@@ -80,8 +90,8 @@ def test_any_text_can_be_written(text):
 def test_scores_that_are_not_measured_are_left_out(root):
     table = pa.table({"sharpness": [1.0, None, 3.0], "luminance": pa.nulls(3, pa.float64())})
     kept = np.array([True, True, False])
-    assert score_histograms(table, kept, root.config.selection).startswith(b"\x89PNG")
-    assert score_histograms(table.select(["luminance"]), kept, None) is None
+    assert score_histograms(table, kept, root.selection.thresholds).startswith(b"\x89PNG")
+    assert score_histograms(table.select(["luminance"]), kept, ()) is None
 
 
 @browser.needs_browser

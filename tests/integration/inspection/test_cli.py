@@ -69,6 +69,26 @@ def test_other_thresholds_are_tried(root, ursa):
     assert "file://" not in out
 
 
+def test_recipes_are_listed_and_tried(root, ursa):
+    out = ursa("recipes")[1]
+    for part in ("opensora: ", "needs   laion_aesthetic_v2, unimatch_flow", "issues/353"):
+        assert part in out
+    assert {item["name"] for item in json.loads(ursa("recipes", "--json")[1])} >= {"ursa-basic"}
+    out = ursa("what-if", root.uri, "--recipe", "ursa-basic")[1]
+    assert "rejected: too_low:clip-file/duration_s" in out
+    status, _, err = ursa("what-if", root.uri, "--recipe", "opensora")
+    assert status == 1
+    assert "unimatch_flow/motion for opensora.1 (there is " in err
+    assert "dis-flow-256px/motion_px_per_s" in err
+
+
+def test_thresholds_that_are_not_set_are_those_of_the_selection(root, ursa):
+    """The root was not made by a preset as it is."""
+    assert "0 clips more, 0 clips less" in ursa("what-if", root.uri)[1]
+    out = ursa("what-if", root.uri, "--set", "seed=3")[1]
+    assert "0 clips more, 0 clips less" in out
+
+
 def test_examples_and_a_card_are_written(root, ursa, tmp_path):
     out = ursa("sample", root.uri, "--rejected", "--out", tmp_path / "look")[1]
     assert video_info(Path(out.strip())).num_frames > 0
@@ -90,6 +110,7 @@ def test_examples_and_a_card_are_written(root, ursa, tmp_path):
         (("card", "--out", "x.txt"), "--out must be a .html in a directory that exists, got x.txt"),
         (("what-if", "--set", "min_sharpness"), "--set takes section.name=value, got"),
         (("what-if", "--set", "selection.sharpness=3"), "did you mean 'min_sharpness'?"),
+        (("what-if", "--recipe", "open-sora"), "selection.recipe: Input should be 'cosmos', "),
         (("what-if", "--set", "seed=1", "--set", "seed.x=1"), "seed has a value already"),
         (("verify", "--set", "selection.min_sharpness=[1"), "'[1' is no value"),
     ],

@@ -3,8 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ursa.data.clips import read_clips, read_selection
+from tests import data_roots
+from ursa.data.clips import CLIP_SCHEMA, clip_row, put_table, read_clips, read_selection
 from ursa.errors import DataError
+from ursa.ingestion import select_clips
 from ursa.inspection.stats import QUANTILES, data_stats
 
 
@@ -66,3 +68,31 @@ def test_a_selection_can_be_named_by_its_folder(root, tmp_path):
         data_stats(root.uri, selection_uri=str(tmp_path / "gone"))
     with pytest.raises(DataError, match="run the data preparation first"):
         data_stats(str(tmp_path))
+
+
+def test_scores_of_extras_are_counted(root):
+    clips = read_clips(root.selection.clips)
+    rated = [
+        clip.model_copy(update={"extra_scores": {"a/rating": 2.0 + k}})
+        for k, clip in enumerate(clips[:-1])
+    ]
+    folder = f"{root.uri}/clips/sets/rated"
+    table = put_table(folder, "clips", CLIP_SCHEMA, map(clip_row, [*rated, clips[-1]]))
+    clip_set = root.selection.clips.model_copy(
+        update={
+            "clips_uri": table,
+            "fingerprint": "rated",
+            "manifest_uri": f"{folder}/manifest.json",
+        }
+    )
+    config = data_roots.root_config(
+        selection={"rules": [{"score": "rating", "scorer": "a", "keep_fraction": 0.5}]}
+    )
+    made = select_clips(clip_set, config.selection, seed=0, output_uri=root.uri)
+    stats = data_stats(root.uri, selection_uri=made.manifest_uri)
+    found = stats.scores["a/rating"]
+    assert (found.num_measured, found.num_missing) == (4, 1)
+    assert (found.values[0], found.values[-1]) == (2.0, 5.0)
+    assert stats.kept_scores["a/rating"].num_measured == stats.num_kept < 4
+    assert stats.thresholds == made.thresholds
+    assert made.thresholds[-1].is_relative

@@ -197,6 +197,7 @@ def write_large_root(folder):
         num_clips=0,
         num_dropped_shots=0,
         failures={},
+        config=factories.tiny_config().ingestion,
         fingerprint=print_,
     )
     storage.commit_record(manifest_uri, clips)

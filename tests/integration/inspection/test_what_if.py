@@ -5,6 +5,7 @@ import pytest
 
 from tests import data_roots
 from ursa.data.clips import read_clip_table, read_clips, read_selection, unchecked_clips
+from ursa.errors import ConfigError
 from ursa.ingestion import select_clips
 from ursa.inspection.what_if import what_if
 
@@ -70,3 +71,11 @@ def test_the_seed_decides_which_sources_would_be_held_out(root, tmp_path, seed):
     real = select_clips(root.selection.clips, config.selection, seed=seed, output_uri=str(tmp_path))
     funnel = {row.step: row.count for row in what_if(root.uri, config).then.funnel}
     assert funnel["kept for validation"] == real.num_validation
+
+
+def test_a_recipe_is_tried(root):
+    result = what_if(root.uri, with_thresholds(recipe="ursa-basic"))
+    funnel = {row.step: row.count for row in result.then.funnel}
+    assert funnel["rejected: too_low:clip-file/duration_s"] == 4
+    with pytest.raises(ConfigError, match=r"koala_vtss/suitability for koala\.0"):
+        what_if(root.uri, with_thresholds(recipe="koala"))

@@ -85,6 +85,18 @@ def test_hash_survives_scaling_but_not_another_picture():
     assert distance(first, second) >= 16
 
 
+def test_nine_frames_are_hashed_and_one_that_shows_nothing_is_zeros():
+    frames = panning(36, step=3)
+    frames[17:20] = 90
+    text = measure(frames).perceptual_hash
+    parts = [text[place : place + 16] for place in range(0, len(text), 16)]
+    lumas = [cv2.cvtColor(frames[place], cv2.COLOR_RGB2GRAY) for place in range(2, 36, 4)]
+    assert parts == [perceptual_hash(luma) for luma in lumas]
+    assert [part == "0" * 16 for part in parts] == [place == 4 for place in range(9)]
+    # the one frame of a short clip counts nine times, so it can be compared all the same
+    assert measure(still(1)).perceptual_hash == 9 * measure(still(1)).perceptual_hash[:16]
+
+
 def test_shares_of_clipped_pixels_and_black_frames():
     frames = flat(8, (120, 120, 120), height=64, width=64)
     frames[:, :16] = 255

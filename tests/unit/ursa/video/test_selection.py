@@ -1,13 +1,20 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from ursa.artifacts import Clip, ClipScores, RejectReason, VideoInfo
-from ursa.config import SelectionConfig
+from ursa.config import RECIPES, SelectionConfig, SelectionRule
+from ursa.errors import ConfigError
+from ursa.video.recipes import load_recipe, load_recipes
+from ursa.video.score_table import BUILT_IN_SCORERS, SCORES, score_of
 from ursa.video.selection import (
     THRESHOLD_KEYS,
+    check_rules,
     choose_validation_sources,
-    judge_clip,
+    explain,
     judge_clips,
-    judge_scores,
 )
 
 
@@ -19,10 +26,18 @@ def selection_config(**changes):
         "min_luminance": 16.0,
         "max_luminance": 240.0,
         "max_black_border_fraction": 0.3,
+        "rules": [],
         "drop_duplicates": True,
         "validation_fraction": 0.2,
     }
     return SelectionConfig.model_validate(values | changes)
+
+
+def only(**changes):
+    """No plain threshold but those given."""
+    off = dict.fromkeys(SelectionConfig.model_fields)
+    off |= {"rules": [], "drop_duplicates": False, "validation_fraction": 0.0}
+    return SelectionConfig.model_validate(off | changes)
 
 
 def scores(**changes):
@@ -47,20 +62,25 @@ def scores(**changes):
     return ClipScores.model_validate(values | changes)
 
 
-def clip(clip_id):
+def clip(clip_id="a", *, source=None, info=None, extra=None, **changes):
+    values = {"width_px": 64, "height_px": 64, "fps": 12, "num_frames": 12, "duration_s": 1}
     return Clip(
         clip_id=clip_id,
         source_uri="file:///a.mp4",
-        source_sha256="0" * 64,
+        source_sha256=source or "0" * 64,
         start_s=0,
         end_s=1,
         media_uri="m",
         media_sha256="0" * 64,
-        info=VideoInfo(
-            width_px=64, height_px=64, fps=12, num_frames=12, duration_s=1, codec="h264"
-        ),
-        scores=scores(),
+        info=VideoInfo(**values | {"codec": "h264"} | (info or {})),
+        scores=scores(**changes),
+        extra_scores=extra or {},
     )
+
+
+def reason_of(config, **changes):
+    """Verdict on one clip with other scores."""
+    return judge_clips([clip(**changes)], config, seed=0).reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +100,7 @@ def clip(clip_id):
     ],
 )
 def test_thresholds(changes, reason):
-    assert judge_scores(scores(**changes), selection_config()) == reason
+    assert reason_of(selection_config(), **changes) == reason
 
 
 @pytest.mark.parametrize(
@@ -100,57 +120,373 @@ def test_thresholds(changes, reason):
     ],
 )
 def test_every_score_has_a_threshold_of_its_own(threshold, passes, fails, reason):
-    assert judge_scores(scores(), selection_config(**{threshold: passes})) is None
-    assert judge_scores(scores(), selection_config(**{threshold: fails})) is reason
+    assert reason_of(selection_config(**{threshold: passes})) is None
+    assert reason_of(selection_config(**{threshold: fails})) == reason
 
 
 def test_every_reason_but_a_missing_score_names_its_threshold():
     assert set(RejectReason) - set(THRESHOLD_KEYS) == {RejectReason.NOT_MEASURED}
     assert set(THRESHOLD_KEYS.values()) == set(SelectionConfig.model_fields) - {
-        "validation_fraction"
+        "validation_fraction",
+        "recipe",
     }
+    for reason in RejectReason:
+        assert explain(reason)
+    assert explain("too_low:s/aesthetic") == "see `selection.rules` and `selection.recipe`"
+    assert explain("not_measured:s/aesthetic").startswith("s/aesthetic")
 
 
 def test_clips_may_be_too_short():
-    assert judge_clip(clip("a"), selection_config(min_clip_s=1.0)) is None
-    assert judge_clip(clip("a"), selection_config(min_clip_s=1.1)) is RejectReason.TOO_SHORT
+    assert reason_of(selection_config(min_clip_s=1.0)) is None
+    assert reason_of(selection_config(min_clip_s=1.1)) == RejectReason.TOO_SHORT
 
 
 def test_a_clip_that_does_not_move_has_no_overlay_and_no_repeated_frames():
     config = selection_config(min_distinct_fps=11.0, max_static_overlay_fraction=0.01)
-    nothing = scores(distinct_fps=None, static_overlay_fraction=None)
-    assert judge_scores(nothing, config) is None
+    assert reason_of(config, distinct_fps=None, static_overlay_fraction=None) is None
     config = selection_config(max_flicker=1.0)
-    assert judge_scores(scores(flicker=None), config) is RejectReason.NOT_MEASURED
+    assert reason_of(config, flicker=None) == RejectReason.NOT_MEASURED
 
 
 def test_a_threshold_can_be_switched_off():
     config = selection_config(min_motion_px_per_s=None, max_motion_px_per_s=None)
-    assert judge_scores(scores(motion_px_per_s=None), config) is None
+    assert reason_of(config, motion_px_per_s=None) is None
 
 
 def test_only_the_first_of_equal_clips_is_kept():
     clips = [clip("a"), clip("b"), clip("a")]
-    assert judge_clips(clips, selection_config()) == [None, None, RejectReason.DUPLICATE]
-    assert judge_clips(clips, selection_config(drop_duplicates=False)) == [None] * 3
+    assert judge_clips(clips, selection_config(), seed=0).reasons == [
+        None,
+        None,
+        RejectReason.DUPLICATE,
+    ]
+    config = selection_config(drop_duplicates=False)
+    assert judge_clips(clips, config, seed=0).reasons == [None] * 3
 
 
-def test_validation_never_exceeds_its_share_while_a_source_fits():
-    num_clips = {f"source{index}": index % 7 + 1 for index in range(40)}
-    for seed in range(20):
-        chosen = choose_validation_sources(num_clips, 0.2, seed=seed)
-        share = sum(num_clips[source] for source in chosen) / sum(num_clips.values())
-        assert 0.15 < share <= 0.2
-    assert choose_validation_sources(num_clips, 0.2, seed=1) == choose_validation_sources(
-        dict(reversed(num_clips.items())), 0.2, seed=1
+def test_no_clips_are_an_answer():
+    judged = judge_clips([], only(recipe="cosmos", max_duplicate_distance=4), seed=0)
+    assert judged.reasons == judged.splits == []
+
+
+# --- scores and their scorers
+
+
+def test_every_score_names_its_unit_and_scorer_in_code_and_docs():
+    numbers = {
+        name for name, field in ClipScores.model_fields.items() if field.annotation == float | None
+    }
+    assert set(SCORES) == numbers | {"duration_s", "width_px", "height_px", "fps"}
+    assert all(item.scorer and item.unit for item in SCORES.values())
+    documented = (Path(__file__).parents[4] / "docs" / "filters.md").read_text("utf-8")
+    for name, known in SCORES.items():
+        assert f"| `{name}` | `{known.scorer}` | {known.unit} |" in documented
+    for recipe in load_recipes():
+        assert f"| `{recipe.name}` | {recipe.title} | " in documented
+    item = clip(extra={"nima/aesthetic": 5.5}, sharpness=7.0, flicker=None)
+    assert score_of(item, SCORES["sharpness"].scorer, "sharpness") == 7.0
+    assert score_of(item, SCORES["flicker"].scorer, "flicker") is None
+    assert score_of(item, "clip-file", "duration_s") == 1.0
+    assert score_of(item, "nima", "aesthetic") == 5.5
+    # the column is there, but of another scorer
+    assert score_of(item, "nima", "sharpness") is None
+
+
+# --- rules
+
+
+def rule(**values):
+    return {"score": "aesthetic", "scorer": "nima", **values}
+
+
+def rated(*ratings, **changes):
+    return [
+        clip(f"{place:03}", extra={} if value is None else {"nima/aesthetic": value}, **changes)
+        for place, value in enumerate(ratings)
+    ]
+
+
+def kept(clips, *rules, **changes):
+    """Places of the clips that rules keep, and the judgement."""
+    judged = judge_clips(clips, only(rules=rules, **changes), seed=0)
+    return [place for place, reason in enumerate(judged.reasons) if reason is None], judged
+
+
+def test_a_rule_rejects_and_says_which_score_decided():
+    places, judged = kept(rated(1.0, 4.0, 9.0, None), rule(least=4.0, greatest=8.0))
+    assert places == [1]
+    assert judged.reasons == [
+        "too_low:nima/aesthetic",
+        None,
+        "too_high:nima/aesthetic",
+        "not_measured:nima/aesthetic",
+    ]
+    (limit,) = judged.thresholds
+    assert (limit.key, limit.least, limit.greatest) == ("rules.0", 4.0, 8.0)
+    assert not limit.is_relative
+
+
+def test_what_is_no_number_is_not_measured():
+    assert kept(rated(float("nan"), 4.0), rule(least=0.0))[0] == [1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "places", "resolved"),
+    [
+        ({"least_percentile": 10}, [*range(1, 10)], (1.0, None)),
+        ({"least_percentile": 9.9}, [*range(10)], (0.0, None)),
+        ({"least_percentile": 0}, [*range(10)], (0.0, None)),
+        ({"least_percentile": 100}, [9], (9.0, None)),
+        ({"greatest_percentile": 90}, [*range(9)], (None, 8.0)),
+        ({"greatest_percentile": 0}, [0], (None, 0.0)),
+        ({"least_percentile": 20, "greatest_percentile": 50}, [2, 3, 4], (2.0, 4.0)),
+        ({"keep_fraction": 0.3}, [7, 8, 9], (7.0, None)),
+        ({"keep_fraction": 0.01}, [9], (9.0, None)),
+        ({"keep_fraction": 0.25, "keep": "least"}, [0, 1, 2], (None, 2.0)),
+        ({"keep_fraction": 1.0}, [*range(10)], (0.0, None)),
+    ],
+)
+def test_percentiles_and_shares_become_numbers(limits, places, resolved):
+    values = np.random.default_rng(0).permutation(10).astype(float)
+    found, judged = kept(rated(*values), rule(**limits))
+    assert sorted(values[found]) == places
+    (limit,) = judged.thresholds
+    assert (limit.least, limit.greatest) == resolved
+    assert limit.is_relative
+    # the record says all: the same numbers as plain limits keep the same clips
+    again = rule(
+        **{
+            name: value
+            for name, value in (("least", limit.least), ("greatest", limit.greatest))
+            if value is not None
+        }
     )
-    assert choose_validation_sources(num_clips, 0.2, seed=1) != choose_validation_sources(
-        num_clips, 0.2, seed=2
-    )
+    assert kept(rated(*values), again)[0] == found
+
+
+def test_clips_at_the_limit_are_all_kept():
+    assert kept(rated(1, 2, 2, 2, 3), rule(keep_fraction=0.4))[0] == [1, 2, 3, 4]
+
+
+def test_shares_are_of_the_clips_that_pass_the_numbers_and_are_no_copies():
+    clips = [*rated(1, 2, 3, 4), *rated(5, 6, 7, 8, luminance=1.0)]
+    clips[4:] = [
+        item.model_copy(update={"clip_id": f"dark{i}"}) for i, item in enumerate(clips[4:])
+    ]
+    half = rule(keep_fraction=0.5)
+    assert kept(clips, half)[0] == [4, 5, 6, 7]
+    assert kept(clips, half, min_luminance=16.0)[0] == [2, 3]
+    assert kept(clips, half, rule(greatest=2.0))[0] == [1]
+    # two shares look at the same clips, whatever their order
+    both = (half, rule(keep_fraction=0.75, keep="least"))
+    assert kept(clips, *both)[0] == kept(clips, *both[::-1])[0] == [4, 5]
+    copies = [*clips[:4], clips[0], clips[0], clips[0], clips[0]]
+    assert kept(copies, half, drop_duplicates=True)[0] == [2, 3]
+
+
+def test_a_rule_on_what_every_clip_has():
+    sharp = {"score": "sharpness", "scorer": SCORES["sharpness"].scorer, "least": 50.0}
+    long = {"score": "duration_s", "scorer": "clip-file", "least": 0.5}
+    assert kept([clip(sharpness=49.0), clip("b")], sharp, long)[0] == [1]
+
+
+def test_another_scorer_is_refused_and_both_are_named():
+    clips = rated(1.0)
+    config = only(rules=[{"score": "motion", "scorer": "unimatch-flow", "least": 3.0}])
+    with pytest.raises(ConfigError) as caught:
+        judge_clips(clips, config, seed=0)
+    for part in (
+        "unimatch-flow/motion for rules.0",
+        "dis-flow-256px/motion_px_per_s",
+        "enable the plug-in that measures it, or choose",
+    ):
+        assert part in str(caught.value)
+    # not even with the name of a column that there is
+    config = only(rules=[{"score": "sharpness", "scorer": "brisque", "least": 3.0}])
+    with pytest.raises(ConfigError, match=r"brisque/sharpness .* laplacian-variance-clip-size"):
+        judge_clips(clips, config, seed=0)
+    config = only(rules=[{"score": "aesthetic", "scorer": "laion", "least": 3.0}])
+    with pytest.raises(ConfigError, match=r"laion/aesthetic .* nima/aesthetic"):
+        judge_clips(clips, config, seed=0)
+    check_rules(config, {"laion/aesthetic"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "a rule needs one of least, greatest"),
+        ({"least": 2.0, "greatest": 1.0}, "least 2 must not exceed greatest 1"),
+        ({"least_percentile": 60, "greatest_percentile": 40}, "must not exceed"),
+        ({"keep_fraction": 0.0}, "greater than 0"),
+        ({"least": float("nan")}, "finite"),
+        ({"lest": 1.0}, "did you mean 'least'"),
+    ],
+)
+def test_a_rule_that_says_nothing_sensible_is_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        SelectionRule.model_validate(rule(**values))
+
+
+# --- recipes
+
+
+def test_recipes_are_complete_and_say_where_they_are_from():
+    assert sorted(item.name for item in load_recipes()) == sorted(RECIPES)
+    for item in load_recipes():
+        assert item.source.startswith("https://") == (not item.name.startswith("ursa-"))
+        for part in item.rules:
+            assert part.source
+            if part.scorer in BUILT_IN_SCORERS:
+                assert SCORES[part.score].scorer == part.scorer
+
+
+def test_a_recipe_lists_every_scorer_that_is_missing():
+    with pytest.raises(ConfigError) as caught:
+        judge_clips([clip()], only(recipe="opensora-plan"), seed=0)
+    for part in (
+        "lpips_frame_skip/motion for opensora-plan.0",
+        "laion_aesthetic_v2/rating for opensora-plan.1",
+        "dover/technical_quality for opensora-plan.2 (nothing like it is measured)",
+        "or another recipe (`ursa data recipes`)",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_recipe_applies_once_its_scorers_have_measured():
+    good = {"laion_aesthetic_v2/rating": 6.0, "unimatch_flow/motion": 9.0}
+    clips = [
+        clip("a", extra=good),
+        clip("b", extra=good | {"unimatch_flow/motion": 1.0}),
+        clip("c", extra=good | {"laion_aesthetic_v2/rating": 4.9}),
+    ]
+    judged = judge_clips(clips, only(recipe="opensora"), seed=0)
+    assert judged.reasons == [
+        None,
+        "too_low:unimatch_flow/motion",
+        "too_low:laion_aesthetic_v2/rating",
+    ]
+    assert all("353" in item.source for item in judged.thresholds)
+
+
+def test_one_recipe_needs_nothing_but_what_is_always_measured():
+    assert set(load_recipe("ursa-basic").scorers) <= BUILT_IN_SCORERS
+    clips = [
+        clip(f"{k:02}", info={"duration_s": 3.0}, sharpness=10.0 + k, motion_px_per_s=5.0 + k)
+        for k in range(20)
+    ]
+    judged = judge_clips(clips, only(recipe="ursa-basic"), seed=0)
+    assert judged.reasons.count(None) == 18
+    assert judged.reasons[0] == "too_low:laplacian-variance-clip-size/sharpness"
+
+
+# --- near-duplicates
+
+
+def hash_text(*frames):
+    return "".join(f"{frame:016x}" for frame in frames)
+
+
+def pictures(seed):
+    """Hashes of five frames that have nothing in common."""
+    values = np.random.default_rng(seed).integers(1, 1 << 63, 5)
+    return [int(value) for value in values]
+
+
+def flipped(value, bits):
+    for bit in range(bits):
+        value ^= 1 << (7 * bit + 3)
+    return value
+
+
+def shown(clip_id, frames, **changes):
+    return clip(clip_id, perceptual_hash=hash_text(*frames), **changes)
+
+
+def test_the_largest_then_longest_then_first_of_near_duplicates_is_kept():
+    frames = pictures(0)
+    near = [flipped(frame, 4) for frame in frames]
+    large = {"width_px": 128}
+    long = {"duration_s": 2.0}
+    config = only(max_duplicate_distance=4)
+
+    def survivor(*clips):
+        reasons = judge_clips(clips, config, seed=0).reasons
+        assert reasons.count(RejectReason.NEAR_DUPLICATE) == len(clips) - 1
+        return clips[reasons.index(None)].clip_id
+
+    assert survivor(shown("a", frames), shown("b", near, info=large | long)) == "b"
+    assert survivor(shown("a", frames, info=long), shown("b", near, info=large)) == "b"
+    assert survivor(shown("a", frames), shown("b", near, info=long)) == "b"
+    assert survivor(shown("b", near), shown("a", frames), shown("c", frames)) == "a"
+
+
+@pytest.mark.parametrize(("distance", "number"), [(3, 2), (4, 1), (None, 2)])
+def test_distance_is_that_of_most_frames(distance, number):
+    frames = pictures(0)
+    other = [*(flipped(frame, 4) for frame in frames[:3]), *pictures(1)[3:]]
+    clips = [shown("a", frames), shown("b", other)]
+    reasons = judge_clips(clips, only(max_duplicate_distance=distance), seed=0).reasons
+    assert reasons.count(None) == number
+
+
+def test_unrelated_clips_change_nothing_about_duplicates():
+    frames = pictures(0)
+    clips = [shown("a", frames), shown("b", frames), shown("c", pictures(1))]
+    config = only(max_duplicate_distance=8)
+    before = judge_clips(clips, config, seed=0).reasons
+    more = [shown(f"0{k}", pictures(10 + k), info={"width_px": 512}) for k in range(20)]
+    assert judge_clips([*more, *clips], config, seed=0).reasons[20:] == before
+    assert before == [None, RejectReason.NEAR_DUPLICATE, None]
+
+
+def test_a_rejected_clip_takes_no_place():
+    """The better copy misses a limit, so the other one is kept."""
+    frames = pictures(0)
+    clips = [
+        shown("a", frames, info={"width_px": 128}, luminance=1.0),
+        shown("b", frames),
+    ]
+    config = only(max_duplicate_distance=4, min_luminance=16.0)
+    assert judge_clips(clips, config, seed=0).reasons == [RejectReason.TOO_DARK, None]
+
+
+# --- the split
+
+
+def test_sources_that_show_the_same_are_held_out_together():
+    names = [f"{k:064x}" for k in range(60)]
+    clips = [shown(f"{k:02}", pictures(k), source=name) for k, name in enumerate(names)]
+    apart = judge_clips(clips, only(validation_fraction=0.3), seed=0)
+    place = apart.splits.index("validation")
+    other = apart.splits.index("train")
+    # a copy of a clip that is held out, in a source for training
+    copy = shown("copy", pictures(place), source=names[other])
+    config = only(validation_fraction=0.3, max_duplicate_distance=4)
+    joined = judge_clips([*clips, copy], config, seed=0)
+    assert joined.reasons[-1] == RejectReason.NEAR_DUPLICATE
+    assert joined.splits[place] == joined.splits[other] == "train"
+    assert joined.splits[-1] is None
+    unchanged = [k for k in range(60) if k != place]
+    assert [joined.splits[k] for k in unchanged] == [apart.splits[k] for k in unchanged]
+
+
+def groups_of(*names):
+    return [{name} for name in names]
+
+
+def test_validation_is_about_its_share():
+    groups = groups_of(*(f"source{index}" for index in range(2000)))
+    for seed in range(5):
+        chosen = choose_validation_sources(groups, 0.2, seed=seed)
+        assert 0.17 < len(chosen) / 2000 < 0.23
+    again = choose_validation_sources(groups[::-1], 0.2, seed=1)
+    assert choose_validation_sources(groups, 0.2, seed=1) == again
+    assert again != choose_validation_sources(groups, 0.2, seed=2)
 
 
 def test_small_sets():
-    assert choose_validation_sources({"a": 5}, 0.5, seed=0) == frozenset()
-    assert choose_validation_sources({"a": 5, "b": 3}, 0.1, seed=0) == {"b"}
-    assert choose_validation_sources({"a": 5, "b": 3}, 0.0, seed=0) == frozenset()
-    assert len(choose_validation_sources({"a": 1, "b": 1, "c": 1}, 1.0, seed=0)) == 2
+    assert choose_validation_sources(groups_of("a"), 0.5, seed=0) == frozenset()
+    assert choose_validation_sources(groups_of("a", "b"), 0.0, seed=0) == frozenset()
+    assert choose_validation_sources([{"a", "b"}], 0.5, seed=0) == frozenset()
+    assert len(choose_validation_sources(groups_of("a", "b"), 1e-9, seed=0)) == 1
+    assert len(choose_validation_sources(groups_of("a", "b", "c"), 1.0, seed=0)) == 2
