@@ -135,7 +135,8 @@ class Trainer:
             `train/tokens_per_s` and `train/samples_seen` over all ranks.
 
         Raises:
-            NonFiniteLossError: On a NaN or infinite loss or gradient, before the update.
+            NonFiniteLossError: On a NaN or infinite loss or gradient on any rank, on all of them
+                and before the update: nothing has changed, the next step can be done.
             ConfigError: If the batch cannot be divided evenly among the ranks.
         """
         started = time.perf_counter()
