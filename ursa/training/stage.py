@@ -261,21 +261,8 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
         return load_text_tokenizer(folder)
 
 
-def initial_model(request: StageRequest) -> UrsaTransformer:
-    """Return the network with the weights that a stage begins with.
-
-    Args:
-        request: The stage.
-
-    Returns:
-        The network on the CPU, in float32.
-
-    Raises:
-        CheckpointError: If the checkpoint to start from is damaged or of another model.
-        ConfigError: If a tokenizer or the directory to start from is missing or does not fit.
-        StorageError: If the store refuses or does not answer.
-    """
-    codes, _ = load_codes(request.visual_tokenizer)
+def _initial_model(request: StageRequest, codes: Tensor) -> UrsaTransformer:
+    """Return the network with the weights that a stage begins with."""
     model = build_transformer(transformer_config(request), seed=request.config.seed, codebook=codes)
     if request.init_from is not None:
         # a stage starts from the average of the one before: less noise than the last weights
@@ -286,12 +273,13 @@ def initial_model(request: StageRequest) -> UrsaTransformer:
 def _build_trainer(request: StageRequest, group: Group) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
     codes, levels = load_codes(request.visual_tokenizer)
+    path = path_over(request, codes, levels)
     return Trainer(
         stage=request.stage,
         config=stage,
         seed=request.config.seed,
-        model=initial_model(request),
-        path=path_over(request, codes, levels),
+        model=_initial_model(request, codes),
+        path=path,
         text_tokenizer=load_text(request.text_tokenizer),
         samples=TokenSamples(request.datasets.get(stage.modality, "train")),
         max_prompt_length=request.config.text_tokenizer.max_prompt_length,
@@ -441,7 +429,7 @@ class _StageRun:
         marker = self._take(self._find(lambda step: step <= min(trouble) and step % every == 0))
         if marker is None:
             trainer = self.trainer
-            fresh = initial_model(self.request)
+            fresh = _initial_model(self.request, load_codes(self.request.visual_tokenizer)[0])
             average = build_average(fresh, trainer.config)
             state = training_state(fresh, average, build_optimizer(fresh, trainer.config))
             restore_state(state, trainer.model, trainer.average, trainer.optimizer)
