@@ -39,6 +39,7 @@ from ursa.training.distributed import Group, current_group
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.optim import build_average, build_optimizer
 from ursa.training.schedule import load_codes, path_over
+from ursa.training.start import load_start
 from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
 
 logger = logging.getLogger(__name__)
@@ -62,18 +63,20 @@ def stage_fingerprint(request: StageRequest) -> str:
         sha256, 64 hexadecimal digits.
     """
     config = request.config
+    stage: StageConfig = getattr(config.stages, request.stage)
     return fingerprint(
         SCHEMA_VERSION,
         request.stage,
         config.seed,
-        getattr(config.stages, request.stage),
+        stage,
         config.model,
         config.path,
         config.text_tokenizer,
         request.datasets.fingerprint,
         request.visual_tokenizer.fingerprint,
         request.text_tokenizer.fingerprint,
-        request.init_from.fingerprint if request.init_from else None,
+        # with a start of its own the stage before decides nothing
+        request.init_from.fingerprint if request.init_from and not stage.init_from else None,
     )
 
 
@@ -156,7 +159,7 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
         metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
         loss_curve=curve,
         fingerprint=stage_fingerprint(request),
-        parent_uri=request.init_from.uri if request.init_from else None,
+        parent_uri=config.init_from or (request.init_from.uri if request.init_from else None),
     )
     return group.from_main(lambda: storage.commit_record(_manifest_uri(request), result))
 
@@ -263,7 +266,11 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
 
 def _initial_model(request: StageRequest, codes: Tensor) -> UrsaTransformer:
     """Return the network with the weights that a stage begins with."""
-    model = build_transformer(transformer_config(request), seed=request.config.seed, codebook=codes)
+    stage: StageConfig = getattr(request.config.stages, request.stage)
+    config = transformer_config(request)
+    if stage.init_from is not None:
+        return load_start(stage.init_from, request, config, codes)
+    model = build_transformer(config, seed=request.config.seed, codebook=codes)
     if request.init_from is not None:
         # a stage starts from the average of the one before: less noise than the last weights
         _take_average(model, request.init_from)
