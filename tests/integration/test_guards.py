@@ -97,7 +97,7 @@ def test_three_skipped_steps_go_back_and_resume_equal(run, ranks):
         assert skipped(request).taken_back == (3, 8)
 
     # a checkpoint that SIGTERM has made does not change what the stage goes back to
-    stop = {"kind": "term_forward", "number": 6, "rank": 0}
+    stop = {"kind": "term_forward", "number": 4, "rank": 0}
     outcome, _, _ = run("stopped", *faults, stop, ranks=ranks)
     assert outcome.exits == [143] * ranks, outcome.output
     outcome, request, log = run("stopped", *faults, ranks=ranks)
