@@ -72,7 +72,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(run, kind, ranks, ran
     assert find_stage(other).metrics["train/skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_three_skipped_steps_go_back_and_resume_equal(run, ranks):
     """Back to the checkpoint of step 3: 4 is the first of three skipped ones."""
     faults = [spoil("nan_grad", 4, 6, 7, rank=ranks - 1)]
@@ -133,6 +133,7 @@ def test_spoilt_weights_are_replaced_at_once(run, kind, ranks, rank):
     end = 5 if kind == "nan_weight" else 6
     assert skipped(request).taken_back == (3, end)
     assert skipped(request).steps == ((4,) if kind == "nan_weight" else ())
+    assert find_stage(request).metrics["train/skipped_steps"] == end - 3
 
 
 def test_weights_of_before_the_first_checkpoint_are_those_of_the_start(run):

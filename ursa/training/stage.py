@@ -121,9 +121,15 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     done = group.from_main(lambda: find_stage(request))
     if done is not None:
         return done
-    config: StageConfig = getattr(request.config.stages, request.stage)
-    run = _StageRun(request, _build_trainer(request, group))
-    validation = _Validation(request, run.trainer)
+    return _train(request, _build_trainer(request, group), group, on_metrics)
+
+
+def _train(
+    request: StageRequest, trainer: Trainer, group: Group, on_metrics: OnMetrics | None
+) -> CheckpointRef:
+    config = trainer.config
+    run = _StageRun(request, trainer)
+    validation = _Validation(request, trainer)
     metrics: dict[str, float] = {}
     try:
         first, metrics = run.resume()
@@ -134,6 +140,7 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
                 due = run.went_back or stop or _is_due(count, config.checkpoint_every, config)
                 if due:
                     run.check_weights(count)
+                metrics["train/skipped_steps"] = float(run.skipped.number())
                 if group.is_main:
                     validated = _is_due(count, config.validate_every, config)
                     if validated:
@@ -339,7 +346,7 @@ class _StageRun:
         return marker.step, dict(marker.metrics)
 
     def step(self, step: int) -> dict[str, float]:
-        """Do one step, or skip it; go back when too many were skipped."""
+        """Do one step, or skip it, which gives no metrics; go back when too many were skipped."""
         self._writer.check()
         self.went_back = False
         try:
@@ -352,7 +359,7 @@ class _StageRun:
             spoilt = self.group.any(bool(not_finite(self._state())))
             if spoilt or len(self.skipped.recent(step + 1)) >= MAX_SKIPPED:
                 self._go_back(step + 1)
-        return metrics | {"train/skipped_steps": float(self.skipped.number())}
+        return metrics
 
     def check_weights(self, count: int) -> None:
         """Go back if anything that a checkpoint holds is not finite, on any rank."""
