@@ -13,6 +13,7 @@ from ursa.training.checkpoint import (
     CheckpointWriter,
     latest_checkpoint,
     load_checkpoint,
+    not_finite,
     save_checkpoint,
 )
 
@@ -97,6 +98,17 @@ def test_what_is_not_finite_is_never_written(tmp_path, value):
     with pytest.raises(NonFiniteLossError, match=r"1 tensors are not finite \(weight\)"):
         save(str(tmp_path), 2, value=value)
     assert files(tmp_path) == before
+
+
+def test_large_numbers_are_finite_and_one_bad_one_is_found():
+    state = {
+        "large": torch.full((8,), 3e38),
+        "both": torch.tensor([torch.inf, -torch.inf, 1.0]),
+        "nan": torch.tensor([0.0, torch.nan]),
+        "count": torch.tensor(3),
+        "half": torch.full((100,), 60000.0, dtype=torch.float16),
+    }
+    assert not_finite(state) == ["both", "nan"]
 
 
 def test_only_the_newest_are_kept(tmp_path):
