@@ -15,7 +15,7 @@ from tasks.context import (
 from tasks.options import ConfigOverrides
 from tasks.training import fit_schedule, stage_request, train_stage
 from ursa.artifacts import CheckpointRef
-from ursa.config import STAGES, Preset
+from ursa.config import Preset
 
 
 @flow(name="ursa-staged-training", flow_run_name="training {preset}")
@@ -27,6 +27,8 @@ def staged_training(
     prepared: PreparedData | None = None,
 ) -> TrainedModel:
     """Train on images, then on videos, then with one time a frame.
+
+    Stages before one that has a start of its own (`init_from`) are left out.
 
     Args:
         source_uri: Directory, `s3://` prefix, manifest or tar file with videos (docs/sources.md).
@@ -49,7 +51,7 @@ def staged_training(
             prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
         fit_schedule(run, prepared)
         checkpoint: CheckpointRef | None = None
-        for stage in STAGES:
+        for stage in run.config.stages.needed():
             request = stage_request(run, prepared, stage, checkpoint)
             checkpoint = train_stage(run, request)
         assert checkpoint is not None

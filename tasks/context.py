@@ -30,7 +30,15 @@ from ursa.artifacts import (
     TokenDatasets,
     TokenizerRef,
 )
-from ursa.config import FrozenModel, Preset, RunConfig, fingerprint, load_config
+from ursa.config import (
+    STAGES,
+    FrozenModel,
+    Preset,
+    RunConfig,
+    StageConfig,
+    fingerprint,
+    load_config,
+)
 from ursa.errors import UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.video.selection import check_rules
@@ -121,6 +129,32 @@ def _code_fingerprint() -> str:
     )
 
 
+def with_registered_starts(config: RunConfig, tracking_uri: str) -> RunConfig:
+    """Put directories in the place of registered models that stages start from.
+
+    An alias may move: what the run begins with decides it to its end, and is in its fingerprint.
+
+    Args:
+        config: The configuration as given.
+        tracking_uri: Address of the tracking server.
+
+    Returns:
+        The configuration in which every `init_from` is a directory.
+
+    Raises:
+        ConfigError: If there is no such version.
+        ServiceError: If the server does not answer.
+    """
+    found: dict[str, StageConfig] = {}
+    for name in STAGES:
+        stage: StageConfig = getattr(config.stages, name)
+        if stage.init_from is not None and stage.init_from.startswith(tracking.REGISTRY_SCHEME):
+            directory = tracking.registered_directory(tracking_uri, stage.init_from)
+            found[name] = stage.model_copy(update={"init_from": directory})
+    stages = config.stages.model_copy(update=found)
+    return config.model_copy(update={"stages": stages})
+
+
 @step(run_name="check and start", retries=1)
 def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None) -> RunContext:
     """Check configuration, services, store and source; open the run in the tracking server.
@@ -145,6 +179,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
     check_scorers(config.annotation)
     check_rules(config.selection, score_keys(config.annotation))  # before hours of work
     tracking.check_service(settings.mlflow_tracking_uri)
+    config = with_registered_starts(config, settings.mlflow_tracking_uri)
     uri = absolute_uri(source_uri)
     sources = discover_videos(
         uri,

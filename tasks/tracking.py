@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from ursa import storage
 from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
 from ursa.config import FrozenModel, RunConfig, fingerprint
-from ursa.errors import RegistrationError, ServiceError, UrsaError
+from ursa.errors import ConfigError, RegistrationError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -39,6 +39,7 @@ FLUSH_EVERY_S = 2.0
 CLOSE_LIMIT_S = 30.0
 FLUSH_LIMIT_S = 5.0
 METRICS_PER_BATCH = 500
+REGISTRY_SCHEME = "models:/"
 
 
 class TrackedRun(FrozenModel):
@@ -549,6 +550,51 @@ def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
         ]
         newest = max(found, key=lambda item: int(item.version), default=None)
         return dict(newest.tags) if newest else {}
+
+
+def registered_directory(tracking_uri: str, model_uri: str) -> str:
+    """Return where the model directory of a registered version is.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        model_uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
+
+    Returns:
+        URI of the directory that the version was made from.
+
+    Raises:
+        ConfigError: If there is no such version, or it was not registered by this pipeline.
+        ServiceError: If the server does not answer.
+    """
+    name, _, rest = model_uri.removeprefix(REGISTRY_SCHEME).partition("@")
+    alias: str | None = rest
+    if not rest:
+        (name, _, rest), alias = name.partition("/"), None
+    if not name or not rest:
+        raise ConfigError(
+            f"{model_uri!r} names no version; expected {REGISTRY_SCHEME}<name>@champion or "
+            f"{REGISTRY_SCHEME}<name>/<version>"
+        )
+    with _service(tracking_uri) as client:
+        found = [
+            item
+            for item in client.search_model_versions(f"name = '{name}'")
+            if (
+                rest in _aliases(client, name, item.version) if alias else str(item.version) == rest
+            )
+        ]
+    if not found:
+        raise ConfigError(
+            f"no model {model_uri} in the registry at {tracking_uri}; train and register one "
+            "first, or give a directory"
+        )
+    directory = found[0].tags.get("ursa.model_directory")
+    if directory is None:
+        raise ConfigError(
+            f"{model_uri} has no tag ursa.model_directory: this pipeline did not register it; "
+            "give its directory"
+        )
+    return str(directory)
 
 
 def champion_metrics(

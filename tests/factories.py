@@ -254,10 +254,15 @@ def stage_request(
     output_uri: str,
     *,
     init_from: CheckpointRef | None = None,
+    init_from_uri: str | None = None,
     config: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> StageRequest:
-    """Return a request; `changes` replace values of the stage, `config` those of the run."""
+    """Return a request; `changes` replace values of the stage, `config` those of the run.
+
+    `init_from` is the stage before, `init_from_uri` the value of that name in the configuration.
+    """
+    changes |= {"init_from": init_from_uri}
     values = merged(config or {}, {"stages": {stage: changes}})
     return StageRequest(
         stage=stage,

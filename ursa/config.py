@@ -226,7 +226,7 @@ class SimilarityConfig(ModelFilesConfig):
 
 
 class AestheticConfig(ModelFilesConfig):
-    """Scores `rating`, `least_rating`: a head over the image embedding of a CLIP or SigLIP model."""
+    """Scores `rating`, `least_rating`: a head over CLIP or SigLIP embeddings of frames."""
 
     kind: Literal["aesthetic"]
     head: str = Field(min_length=1, description="safetensors file of the head, docs/annotation.md")
@@ -498,6 +498,10 @@ class PathConfig(ConfigSection):
 class StageConfig(ConfigSection):
     """One training stage; the three stages differ only in these values."""
 
+    init_from: str | None = Field(
+        description="directory of a model or of a Qwen3 language model to start from, which nobody "
+        "changes; None starts from the stage before, the first from random weights"
+    )
     modality: Literal["image", "video"]
     timesteps: Literal["synchronous", "per_frame"] = Field(
         description="one t a sample, or one t a latent frame (asynchronous)"
@@ -558,6 +562,11 @@ class StagesConfig(ConfigSection):
     image_pretrain: StageConfig
     video_pretrain: StageConfig
     async_finetune: StageConfig
+
+    def needed(self) -> tuple[StageName, ...]:
+        """Return the stages that decide the result: none before one with a start of its own."""
+        starts = [i for i, name in enumerate(STAGES) if getattr(self, name).init_from is not None]
+        return STAGES[max(starts, default=0) :]
 
 
 class SamplingConfig(ConfigSection):

@@ -56,6 +56,10 @@ class TextTokenizer:
         name = str(config.get("tokenizer_class", "PreTrainedTokenizerFast"))
         return "Qwen2TokenizerFast" if name.startswith("Qwen2Tokenizer") else name
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token, special ones too."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, prompts: Sequence[str], *, max_length: int) -> Tensor:
         """Encode prompts to ids, cut at the right and padded at the left.
 

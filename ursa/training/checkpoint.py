@@ -1,14 +1,19 @@
 """Checkpoints that commit: a new folder each time, its marker last, never overwritten.
 
 `<stage_uri>/step-00000100.<nonce>/` holds `state.safetensors` and, last, `COMMITTED.json` with the
-sha256 of the state. What has no marker, or a state that does not match it, does not exist.
-Randomness is addressed by (seed, stage, step, sample), so there is no generator state to keep.
+sha256 of the state, after that was read back. What has no marker, or a state that does not match
+it, does not exist. Randomness is addressed by (seed, stage, step, sample), so there is no generator
+state to keep.
 """
 
+import contextlib
 import logging
 import re
 import secrets
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +23,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from ursa import storage
 from ursa.config import FrozenModel
-from ursa.errors import CheckpointError, ManifestError, NonFiniteLossError
+from ursa.errors import CheckpointError, ManifestError, NonFiniteLossError, StorageError
+from ursa.training.guard import SkippedSteps
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.safetensors"
 MARKER_FILE = "COMMITTED.json"
+SAVE_LIMIT_S = 1800.0
 _FOLDER = re.compile(r"/(step-(\d{8})\.[0-9a-f]+)/" + re.escape(MARKER_FILE) + "$")
 
 
@@ -35,6 +42,7 @@ class CheckpointMarker(FrozenModel):
     state_sha256: str
     fingerprint: str
     metrics: dict[str, float]
+    skipped: SkippedSteps = SkippedSteps()
 
 
 def training_state(
@@ -89,6 +97,20 @@ def restore_state(
         }
 
 
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity.
+
+    Args:
+        state: Named tensors.
+    """
+    # a sum is much faster and finite for nearly all that is; it may only overflow
+    return [
+        name
+        for name, value in state.items()
+        if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all())
+    ]
+
+
 def save_checkpoint(
     state: dict[str, Tensor],
     stage_uri: str,
@@ -96,10 +118,11 @@ def save_checkpoint(
     step: int,
     num_samples_seen: int,
     fingerprint: str,
-    keep: int,
+    keep: int | None,
     metrics: Mapping[str, float] | None = None,
+    skipped: SkippedSteps | None = None,
 ) -> str:
-    """Write a checkpoint, commit it, then remove older ones beyond `keep`.
+    """Write a checkpoint, read it back, commit it, then remove older ones beyond `keep`.
 
     Args:
         state: Named tensors of `training_state`.
@@ -107,39 +130,135 @@ def save_checkpoint(
         step: Steps done.
         num_samples_seen: Samples of these steps over all workers.
         fingerprint: What decides the run; a checkpoint with another one is not resumed.
-        keep: Number of checkpoints left, at least 1.
+        keep: Number of checkpoints left, at least 1; None removes none.
         metrics: Those of the last step, kept in the marker.
+        skipped: Steps that left no trace, kept in the marker.
 
     Returns:
         URI of the new folder.
 
     Raises:
         NonFiniteLossError: If a tensor holds NaN or infinity; nothing is written.
+        CheckpointError: If the store gives back other bytes than it was given; no older one is
+            removed.
         StorageError: If the store refuses or does not answer.
     """
-    bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+    bad = not_finite(state)
     if bad:
         raise NonFiniteLossError(
             f"step {step}: {len(bad)} tensors are not finite ({', '.join(bad[:3])}); the last "
             "good checkpoint is kept; lower the learning rate"
         )
     folder_uri = storage.join(stage_uri, f"step-{step:08d}.{secrets.token_hex(4)}")
+    state_uri = storage.join(folder_uri, STATE_FILE)
     with storage.scratch_directory("checkpoint") as folder:
         path = folder / STATE_FILE
         save_file(state, path)
-        storage.upload_file(path, storage.join(folder_uri, STATE_FILE))
-        marker = CheckpointMarker(
-            step=step,
-            num_samples_seen=num_samples_seen,
-            state_sha256=storage.sha256_file(path),
-            fingerprint=fingerprint,
-            metrics=dict(metrics or {}),
+        digest = storage.sha256_file(path)
+        storage.upload_file(path, state_uri)
+    with storage.local_copy(state_uri) as path:
+        found = storage.sha256_file(path)
+    if found != digest:
+        raise CheckpointError(
+            f"{state_uri} was written and read back with other bytes; older checkpoints are kept; "
+            "check the store, then run again"
         )
+    marker = CheckpointMarker(
+        step=step,
+        num_samples_seen=num_samples_seen,
+        state_sha256=digest,
+        fingerprint=fingerprint,
+        metrics=dict(metrics or {}),
+        skipped=skipped or SkippedSteps(),
+    )
     storage.commit_record(storage.join(folder_uri, MARKER_FILE), marker)
-    for old, old_step in _committed(stage_uri)[keep:]:
+    for old, old_step in _committed(stage_uri)[keep:] if keep is not None else []:
         if old_step < step:  # never one that another writer has just made of the same step
+            # its marker first: half a checkpoint must not look committed
+            with contextlib.suppress(FileNotFoundError):  # another writer was faster
+                storage.remove_file(storage.join(old, MARKER_FILE))
             storage.remove_directory(old)
     return folder_uri
+
+
+class CheckpointWriter:
+    """Runs `save_checkpoint` in the background, one at a time.
+
+    What fails is raised by the next call, in the thread that trains: nothing fails in silence.
+    """
+
+    def __init__(self, *, limit_s: float = SAVE_LIMIT_S) -> None:
+        """Nothing is written yet.
+
+        Args:
+            limit_s: A save that takes longer is an error, seconds.
+        """
+        self._limit_s = limit_s
+        self._began_s = 0.0
+        self._what = ""
+        self._running: Future[str] | None = None
+        self._uri = ""
+
+    def submit(self, save: Callable[[], str], what: str) -> None:
+        """Begin a save, after the one before has ended.
+
+        Args:
+            save: Returns the URI of the new checkpoint; what it reads must not change meanwhile.
+            what: Names it in errors.
+
+        Raises:
+            UrsaError: What the save before raised.
+            StorageError: If it took longer than the limit.
+        """
+        self.wait()
+        self._began_s, self._what, self._running = time.monotonic(), what, Future()
+        # a daemon: a store that hangs must not keep the process from ending
+        threading.Thread(
+            target=_run, args=(save, self._running), name="checkpoint", daemon=True
+        ).start()
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far; does not wait.
+
+        Raises:
+            UrsaError: What the save raised.
+            StorageError: If it has taken longer than the limit.
+        """
+        if self._running is not None and (
+            self._running.done() or time.monotonic() - self._began_s > self._limit_s
+        ):
+            self.wait()
+
+    def wait(self) -> str:
+        """Wait for the save in flight.
+
+        Returns:
+            URI of the last checkpoint; "" if there was none.
+
+        Raises:
+            UrsaError: What the save raised.
+            StorageError: If it takes longer than the limit.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            left_s = self._limit_s - (time.monotonic() - self._began_s)
+            try:
+                self._uri = running.result(timeout=max(0.0, left_s))
+            except TimeoutError as error:
+                if running.done():
+                    raise
+                raise StorageError(
+                    f"{self._what} was not written within {self._limit_s:g} s; check the store, "
+                    "then run again: the stage goes on from the checkpoint before"
+                ) from error
+        return self._uri
+
+
+def _run(save: Callable[[], str], outcome: "Future[str]") -> None:
+    try:
+        outcome.set_result(save())
+    except BaseException as error:  # noqa: BLE001  (raised by the next call of the writer)
+        outcome.set_exception(error)
 
 
 def load_checkpoint(folder_uri: str) -> tuple[CheckpointMarker, dict[str, Tensor]]:
@@ -174,13 +293,14 @@ def load_checkpoint(folder_uri: str) -> tuple[CheckpointMarker, dict[str, Tensor
 
 
 def latest_checkpoint(
-    stage_uri: str, *, fingerprint: str
+    stage_uri: str, *, fingerprint: str, wanted: Callable[[int], bool] = lambda _step: True
 ) -> tuple[str, CheckpointMarker, dict[str, Tensor]] | None:
     """Find the newest checkpoint of a stage that is whole; damaged ones are passed over.
 
     Args:
         stage_uri: Where the checkpoints of the stage are.
         fingerprint: What decides the run; checkpoints with another one are passed over.
+        wanted: Whether a checkpoint of so many steps counts.
 
     Returns:
         URI, marker and named tensors on the CPU; None if there is no such checkpoint.
@@ -188,15 +308,21 @@ def latest_checkpoint(
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    for folder_uri, _ in _committed(stage_uri):
-        try:
-            marker, state = load_checkpoint(folder_uri)
-        except CheckpointError as error:
-            logger.warning("passing over a checkpoint: %s", error)
-            continue
-        if marker.fingerprint == fingerprint:
-            return folder_uri, marker, state
-    return None
+    seen: set[str] = set()
+    while True:
+        new = [uri for uri, step in _committed(stage_uri) if uri not in seen and wanted(step)]
+        if not new:
+            return None
+        for folder_uri in new:
+            try:
+                marker, state = load_checkpoint(folder_uri)
+            except CheckpointError as error:
+                logger.warning("passing over a checkpoint: %s", error)
+                continue
+            if marker.fingerprint == fingerprint:
+                return folder_uri, marker, state
+        # a writer may have removed all of the list after it had committed a newer one
+        seen.update(new)
 
 
 def _committed(stage_uri: str) -> list[tuple[str, int]]:

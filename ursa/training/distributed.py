@@ -3,13 +3,17 @@
 The launcher (Ray Train or `stage.launch_local`) makes the group; without one a process is alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ursa.errors import ConfigError
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,30 @@ class Group:
             gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
         ):
             gradient.copy_(part.view_as(gradient))
+
+    def any(self, flag: bool) -> bool:  # noqa: FBT001  (the only argument)
+        """Return whether it holds on any rank; all ranks call this.
+
+        Args:
+            flag: Whether it holds here.
+        """
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(float(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def from_main(self, find: Callable[[], Found]) -> Found:
+        """Return what rank 0 finds, so that all go by the same; all ranks call this.
+
+        Args:
+            find: Called on rank 0 alone; the result must pickle.
+        """
+        if self.world_size == 1:
+            return find()
+        box = [find() if self.is_main else None]
+        dist.broadcast_object_list(box)
+        return box[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -1,18 +1,20 @@
 """One training stage as a step: from token data sets and a parent to a committed checkpoint."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from ursa import storage
@@ -21,18 +23,24 @@ from ursa.config import StageConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
 from ursa.data.mixed_loader import MixedLoader, plan_parts
-from ursa.errors import CheckpointError, TrainingError
+from ursa.errors import CheckpointError, NonFiniteLossError, TrainingError, UrsaError
 from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
 from ursa.training.checkpoint import (
+    CheckpointMarker,
+    CheckpointWriter,
     latest_checkpoint,
     load_checkpoint,
+    not_finite,
     restore_state,
     save_checkpoint,
     training_state,
 )
 from ursa.training.distributed import Group, current_group
+from ursa.training.guard import MAX_SKIPPED, SkippedSteps
+from ursa.training.optim import build_average, build_optimizer
 from ursa.training.schedule import load_codes, path_over
+from ursa.training.start import load_start
 from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,10 @@ logger = logging.getLogger(__name__)
 _VALIDATION_SAMPLES = 32
 _CURVE_TIMES = (*(i / 10 for i in range(10)), 0.95, 0.98, 0.99, 0.995, 0.999)
 """Close where the loss falls most, up to the end of what training draws."""
+_TERMINATED = 143
+"""Exit status after SIGTERM."""
+_GRACE_S = 25.0
+"""How long the other workers have to end by themselves when one has failed."""
 
 
 def stage_fingerprint(request: StageRequest) -> str:
@@ -52,18 +64,20 @@ def stage_fingerprint(request: StageRequest) -> str:
         sha256, 64 hexadecimal digits.
     """
     config = request.config
+    stage: StageConfig = getattr(config.stages, request.stage)
     return fingerprint(
         SCHEMA_VERSION,
         request.stage,
         config.seed,
-        getattr(config.stages, request.stage),
+        stage,
         config.model,
         config.path,
         config.text_tokenizer,
         request.datasets.fingerprint,
         request.visual_tokenizer.fingerprint,
         request.text_tokenizer.fingerprint,
-        request.init_from.fingerprint if request.init_from else None,
+        # with a start of its own the stage before decides nothing
+        request.init_from.fingerprint if request.init_from and not stage.init_from else None,
     )
 
 
@@ -85,7 +99,10 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
 
     Every rank of an initialised process group calls it with the same request. It goes on from the
     newest whole checkpoint of the same stage and is then equal to an uninterrupted run to the bit.
-    SIGTERM saves a checkpoint and ends the process with status 143.
+    SIGTERM on any rank saves a checkpoint and ends all of them with status 143. Checkpoints are
+    written in the background; a save that fails is raised at the next step, the last one is waited
+    for. A step whose loss or gradient is not finite on any rank is skipped on all; see
+    `ursa.training.guard` for when the stage goes back.
 
     Args:
         request: Everything that decides the stage.
@@ -95,13 +112,14 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
         The committed checkpoint; its metrics are those of the last step.
 
     Raises:
-        TrainingError: If the loss is not finite, there is no data, or a checkpoint is damaged.
+        TrainingError: If the loss is not finite again after the stage went back, there is no data,
+            or a checkpoint is damaged.
         ConfigError: If the batch cannot be divided evenly among the ranks.
         StorageError: If the store refuses or does not answer.
         SystemExit: With status 143, after SIGTERM.
     """
     group = current_group()
-    done = find_stage(request)
+    done = group.from_main(lambda: find_stage(request))
     if done is not None:
         return done
     with contextlib.closing(_build_trainer(request, group)) as trainer:
@@ -112,33 +130,36 @@ def _train(
     request: StageRequest, trainer: Trainer, group: Group, on_metrics: OnMetrics | None
 ) -> CheckpointRef:
     config = trainer.config
-    resumed = latest_checkpoint(_stage_uri(request), fingerprint=stage_fingerprint(request))
-    first = 0
-    metrics: dict[str, float] = {}
-    if resumed is not None:
-        _, marker, state = resumed
-        restore_state(state, trainer.model, trainer.average, trainer.optimizer)
-        first, metrics = marker.step, marker.metrics
-        logger.info("stage %s goes on from step %d", request.stage, first)
-    uri = resumed[0] if resumed is not None else ""
+    run = _StageRun(request, trainer)
     validation = _Validation(request, trainer)
-    with _Termination() as termination:
-        for step in range(first, config.max_steps):
-            metrics = trainer.step(step)
-            if group.is_main:
-                count = step + 1
-                validated = _is_due(count, config.validate_every, config)
-                if validated:
-                    metrics |= validation.measure()
-                logged = validated or step == 0 or _is_due(count, config.log_every, config)
-                if on_metrics is not None and logged:
-                    on_metrics(count, metrics)
-                if termination.requested or _is_due(count, config.checkpoint_every, config):
-                    uri = _save(trainer, request, count, metrics)
-            if termination.requested:
-                logger.warning("SIGTERM: saved step %d of stage %s", step + 1, request.stage)
-                raise SystemExit(143)
-    curve = validation.curve() if group.is_main else ()
+    metrics: dict[str, float] = {}
+    try:
+        first, metrics = run.resume()
+        with _Termination() as termination:
+            for step in range(first, config.max_steps):
+                metrics, count = run.step(step), step + 1
+                stop = group.any(termination.requested)
+                due = run.went_back or stop or _is_due(count, config.checkpoint_every, config)
+                if due:
+                    run.check_weights(count)
+                metrics["train/skipped_steps"] = float(run.skipped.number())
+                if group.is_main:
+                    validated = _is_due(count, config.validate_every, config)
+                    if validated:
+                        metrics |= validation.measure()
+                    logged = validated or step == 0 or _is_due(count, config.log_every, config)
+                    if on_metrics is not None and logged:
+                        on_metrics(count, metrics)
+                    if due:
+                        run.save(count, metrics)
+                if stop:
+                    run.finish()
+                    logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
+                    raise SystemExit(_TERMINATED)
+        curve = validation.curve() if group.is_main else ()
+        uri = run.finish()
+    finally:
+        run.close()
     result = CheckpointRef(
         uri=uri,
         stage=request.stage,
@@ -147,12 +168,9 @@ def _train(
         metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
         loss_curve=curve,
         fingerprint=stage_fingerprint(request),
-        parent_uri=request.init_from.uri if request.init_from else None,
+        parent_uri=config.init_from or (request.init_from.uri if request.init_from else None),
     )
-    if group.is_main:
-        result = storage.commit_record(_manifest_uri(request), result)
-    group.barrier()
-    return result
+    return group.from_main(lambda: storage.commit_record(_manifest_uri(request), result))
 
 
 def launch_local(
@@ -170,16 +188,24 @@ def launch_local(
 
     Raises:
         TrainingError: If a worker failed.
+        SystemExit: With status 143, after SIGTERM to this process, which the workers get too, or to
+            one of the workers.
     """
     if num_workers == 1:
         return train_stage(request, on_metrics=on_metrics)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    try:
-        spawn(_local_worker, (num_workers, port, request, on_metrics), nprocs=num_workers)
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        raise TrainingError(f"a training worker failed: {error}") from error
+    arguments = (num_workers, port, request, on_metrics)
+    workers = spawn(_local_worker, arguments, nprocs=num_workers, join=False)
+    with _Termination(workers.pids()) as termination:
+        try:
+            while not workers.join(grace_period=_GRACE_S):
+                pass
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            if termination.requested or getattr(error, "exit_code", 0) == _TERMINATED:
+                raise SystemExit(_TERMINATED) from error
+            raise TrainingError(f"a training worker failed: {error}") from error
     result = find_stage(request)
     if result is None:
         raise TrainingError(f"stage {request.stage} ended without a committed checkpoint")
@@ -247,19 +273,28 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
         return load_text_tokenizer(folder)
 
 
+def _initial_model(request: StageRequest, codes: Tensor) -> UrsaTransformer:
+    """Return the network with the weights that a stage begins with."""
+    stage: StageConfig = getattr(request.config.stages, request.stage)
+    config = transformer_config(request)
+    if stage.init_from is not None:
+        return load_start(stage.init_from, request, config, codes)
+    model = build_transformer(config, seed=request.config.seed, codebook=codes)
+    if request.init_from is not None:
+        # a stage starts from the average of the one before: less noise than the last weights
+        _take_average(model, request.init_from)
+    return model
+
+
 def _build_trainer(request: StageRequest, group: Group) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
     codes, levels = load_codes(request.visual_tokenizer)
     path = path_over(request, codes, levels)
-    model = build_transformer(transformer_config(request), seed=request.config.seed, codebook=codes)
-    if request.init_from is not None:
-        # a stage starts from the average of the one before: less noise than the last weights
-        _take_average(model, request.init_from)
     return Trainer(
         stage=request.stage,
         config=stage,
         seed=request.config.seed,
-        model=model,
+        model=_initial_model(request, codes),
         path=path,
         text_tokenizer=load_text(request.text_tokenizer),
         loader=stage_loader(request),
@@ -310,16 +345,150 @@ def _is_due(count: int, every: int, config: StageConfig) -> bool:
     return count % every == 0 or count == config.max_steps
 
 
-def _save(trainer: Trainer, request: StageRequest, count: int, metrics: Mapping[str, float]) -> str:
-    return save_checkpoint(
-        training_state(trainer.model, trainer.average, trainer.optimizer),
-        _stage_uri(request),
-        step=count,
-        num_samples_seen=trainer.loader.samples_seen(count),
-        fingerprint=stage_fingerprint(request),
-        keep=trainer.config.keep_checkpoints,
-        metrics=metrics,
-    )
+class _StageRun:
+    """A stage under way: its checkpoints, and what is done when numbers are not finite.
+
+    All ranks call the same methods, but for `save`, in the same order, and decide alike.
+    """
+
+    def __init__(self, request: StageRequest, trainer: Trainer) -> None:
+        self.request = request
+        self.trainer = trainer
+        self.group = trainer.group
+        self.skipped = SkippedSteps()
+        self.went_back = False
+        self._fingerprint = stage_fingerprint(request)
+        self._stage_uri = _stage_uri(request)
+        self._resumed_uri = ""
+        self._writer = CheckpointWriter()
+
+    def resume(self) -> tuple[int, dict[str, float]]:
+        """Take over the newest checkpoint; return the steps done and the metrics of the last."""
+        marker = self._take(self._find())
+        if marker is None:
+            return 0, {}
+        self.skipped = marker.skipped
+        logger.info("stage %s goes on from step %d", self.request.stage, marker.step)
+        return marker.step, dict(marker.metrics)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do one step, or skip it, which gives no metrics; go back when too many were skipped."""
+        self._writer.check()
+        self.went_back = False
+        try:
+            metrics = self.trainer.step(step)
+        except NonFiniteLossError as error:
+            metrics = {}
+            self.skipped = self.skipped.with_step(step)
+            logger.warning("skipped: %s", error)
+            # nothing is gained by more steps with weights that are not finite
+            spoilt = self.group.any(bool(not_finite(self._state())))
+            if spoilt or len(self.skipped.recent(step + 1)) >= MAX_SKIPPED:
+                self._go_back(step + 1)
+        return metrics
+
+    def check_weights(self, count: int) -> None:
+        """Go back if anything that a checkpoint holds is not finite, on any rank."""
+        bad = not_finite(self._state())
+        if bad:
+            logger.warning("after step %d not finite: %s", count, ", ".join(bad[:3]))
+        if self.group.any(bool(bad)):
+            self._go_back(count)
+
+    def save(self, count: int, metrics: Mapping[str, float]) -> None:
+        """Begin to write a checkpoint from a copy; rank 0 alone."""
+        config = self.trainer.config
+        # what may yet be needed to go back is kept: beside a skipped step nothing is removed, nor
+        # for a checkpoint that only SIGTERM or going back has made
+        regular = _is_due(count, config.checkpoint_every, config) and not self.went_back
+        calm = not self.skipped.recent(count)
+        save = functools.partial(
+            save_checkpoint,
+            {name: value.to("cpu", copy=True) for name, value in self._state().items()},
+            self._stage_uri,
+            step=count,
+            num_samples_seen=self.trainer.loader.samples_seen(count),
+            fingerprint=self._fingerprint,
+            keep=config.keep_checkpoints if regular and calm else None,
+            metrics=metrics,
+            skipped=self.skipped,
+        )
+        self._writer.submit(save, f"the checkpoint of step {count} at {self._stage_uri}")
+
+    def finish(self) -> str:
+        """Wait until the last checkpoint is committed; return its URI (rank 0) on all ranks."""
+        uri = self._writer.wait() or self._resumed_uri
+        self.group.barrier()
+        return uri
+
+    def close(self) -> None:
+        """Let the save in flight end, whatever has happened; what it raises is logged."""
+        try:
+            self._writer.wait()
+        except UrsaError as error:
+            logger.error("%s", error)
+
+    def _state(self) -> dict[str, Tensor]:
+        trainer = self.trainer
+        return training_state(trainer.model, trainer.average, trainer.optimizer)
+
+    def _find(self, wanted: Callable[[int], bool] = lambda _step: True) -> str:
+        """Return the URI of the newest whole checkpoint that rank 0 sees, or ""."""
+
+        def find() -> str:
+            found = latest_checkpoint(self._stage_uri, fingerprint=self._fingerprint, wanted=wanted)
+            return found[0] if found is not None else ""
+
+        return self.group.from_main(find)
+
+    def _take(self, uri: str) -> CheckpointMarker | None:
+        """Take over a checkpoint; without one nothing changes."""
+        if not uri:
+            return None
+        marker, state = load_checkpoint(uri)
+        trainer = self.trainer
+        restore_state(state, trainer.model, trainer.average, trainer.optimizer)
+        self._resumed_uri = uri
+        return marker
+
+    def _go_back(self, count: int) -> None:
+        """Take the weights of before the trouble and leave out the steps since; once a stage."""
+        stage, rate = self.request.stage, self.trainer.config.learning_rate
+        trouble = (*self.skipped.recent(count), count - 1)
+        if self.skipped.taken_back is not None:
+            begin, end = self.skipped.taken_back
+            raise NonFiniteLossError(
+                f"stage {stage}: loss, gradient or weights are not finite again at steps "
+                f"{_listed(trouble)}, after steps {begin} to {end - 1} were taken back; the last "
+                f"good checkpoint is kept at {self._stage_uri}; lower stages.{stage}.learning_rate "
+                f"{rate:g}, raise its warmup_steps, or look at the samples of these steps"
+            )
+        self._writer.wait()
+        every = self.trainer.config.checkpoint_every
+        # regular ones alone, so that a run that was interrupted goes back to the same place
+        marker = self._take(self._find(lambda step: step <= min(trouble) and step % every == 0))
+        if marker is None:
+            trainer = self.trainer
+            fresh = _initial_model(self.request, load_codes(self.request.visual_tokenizer)[0])
+            average = build_average(fresh, trainer.config)
+            state = training_state(fresh, average, build_optimizer(fresh, trainer.config))
+            restore_state(state, trainer.model, trainer.average, trainer.optimizer)
+        begin = marker.step if marker is not None else 0
+        self.skipped = self.skipped.model_copy(update={"taken_back": (begin, count)})
+        self.went_back = True
+        logger.warning(
+            "stage %s: not finite at steps %s; goes back to the weights of step %d and leaves out "
+            "steps %d to %d; the next time it stops",
+            stage,
+            _listed(trouble),
+            begin,
+            begin,
+            count - 1,
+        )
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(str(step) for step in sorted(set(steps)))
 
 
 class _Validation:
@@ -338,7 +507,9 @@ class _Validation:
             return {}
         losses = self._losses(self.request.config.evaluation.timesteps)
         named = {f"val/loss_t{t:g}": loss for t, loss in losses.items()}
-        return named | {"val/loss": sum(losses.values()) / len(losses)}
+        named["val/loss"] = sum(losses.values()) / len(losses)
+        # a record holds finite numbers alone
+        return {name: loss for name, loss in named.items() if math.isfinite(loss)}
 
     def curve(self) -> tuple[tuple[float, float], ...]:
         """Return (t, loss): what the entropy clock of a sampler follows."""
@@ -363,10 +534,14 @@ class _Validation:
 
 
 class _Termination:
-    """Notes a SIGTERM so that the loop can save first; the old handler is put back at the end."""
+    """Notes a SIGTERM so that the loop can save first; the old handler is put back at the end.
 
-    def __init__(self) -> None:
+    Processes that are given get it as well.
+    """
+
+    def __init__(self, forward_to: Sequence[int] = ()) -> None:
         self.requested = False
+        self._forward_to = forward_to
         self._previous: Any = None
         self._active = threading.current_thread() is threading.main_thread()
 
@@ -381,6 +556,9 @@ class _Termination:
 
     def _note(self, _signal: int, _frame: FrameType | None) -> None:
         self.requested = True
+        for process in self._forward_to:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
 
 
 def _local_worker(

@@ -143,7 +143,8 @@ class Trainer:
             and `train/samples_seen` over all ranks.
 
         Raises:
-            NonFiniteLossError: On a NaN or infinite loss or gradient, before the update.
+            NonFiniteLossError: On a NaN or infinite loss or gradient on any rank, on all of them
+                and before the update: nothing has changed, the next step can be done.
             ConfigError: If the batch cannot be divided evenly among the ranks.
             ShardFormatError: If a shard is missing, damaged or of another schema.
             StorageError: If the store refuses or does not answer.

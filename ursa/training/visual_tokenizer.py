@@ -299,6 +299,7 @@ def _descend(
 def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
     """Express the fit in the terms of a training stage, to share schedule and optimizer."""
     return StageConfig(
+        init_from=None,
         modality="video",
         timesteps="synchronous",
         synchronous_fraction=1.0,
