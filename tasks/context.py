@@ -28,7 +28,6 @@ from ursa.artifacts import (
     TokenizerRef,
 )
 from ursa.config import FrozenModel, Preset, RunConfig, fingerprint, load_config
-from ursa.errors import UrsaError
 from ursa.sources.listing import discover_videos
 
 
@@ -174,6 +173,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
             "ursa.source_uri": uri,
             "ursa.source_fingerprint": source_fingerprint,
         },
+        spool_uri=settings.uri("spool"),
     )
     tracking.log_config(run, config)
     announce(
@@ -213,7 +213,6 @@ def run_session(
 
     Raises:
         UrsaError: What `start_run` raises.
-        ServiceError: If the tracking server does not answer when the run is closed.
     """
     if context is not None:
         yield context
@@ -225,8 +224,7 @@ def run_session(
             yield mine
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            with contextlib.suppress(UrsaError):
-                tracking.close_run(mine.run, status)
+            tracking.close_run(mine.run, status)
             raise
         tracking.close_run(mine.run, "FINISHED")
     finally:
