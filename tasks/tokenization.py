@@ -37,7 +37,8 @@ def tokenize_clips(
     )
     datasets = plan.committed
     if datasets is None:
-        with reports.progress("tokenize-progress", "shards", before=len(plan.done)) as advance:
+        before, total = len(plan.done), len(plan.done) + len(plan.todo)
+        with reports.progress("tokenize-progress", "shards", total=total, before=before) as advance:
             new = cluster.map_units(
                 functools.partial(tokenization.ClipTokenizer, visual_tokenizer, config),
                 plan.todo,

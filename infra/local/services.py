@@ -606,10 +606,14 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
         flow_run = request(f"{prefect.url}/api/flow_runs/{run_id}")
     except OSError:
         flow_run = {"state": {"type": "RUNNING"}}
-    if flow_run["state"]["type"] in ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING"):
+    if flow_run["state"]["type"] in ("SCHEDULED", "PENDING", "RUNNING"):
         say("\nFAILED: the services were stopped while the run was under way")
         say("Try: `make run` again (finished work is kept)")
         return 1
+    if flow_run["state"]["type"] in ("CANCELLED", "CANCELLING"):
+        say(f"\nCANCELLED: somebody has cancelled the run; nothing went wrong in it ({page})")
+        say("Try: `make run` again to go on (finished work is kept)")
+        return code or 1
     if flow_run["state"]["type"] != "COMPLETED":
         message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
         message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
@@ -710,7 +714,7 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
         return
     query = {
         "experiment_ids": [experiment],
-        "filter": f"tags.`prefect.flow_run_id` = '{flow_run['id']}'",
+        "filter": f"tags.`prefect.last_flow_run_id` = '{flow_run['id']}'",
     }
     found = request(f"{tracking}/api/2.0/mlflow/runs/search", query).get("runs", [])
     runs = [{t["key"]: t["value"] for t in r["data"]["tags"]} | r["info"] for r in found]
@@ -720,7 +724,7 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
         return
     tags = parents[0]
     name, version = tags.get("ursa.model_name", "?"), tags.get("ursa.model_version", "?")
-    if tags.get("ursa.is_new") == "false":
+    if flow_run["state"]["name"] == "NothingChanged":
         say(f"\nnothing changed: version {version} is up to date")
     say(f"\nPrefect run     {page}")
     view = "?workflowType=machine_learning"  # not the menu for language-model applications
