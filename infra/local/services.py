@@ -606,23 +606,33 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
         flow_run = request(f"{prefect.url}/api/flow_runs/{run_id}")
     except OSError:
         flow_run = {"state": {"type": "RUNNING"}}
-    if flow_run["state"]["type"] in ("SCHEDULED", "PENDING", "RUNNING"):
-        say("\nFAILED: the services were stopped while the run was under way")
-        say("Try: `make run` again (finished work is kept)")
-        return 1
-    if flow_run["state"]["type"] in ("CANCELLED", "CANCELLING"):
-        say(f"\nCANCELLED: somebody has cancelled the run; nothing went wrong in it ({page})")
-        say("Try: `make run` again to go on (finished work is kept)")
-        return code or 1
     if flow_run["state"]["type"] != "COMPLETED":
-        message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
-        message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
-        message = re.sub(r"\x1b?\[\d+m", "", message)
-        say(f"\nFAILED: {message}")
-        say(f"Try: mend that (more on {page}), then `make run` again (finished work is kept)")
+        say(why_not_completed(flow_run, page))
         return code or 1
     report(flow_run, page, mlflow)
     return 0
+
+
+def why_not_completed(flow_run: dict[str, Any], page: str) -> str:
+    """Return what to say of a run that has not completed, and what to do."""
+    state = flow_run["state"]
+    if state["type"] in ("SCHEDULED", "PENDING", "RUNNING"):
+        return (
+            "\nFAILED: the services were stopped while the run was under way\n"
+            "Try: `make run` again (finished work is kept)"
+        )
+    if state["type"] in ("CANCELLED", "CANCELLING"):
+        return (
+            f"\nCANCELLED: somebody has cancelled the run; nothing went wrong in it ({page})\n"
+            "Try: `make run` again to go on (finished work is kept)"
+        )
+    message = str(state.get("message") or state["name"])
+    message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
+    message = re.sub(r"\x1b?\[\d+m", "", message)
+    return (
+        f"\nFAILED: {message}\n"
+        f"Try: mend that (more on {page}), then `make run` again (finished work is kept)"
+    )
 
 
 def split_parameters(text: str) -> list[str]:

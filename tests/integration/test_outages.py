@@ -198,6 +198,35 @@ def test_what_is_left_at_the_end_is_sent_by_the_next_step(
 
 
 @pytest.mark.usefixtures("quick")
+def test_another_machine_sends_what_waits_in_the_bucket(
+    server: Server,
+    proxy: FlakyProxy,
+    s3_prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "first machine"))
+    parent = new_run(proxy.url, tmp_path).model_copy(update={"spool_uri": f"{s3_prefix}/spool"})
+    with tracking.child_run(parent, "image-pretrain", {}) as run, MetricSink(run) as sink:
+        for step in range(1, 11):
+            sink(step, values(step))
+        wait_until(lambda: len(stored(server, run, KEYS[0])) == 10)
+        proxy.cut("refuse")
+        for step in range(11, 101):
+            sink(step, values(step))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "second machine"))
+    assert files(run) == []
+    assert spool.parked(run.spool_uri)
+    proxy.cut("pass")
+    with tracking.child_run(parent, "video-pretrain", {}):
+        pass
+    for key in KEYS:
+        assert stored(server, run, key) == expected(100, key)
+    assert MlflowClient(server.url).get_run(run.run_id).info.status == "FINISHED"
+    assert spool.parked(run.spool_uri) == []
+
+
+@pytest.mark.usefixtures("quick")
 def test_resume_after_a_kill_in_an_outage_goes_on_where_the_curve_ends(
     server: Server, proxy: FlakyProxy, tmp_path: Path
 ) -> None:
