@@ -27,8 +27,8 @@ from ursa.errors import StorageError
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".jsonl"
-READ_BYTES = 64 << 10
-"""Read at once: a few hundred steps."""
+READ_BYTES = 256 << 10
+"""Read at once: a thousand steps or so."""
 
 
 class Entry(NamedTuple):
@@ -146,12 +146,13 @@ class Spool:
         return os.fstat(self._file).st_size if self._file >= 0 else 0
 
 
-def read(path: Path, offset: int) -> tuple[list[Entry], int]:
+def read(path: Path, offset: int, num_bytes: int = READ_BYTES) -> tuple[list[Entry], int]:
     """Read some lines of a file; a line that is still being written is left for the next time.
 
     Args:
         path: The file.
         offset: Where to begin, bytes.
+        num_bytes: How much to read; longer lines count as damaged.
 
     Returns:
         The lines, without those that a lost machine has left damaged, and where the next begin.
@@ -161,8 +162,8 @@ def read(path: Path, offset: int) -> tuple[list[Entry], int]:
     """
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read(READ_BYTES)
-    end = data.rfind(b"\n") + 1 or (len(data) if len(data) == READ_BYTES else 0)
+        data = file.read(num_bytes)
+    end = data.rfind(b"\n") + 1 or (len(data) if len(data) == num_bytes else 0)
     entries = []
     for line in data[:end].splitlines():
         try:
