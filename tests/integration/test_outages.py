@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +18,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tasks import spool, tracking
+from tasks.stage_worker import LocalSink, StageProgress
 from tasks.tracking import MetricSink, TrackedRun
 from tests.flaky_proxy import FlakyProxy
 from tests.running_services import ROOT, free_port
+from ursa.artifacts import StageRequest
+from ursa.training.stage import find_stage, launch_local
 
 pytestmark = [
     pytest.mark.integration,
@@ -237,6 +240,7 @@ def test_resume_after_a_kill_in_an_outage_goes_on_where_the_curve_ends(
     proxy.cut("refuse")
     code = """
 import os, signal, sys
+from tasks.stage_worker import LocalSink, StageProgress
 from tasks.tracking import MetricSink, TrackedRun
 sink = MetricSink(TrackedRun.model_validate_json(sys.argv[1])).__enter__()
 for step in range(51, 121):
@@ -331,6 +335,45 @@ def test_metrics_of_a_deleted_run_are_thrown_away_and_of_an_unknown_one_are_kept
     last = new_run(server.url, tmp_path)
     assert files(last) == [f"{'f' * 32}.jsonl"]
     assert "has no such run" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_training_is_not_stopped_and_its_curve_is_whole(
+    server: Server,
+    proxy: FlakyProxy,
+    tmp_path: Path,
+    make_request: Callable[..., StageRequest],
+    num_workers: int,
+) -> None:
+    # the server is gone after the first quarter of one stage, and at the end of it
+    changes = {"max_steps": 40, "checkpoint_every": 10, "validate_every": 20, "log_every": 1}
+    request = make_request("image_pretrain", **changes)
+    parent = new_run(proxy.url, tmp_path)
+    with tracking.child_run(parent, "image-pretrain", {}) as run:
+        sink = LocalSink(run, StageProgress("", 40))
+        if num_workers == 2:  # the sink is in a process of its own
+            proxy.cut("refuse")
+
+        def on_metrics(step: int, metrics: Mapping[str, float]) -> None:
+            if step == 10:
+                proxy.cut("refuse")
+            sink(step, metrics)
+
+        checkpoint = launch_local(
+            request, num_workers=num_workers, on_metrics=on_metrics if num_workers == 1 else sink
+        )
+        sink.close()
+    assert checkpoint.step == 40
+    assert checkpoint == find_stage(request)
+    proxy.cut("pass")
+    with tracking.child_run(parent, "video-pretrain", {}):
+        pass
+    curve = stored(server, run, "train/loss")
+    assert [step for step, _ in curve] == list(range(1, 41))
+    assert curve[-1][1] == checkpoint.metrics["train/loss"]
+    assert [step for step, _ in stored(server, run, "val/loss")] == [20, 40]
+    assert MlflowClient(server.url).get_run(run.run_id).info.status == "FINISHED"
 
 
 def nothing(*_: object) -> None:
