@@ -55,5 +55,6 @@ def _run_units(
     settings = RuntimeSettings.from_env()
     if scorer.is_remote:  # it bounds the requests of all actors together
         settings = settings.model_copy(update={"num_workers": 1})
-    with reports.progress(f"annotate-{scorer.name.replace('_', '-')}", "units of clips") as advance:
+    key = f"annotate-{scorer.name.replace('_', '-')}"
+    with reports.progress(key, "units of clips", total=len(units)) as advance:
         return cluster.map_units(make, units, AnnotatedUnit, settings, on_progress=advance)

@@ -39,7 +39,6 @@ from ursa.config import (
     fingerprint,
     load_config,
 )
-from ursa.errors import UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.video.selection import check_rules
 
@@ -215,6 +214,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
             "ursa.source_uri": uri,
             "ursa.source_fingerprint": source_fingerprint,
         },
+        spool_uri=settings.uri("spool"),
     )
     tracking.log_config(run, config)
     announce(
@@ -254,7 +254,6 @@ def run_session(
 
     Raises:
         UrsaError: What `start_run` raises.
-        ServiceError: If the tracking server does not answer when the run is closed.
     """
     if context is not None:
         yield context
@@ -266,8 +265,7 @@ def run_session(
             yield mine
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            with contextlib.suppress(UrsaError):
-                tracking.close_run(mine.run, status)
+            tracking.close_run(mine.run, status)
             raise
         tracking.close_run(mine.run, "FINISHED")
     finally:

@@ -6,6 +6,7 @@ from tasks.options import announce, step
 from ursa.artifacts import EvalReport, ExportedModel
 
 SAMPLES = "samples"
+GALLERY = f"{SAMPLES}/gallery.html"
 
 
 @step(run_name="export model")
@@ -44,6 +45,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
         UrsaError: What that function raises.
     """
     from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
+    from ursa.inspection.gallery import samples_page  # noqa: PLC0415  (matplotlib: a second)
 
     config, datasets = context.config, trained.request.datasets
     champion = tracking.champion_metrics(
@@ -72,9 +74,12 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 champion_metrics=champion,
                 on_metrics=sink,
             )
-        tracking.log_metrics(run, report.metrics)
+        tracking.log_metrics(run, report.metrics, step=trained.checkpoint.step)
         media = [name for name in report.samples if name.endswith((".mp4", ".gif", ".png"))]
         tracking.log_files(run, report.samples_uri, media, SAMPLES)
+        title = f"Samples after {trained.checkpoint.step} steps of {trained.checkpoint.stage}"
+        gallery = samples_page(report.samples_uri, title)
+        tracking.log_text(run, gallery, GALLERY)
         pictures = [name for name in media if name.endswith(".png")]
         for name in pictures:
             tracking.log_image_step(
@@ -83,11 +88,12 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 name.rpartition("/")[2].removesuffix(".png"),
                 trained.checkpoint.step,
             )
-    # on the page of the whole run, where one looks first: the strip and one clip of each kind
+    # on the page of the whole run, where one looks first: gallery, strip and a clip of each kind
+    tracking.log_text(context.run, gallery, GALLERY)
     clips = [name for name in media if name.endswith("-0.mp4")]
     tracking.log_files(context.run, report.samples_uri, [*pictures, *clips], SAMPLES)
     strip = pictures[0].rpartition("/")[2] if pictures else ""
-    reports.eval_report(report, run.url, tracking.artifact_url(run, f"{SAMPLES}/{strip}"))
+    reports.eval_report(report, run.page(GALLERY), tracking.artifact_url(run, f"{SAMPLES}/{strip}"))
     verdict = "holds" if report.gate_passed else f"fails ({', '.join(report.failed_gates)})"
     announce("the gate %s", verdict)
     return report

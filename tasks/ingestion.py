@@ -43,7 +43,8 @@ def ingest_videos(context: RunContext) -> ClipSet:
     new: list[IngestedVideo] = []
     if plan.todo:
         unit = functools.partial(ingestion.ingest_video, output_uri=context.data_uri, config=config)
-        with reports.progress("ingest-progress", "files", before=len(plan.done)) as advance:
+        before, total = len(plan.done), len(plan.done) + len(plan.todo)
+        with reports.progress("ingest-progress", "files", total=total, before=before) as advance:
             new = cluster.map_units(
                 functools.partial(_same, unit),
                 plan.todo,
@@ -131,8 +132,11 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
     from ursa.training import visual_tokenizer  # noqa: PLC0415  (torch: seconds)
 
     with (
+        reports.step_progress(
+            "visual-tokenizer-progress", context.config.visual_tokenizer.max_steps
+        ) as show,
         tracking.child_run(context.run, "data", reports.flow_run_tags()) as run,
-        tracking.MetricSink(run, flush_at=lambda _: True) as sink,
+        tracking.MetricSink(run, on_step=show) as sink,
     ):
         fitted = visual_tokenizer.fit_visual_tokenizer(
             selection, context.config, output_uri=context.data_uri, on_metrics=sink
@@ -140,8 +144,25 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
         tracking.log_metrics(
             run, {f"visual_tokenizer/{_bare(k)}": v for k, v in fitted.metrics.items()}
         )
-    announce("visual tokenizer: %s", fitted.metrics)
+    announce("%s", describe_tokenizer(fitted))
     return fitted
+
+
+def describe_tokenizer(tokenizer: TokenizerRef) -> str:
+    """Return a sentence about a visual tokenizer: how well it reconstructs, how many codes it uses.
+
+    Args:
+        tokenizer: The committed tokenizer.
+    """
+    metrics = {_bare(key): value for key, value in tokenizer.metrics.items()}
+    if "psnr_train" not in metrics:
+        return f"visual tokenizer of {tokenizer.vocab_size} codes, taken as it is"
+    quality = f"PSNR {metrics['psnr_train']:.1f} dB on training clips"
+    if "psnr_validation" in metrics:
+        quality += f", {metrics['psnr_validation']:.1f} dB on held-out clips"
+    kind = "kept from its PCA start" if metrics.get("kept_pca") else "fitted"
+    used = f"{metrics['codes_used']:.0f} of {tokenizer.vocab_size} codes used"
+    return f"visual tokenizer {kind}: {quality}; {used}"
 
 
 @step(run_name="train text tokenizer")

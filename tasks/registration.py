@@ -137,6 +137,8 @@ def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
 def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:
     """Note the outcome in the tracking run, write the summary and name the final state.
 
+    A run that has found everything done leaves the tags of the run that has made it.
+
     Args:
         context: The run.
         version: The version that was registered or found.
@@ -149,15 +151,16 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
     """
     page = f"/#/models/{version.name}/versions/{version.version}"
     url = f"{context.run.tracking_uri}{page}?{tracking.TRAINING_VIEW}"
-    tracking.tag_run(
-        context.run,
-        {
-            "ursa.model_name": version.name,
-            "ursa.model_version": version.version,
-            "ursa.alias": version.alias or "",
-            "ursa.is_new": str(version.is_new).lower(),
-        },
-    )
+    tags = {
+        "ursa.model_name": version.name,
+        "ursa.model_version": version.version,
+        "ursa.alias": version.alias or "",
+    }
+    if version.is_new:  # made by this flow run and this code
+        tags |= {**reports.flow_run_tags(), **tracking.source_version()}
+    if version.is_new or "ursa.is_new" not in tracking.run_tags(context.run):
+        tags["ursa.is_new"] = str(version.is_new).lower()
+    tracking.tag_run(context.run, tags)
     reports.model_version(version, url)
     title = (
         f"registered {version.name} version {version.version}"

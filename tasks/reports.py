@@ -98,18 +98,21 @@ def set_progress(artifact_id: UUID | None, percent: float, description: str) -> 
 
 
 @contextlib.contextmanager
-def progress(key: str, what: str, *, before: int = 0) -> Iterator[Callable[[int, int], None]]:
+def progress(
+    key: str, what: str, *, total: int, before: int = 0
+) -> Iterator[Callable[[int, int], None]]:
     """Report the progress of units of work, at most every 5 s, with the time left.
 
     Args:
         key: Key of the artifact.
         what: Plural noun of the units.
+        total: How many there are.
         before: Units that were done earlier and count as done.
 
     Yields:
         A function of (units done now, units to do now).
     """
-    artifact_id = start_progress(key, what)
+    artifact_id = start_progress(key, f"{before} of {total} {what}")
     began = last = time.monotonic()
     text = what
 
@@ -124,6 +127,35 @@ def progress(key: str, what: str, *, before: int = 0) -> Iterator[Callable[[int,
 
     yield advance
     set_progress(artifact_id, 100.0, f"{what}: done in {time.monotonic() - began:.0f} s")
+
+
+@contextlib.contextmanager
+def step_progress(key: str, max_steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Report the progress of a fit, at most every 5 s.
+
+    Args:
+        key: Key of the artifact.
+        max_steps: Steps of the fit.
+
+    Yields:
+        A function of (steps done, metrics); `tokenizer/psnr` in dB is shown, if it is there.
+    """
+    artifact_id = start_progress(key, f"step 0 of {max_steps}")
+    began = time.monotonic()
+    last = 0.0
+
+    def advance(step: int, metrics: Mapping[str, float]) -> None:
+        nonlocal last
+        if time.monotonic() - last < UPDATE_EVERY_S:
+            return
+        last = time.monotonic()
+        psnr = metrics.get("tokenizer/psnr")
+        text = f"step {step} of {max_steps}"
+        text += "" if psnr is None else f", PSNR {psnr:.1f} dB"
+        set_progress(artifact_id, 100 * step / max(max_steps, 1), text)
+
+    yield advance
+    set_progress(artifact_id, 100.0, f"done in {time.monotonic() - began:.0f} s")
 
 
 def table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
@@ -300,7 +332,7 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
 
     Args:
         report: The evaluation.
-        pictures_url: Page with all samples.
+        pictures_url: Page with all samples and their prompts.
         strip_url: Address of the picture that shows them side by side.
     """
     rows: list[dict[str, Any]] = [
@@ -309,7 +341,9 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
     gate = "passed" if report.gate_passed else f"failed: {', '.join(report.failed_gates)}"
     rows.insert(0, {"metric": "gate", "value": gate})
     table("eval-report", rows, "Measured on clips that were never trained on.")
-    link("sample-grid", strip_url, "noise, sample, real", f"All samples: {pictures_url}")
+    link(
+        "sample-grid", strip_url, "noise, sample, real", f"All samples with prompts: {pictures_url}"
+    )
 
 
 def model_version(version: ModelVersion, url: str) -> None:

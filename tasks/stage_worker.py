@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.tracking import MetricSink, TrackedRun, before_checkpoint
+from tasks.tracking import MetricSink, TrackedRun
 from ursa.artifacts import StageRequest
 from ursa.config import StageConfig
 
@@ -65,17 +65,15 @@ class StageProgress:
 class LocalSink:
     """Sends metrics from whichever local process calls it first; survives pickling."""
 
-    def __init__(self, run: TrackedRun, progress: StageProgress, config: StageConfig) -> None:
-        """Keep what `stage_sink` takes; it is opened by the first call.
+    def __init__(self, run: TrackedRun, progress: StageProgress) -> None:
+        """Keep what a sink takes; it is opened by the first call.
 
         Args:
             run: Where metrics go.
             progress: Where the progress goes.
-            config: The stage: how often values are logged and checkpoints written.
         """
         self._run = run
         self._progress = progress
-        self._config = config
         self._sink: MetricSink | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,31 +87,16 @@ class LocalSink:
             metrics: Values by name.
         """
         if self._sink is None:
-            self._sink = stage_sink(self._run, self._progress, self._config).__enter__()
+            self._sink = MetricSink(self._run, on_step=self._progress).__enter__()
             # child processes of multiprocessing run finalizers, not `atexit`
-            multiprocessing.util.Finalize(self, self._sink.__exit__, (None,) * 3, exitpriority=10)
+            multiprocessing.util.Finalize(None, self.close, exitpriority=10)
         self._sink(step, metrics)
 
     def close(self) -> None:
         """Send what is left, in the process that has called."""
-        if self._sink is not None:
-            self._sink.__exit__(None, None, None)
-
-
-def stage_sink(run: TrackedRun, progress: StageProgress, config: StageConfig) -> MetricSink:
-    """Return what takes the metrics of a stage; they are stored before a checkpoint is.
-
-    Args:
-        run: Where metrics go.
-        progress: Where the progress goes.
-        config: The stage: how often values are logged and checkpoints written.
-    """
-    flush_at = before_checkpoint(config.log_every, config.checkpoint_every)
-    return MetricSink(
-        run,
-        on_step=progress,
-        flush_at=lambda step: step == config.max_steps or flush_at(step),
-    )
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.__exit__(None, None, None)
 
 
 def run_stage(arguments: dict[str, Any]) -> None:
@@ -134,5 +117,5 @@ def run_stage(arguments: dict[str, Any]) -> None:
     run = TrackedRun.model_validate_json(arguments["run"])
     stage: StageConfig = getattr(request.config.stages, request.stage)
     progress = StageProgress(arguments["progress_url"], stage.max_steps)
-    with stage_sink(run, progress, stage) as sink:
+    with MetricSink(run, on_step=progress) as sink:
         train_stage(request, on_metrics=sink)

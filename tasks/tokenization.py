@@ -45,7 +45,8 @@ def tokenize_clips(
             num_decoders=settings.decoders_per_worker,
             device="cuda" if settings.gpus_per_worker else "cpu",
         )
-        with reports.progress("tokenize-progress", "shards", before=len(plan.done)) as advance:
+        before, total = len(plan.done), len(plan.done) + len(plan.todo)
+        with reports.progress("tokenize-progress", "shards", total=total, before=before) as advance:
             new = cluster.map_units(
                 make_unit,
                 plan.todo,

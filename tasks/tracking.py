@@ -10,8 +10,8 @@ import functools
 import json
 import logging
 import os
-import queue
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from tasks import spool
 from ursa import storage
 from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
 from ursa.config import FrozenModel, RunConfig, fingerprint
 from ursa.errors import ConfigError, RegistrationError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
+    from mlflow.entities import RunData
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,17 @@ EXPERIMENT = "ursa"
 TRAINING_VIEW = "workflowType=machine_learning"
 """Query of a page, without which MLflow shows the menu for language-model applications."""
 FLUSH_EVERY_S = 2.0
-CLOSE_LIMIT_S = 30.0
-FLUSH_LIMIT_S = 5.0
-METRICS_PER_BATCH = 500
+FLUSH_BYTES = 16 << 10
+"""Sent in one turn beside training: 70 steps or so, 15 ms of work that a step may wait for."""
+PARK_EVERY_S = 30.0
+PROBE_LIMIT_S = 2.0
+CLOSE_LIMIT_S = 20.0
+CLOSE_PATIENCE_S = 5.0
+"""When a sink is closed: how long it sends, and how long it waits for a server that is away."""
+METRICS_PER_BATCH = 1000
+"""What MLflow takes at most."""
+FIRST_TAGS = ("prefect.", "mlflow.source.")
+"""Tags that say who made a run: a finished run keeps them."""
 REGISTRY_SCHEME = "models:/"
 
 
@@ -49,16 +59,27 @@ class TrackedRun(FrozenModel):
         tracking_uri: Address of the tracking server.
         experiment_id: Experiment of the run.
         run_id: Id of the run.
+        spool_uri: Where metrics and statuses wait that the server has not taken yet.
     """
 
     tracking_uri: str
     experiment_id: str
     run_id: str
+    spool_uri: str
 
     @property
     def url(self) -> str:
         """Page of the run."""
-        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return self.page("")
+
+    def page(self, artifact_path: str) -> str:
+        """Return the address of the page that shows an artifact.
+
+        Args:
+            artifact_path: Path of the artifact inside the run; nothing is the run itself.
+        """
+        shown = f"/artifacts/{artifact_path}" if artifact_path else ""
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}{shown}"
         return f"{self.tracking_uri}{page}?{TRAINING_VIEW}"
 
 
@@ -123,15 +144,18 @@ def _service(tracking_uri: str) -> Iterator["MlflowClient"]:
 
 
 def open_run(
-    tracking_uri: str, name: str, run_fingerprint: str, tags: Mapping[str, str]
+    tracking_uri: str, name: str, run_fingerprint: str, tags: Mapping[str, str], *, spool_uri: str
 ) -> TrackedRun:
     """Find the parent run of a fingerprint or create it; mark it as running.
+
+    What earlier runs could not send is sent first.
 
     Args:
         tracking_uri: Address of the tracking server.
         name: Shown in the list of runs.
         run_fingerprint: Decides which runs are the same.
-        tags: Set on the run, new values replace old ones.
+        tags: Set on the run; new values replace old ones, but see `FIRST_TAGS`.
+        spool_uri: Where metrics wait; the same place for all runs of a data root.
 
     Returns:
         The run.
@@ -141,9 +165,14 @@ def open_run(
     """
     with _service(tracking_uri) as client:
         experiment_id = _experiment_id(client)
+        send_spooled(tracking_uri, spool_uri)
         return _find_or_create(
-            tracking_uri,
-            experiment_id,
+            TrackedRun(
+                tracking_uri=tracking_uri,
+                experiment_id=experiment_id,
+                run_id="",
+                spool_uri=spool_uri,
+            ),
             f"tags.`ursa.fingerprint` = '{run_fingerprint}' and tags.`ursa.stage` = 'run'",
             name,
             {"ursa.fingerprint": run_fingerprint, "ursa.stage": "run", **tags},
@@ -154,40 +183,101 @@ def open_run(
 def child_run(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
     """Open the child run of a step, new or taken up again, and close it with the right status.
 
+    What earlier steps could not send is sent first.
+
     Args:
         parent: The run that it belongs to.
         stage: Name of the step; together with the parent it decides which runs are the same.
-        tags: Set on the run, new values replace old ones.
+        tags: Set on the run; new values replace old ones, but see `FIRST_TAGS`.
 
     Yields:
         The run, while it is under way.
 
     Raises:
-        ServiceError: If the server does not answer.
+        ServiceError: If the server does not answer when the run is opened.
     """
     child = _open_child(parent, stage, tags)
     try:
         yield child
     except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        with contextlib.suppress(UrsaError):
-            close_run(child, status)
+        close_run(child, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     close_run(child, "FINISHED")
 
 
 def close_run(run: TrackedRun, status: str) -> None:
-    """Set the final status of a run.
+    """Set the final status of a run; if the server is away it waits beside the metrics.
+
+    The work is done by then, so that it does not fail for this.
 
     Args:
         run: The run.
         status: "FINISHED", "FAILED" or "KILLED".
-
-    Raises:
-        ServiceError: If the server does not answer.
     """
-    with _service(run.tracking_uri) as client:
-        client.set_terminated(run.run_id, status)
+    try:
+        with _service(run.tracking_uri) as client:
+            client.set_terminated(run.run_id, status)
+    except ServiceError as error:
+        file = spool.Spool(run.spool_uri, run.run_id)
+        file.append(status=status)
+        file.park(0)
+        file.close(0)
+        logger.warning("%s; the run is closed when the server is back (%s)", error, file.path)
+
+
+def send_spooled(tracking_uri: str, spool_uri: str) -> None:
+    """Send what earlier steps and runs could not; what cannot be sent now stays.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        spool_uri: Where metrics wait.
+    """
+    deadline = time.monotonic() + CLOSE_LIMIT_S
+    try:
+        for path in spool.waiting(spool_uri):
+            with contextlib.suppress(FileNotFoundError):  # its own process was faster
+                _drain(tracking_uri, spool.run_of(str(path)), path, deadline)
+        for uri in spool.parked(spool_uri):
+            with storage.local_copy(uri) as path:
+                is_sent = _drain(tracking_uri, spool.run_of(uri), path, deadline)
+            if is_sent:
+                storage.remove_file(uri)
+    except (UrsaError, OSError) as error:
+        logger.warning("metrics of earlier steps wait at %s: %s", spool_uri, error)
+
+
+def _drain(tracking_uri: str, run_id: str, path: Path, deadline: float) -> bool:
+    """Send all of a file, then close the run if it says so; return whether nothing is left."""
+    check_service(tracking_uri, timeout_s=PROBE_LIMIT_S)
+    offset, last = 0, None
+    with _service(tracking_uri) as client:
+        try:
+            stored = client.get_run(run_id)
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning(
+                "%s: MLflow at %s has no such run; delete the file if it is gone for good",
+                path,
+                tracking_uri,
+            )
+            return False
+        is_deleted = stored.info.lifecycle_stage == "deleted"
+        while not is_deleted:
+            entries, following = spool.read(path, offset)
+            if following == offset:
+                break
+            _send(client, run_id, client.get_run(run_id).data, entries)
+            offset, last = following, entries[-1] if entries else last
+            if time.monotonic() > deadline:
+                return False
+        with spool.exclusively(path) as is_mine:
+            if not is_mine or (path.stat().st_size > offset and not is_deleted):
+                return False
+            if last is not None and last.status:
+                client.set_terminated(run_id, last.status, last.time_ms)
+            path.unlink()
+    return True
 
 
 def tag_run(run: TrackedRun, tags: Mapping[str, str]) -> None:
@@ -204,6 +294,19 @@ def tag_run(run: TrackedRun, tags: Mapping[str, str]) -> None:
 
     with _service(run.tracking_uri) as client:
         client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def run_tags(run: TrackedRun) -> dict[str, str]:
+    """Return the tags of a run.
+
+    Args:
+        run: The run.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with _service(run.tracking_uri) as client:
+        return dict(client.get_run(run.run_id).data.tags)
 
 
 def log_config(run: TrackedRun, config: RunConfig) -> None:
@@ -307,6 +410,21 @@ def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_p
                 client.log_artifact(run.run_id, str(target), artifact_path)
 
 
+def log_text(run: TrackedRun, text: str, path: str) -> None:
+    """Log a text as an artifact; one that is there is replaced.
+
+    Args:
+        run: The run.
+        text: The content.
+        path: Path of the artifact inside the run; its ending says what it is.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with _service(run.tracking_uri) as client:
+        client.log_text(run.run_id, text, path)
+
+
 def log_image_step(run: TrackedRun, image_uri: str, key: str, step: int) -> None:
     """Log a picture under a key with a step, which gives a slider on the page of the run.
 
@@ -342,14 +460,17 @@ def artifact_url(run: TrackedRun, path: str) -> str:
 
 
 class MetricSink:
-    """Sends metrics to a run from a background thread; never raises.
+    """Takes metrics of a run and sends them from a background thread; never raises.
 
-    Values are sent in batches every two seconds. One value per key and step: steps that the run
-    holds already, from an earlier try that was killed, are skipped. When the server is away the
-    values wait; what cannot be sent at the end is dropped with a warning.
+    Values go to the spool of the run first, so that neither a server that is away nor a kill loses
+    one: what is in the spool is sent by this sink, by the next one of the same run, or by the next
+    step or run (`send_spooled`). Taking a value is a write to a local file and waits for nothing.
 
-    Taking a value never blocks, but for the steps of `flush_at`: those that are followed by a
-    checkpoint, after which a killed run would not make the waiting values again.
+    One value per key and step: before each batch the thread asks the server for the last step of
+    each key and sends only later ones. So nothing is sent twice after a resume, a kill or a lost
+    answer. Processes that train the same at once leave one curve: those with one spool send the
+    same lines, and of several spools the last to come sends (tag `ursa.writer`), the others keep
+    theirs. A step must not be smaller than the one before it.
     """
 
     def __init__(
@@ -357,132 +478,130 @@ class MetricSink:
         run: TrackedRun,
         *,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
-        flush_at: Callable[[int], bool] | None = None,
     ) -> None:
-        """Keep the settings; the thread begins with the context.
+        """Keep the settings; file and thread begin with the context.
 
         Args:
             run: Where metrics go.
             on_step: Called in the thread with the newest step and its metrics before values are
                 sent; what it raises is passed over.
-            flush_at: Whether a step is waited for, for `FLUSH_LIMIT_S` seconds at most; None waits
-                for none.
         """
         self._run = run
         self._on_step = on_step
-        self._flush_at = flush_at
-        self._queue: queue.SimpleQueue[
-            tuple[int, int, dict[str, float]] | threading.Event | None
-        ] = queue.SimpleQueue()
-        self._flushed: list[threading.Event] = []
-        self._seen: dict[str, set[int]] = {}
-        self._known: frozenset[str] | None = None
-        self._deadline: float | None = None
+        self._newest: tuple[int, dict[str, float]] | None = None
+        self._writer = f"{socket.gethostname()}:{run.spool_uri}"
+        self._has_claimed = False
+        self._offset = 0
+        self._parked_bytes = 0
+        self._next_park = 0.0
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metric-sink", daemon=True)
 
     def __enter__(self) -> Self:
+        # here and not in the thread: an import beside the first steps would slow them down
+        from mlflow.entities import Metric  # noqa: F401, PLC0415
+        from mlflow.tracking import MlflowClient  # noqa: F401, PLC0415
+
+        self._spool = spool.Spool(self._run.spool_uri, self._run.run_id)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._deadline = time.monotonic() + CLOSE_LIMIT_S
-        self._queue.put(None)
-        self._thread.join(CLOSE_LIMIT_S + 5)
+        self._closing.set()
+        self._thread.join(CLOSE_LIMIT_S + CLOSE_PATIENCE_S)
+        if not self._spool.close(self._offset):
+            logger.warning(
+                "MLflow at %s has not taken all metrics of run %s; the next step or run sends "
+                "them from %s",
+                self._run.tracking_uri,
+                self._run.run_id,
+                self._spool.path,
+            )
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take metrics of a step; returns at once, or when they are sent (see `flush_at`).
+        """Take metrics of a step; returns at once.
 
         Args:
             step: Step number.
             metrics: Values by name.
         """
-        self._queue.put((int(time.time() * 1000), step, dict(metrics)))
-        if self._flush_at is not None and self._flush_at(step):
-            flushed = threading.Event()
-            self._queue.put(flushed)
-            flushed.wait(FLUSH_LIMIT_S)
+        self._spool.append(step=step, metrics=metrics)
+        self._newest = (step, dict(metrics))
 
     def _work(self) -> None:
-        waiting: list[tuple[int, int, dict[str, float]]] = []
-        ending = False
-        while not ending or waiting:
-            ending = self._collect(waiting, ending=ending)
+        closed_at = 0.0
+        while True:
+            is_closing = self._closing.wait(FLUSH_EVERY_S)
+            closed_at = closed_at or (time.monotonic() if is_closing else 0.0)
+            self._report_step()
             try:
-                if waiting:
-                    self._report_step(waiting[-1])
-                    self._send(waiting)
-                    waiting = []
-                while self._flushed:
-                    self._flushed.pop().set()
+                # one small part a turn while training goes on, so that no step notices
+                is_all = self._send_part(spool.READ_BYTES if is_closing else FLUSH_BYTES)
+                if is_closing and (is_all or time.monotonic() > closed_at + CLOSE_LIMIT_S):
+                    break
             except Exception as error:  # noqa: BLE001  (training must not notice)
-                if ending and self._deadline is not None and time.monotonic() > self._deadline:
-                    logger.warning("%d metric steps could not be logged: %s", len(waiting), error)
-                    return
-                time.sleep(FLUSH_EVERY_S)
+                logger.debug("metrics could not be sent yet: %s", error)
+                if is_closing:
+                    if time.monotonic() > closed_at + CLOSE_PATIENCE_S:
+                        break
+                    time.sleep(FLUSH_EVERY_S)
+                self._park()
+        if self._offset < self._spool.num_bytes():
+            self._next_park = 0.0
+            self._park()
 
-    def _collect(self, waiting: list[tuple[int, int, dict[str, float]]], *, ending: bool) -> bool:
-        until = time.monotonic() + FLUSH_EVERY_S
-        while not ending and (left := until - time.monotonic()) > 0:
-            try:
-                item = self._queue.get(timeout=left)
-            except queue.Empty:
-                break
-            if item is None:
-                return True
-            if isinstance(item, threading.Event):
-                self._flushed.append(item)
-                break
-            waiting.append(item)
-        return ending
+    def _park(self) -> None:
+        size = self._spool.num_bytes()
+        if time.monotonic() >= self._next_park and size > self._parked_bytes:
+            self._next_park = time.monotonic() + PARK_EVERY_S
+            self._parked_bytes = size
+            self._spool.park(self._offset)
 
-    def _report_step(self, item: tuple[int, int, dict[str, float]]) -> None:
-        if self._on_step is not None:
+    def _report_step(self) -> None:
+        newest, self._newest = self._newest, None
+        if self._on_step is not None and newest is not None:
             try:
-                self._on_step(item[1], item[2])
+                self._on_step(*newest)
             except Exception as error:  # noqa: BLE001  (progress is a courtesy)
                 logger.debug("progress could not be reported: %s", error)
 
-    def _send(self, waiting: Sequence[tuple[int, int, dict[str, float]]]) -> None:
-        from mlflow.entities import Metric  # noqa: PLC0415
-
+    def _send_part(self, num_bytes: int) -> bool:
+        """Send the next lines of the spool; return whether nothing is left."""
+        entries, following = spool.read(self._spool.path, self._offset, num_bytes)
+        if following == self._offset:
+            return True
+        # MLflow's client waits for a server that is away, through all of its repetitions
+        check_service(self._run.tracking_uri, timeout_s=PROBE_LIMIT_S)
         with _service(self._run.tracking_uri) as client:
-            new = [
-                Metric(key, float(value), stamp, step)
-                for stamp, step, metrics in waiting
-                for key, value in metrics.items()
-                if step not in self._steps(client, key)
-            ]
-            unique = {(metric.key, metric.step): metric for metric in new}
-            batch = list(unique.values())
-            for start in range(0, len(batch), METRICS_PER_BATCH):
-                part = batch[start : start + METRICS_PER_BATCH]
-                client.log_batch(self._run.run_id, metrics=part, synchronous=True)
-                for metric in part:
-                    self._seen[metric.key].add(metric.step)
-
-    def _steps(self, client: "MlflowClient", key: str) -> set[int]:
-        """Return the steps of a key that the run holds; asks the server once a key."""
-        if self._known is None:
-            self._known = frozenset(client.get_run(self._run.run_id).data.metrics)
-        if key not in self._seen:
-            history = client.get_metric_history(self._run.run_id, key) if key in self._known else []
-            self._seen[key] = {metric.step for metric in history}
-        return self._seen[key]
+            stored = client.get_run(self._run.run_id).data
+            if stored.tags.get("ursa.writer") != self._writer:
+                if self._has_claimed:
+                    raise ServiceError(
+                        f"{stored.tags.get('ursa.writer')} sends metrics of this run"
+                    )
+                self._has_claimed = True
+                client.set_tag(self._run.run_id, "ursa.writer", self._writer)
+                return False  # what the one before is sending arrives until the next turn
+            _send(client, self._run.run_id, stored, entries)
+        self._offset = following
+        return self._offset >= self._spool.num_bytes()
 
 
-def before_checkpoint(log_every: int, checkpoint_every: int) -> Callable[[int], bool]:
-    """Return whether a checkpoint comes at a logged step or before the next one.
+def _send(
+    client: "MlflowClient", run_id: str, stored: "RunData", entries: Sequence[spool.Entry]
+) -> None:
+    """Send the values of some lines whose step is after the last one that the server has."""
+    from mlflow.entities import Metric  # noqa: PLC0415
 
-    Args:
-        log_every: A value is logged every so many steps.
-        checkpoint_every: A checkpoint is written every so many steps.
-    """
-
-    def is_before(step: int) -> bool:
-        next_logged = (step // log_every + 1) * log_every
-        return (next_logged - 1) // checkpoint_every * checkpoint_every >= step
-
-    return is_before
+    last_step = {metric.key: metric.step for metric in stored.to_proto().metrics}
+    batch = []
+    for entry in entries:
+        for key, value in entry.metrics.items():
+            if key not in last_step or entry.step > last_step[key]:
+                batch.append(Metric(key, value, entry.time_ms, entry.step))
+                last_step[key] = entry.step
+    for start in range(0, len(batch), METRICS_PER_BATCH):
+        client.log_batch(run_id, batch[start : start + METRICS_PER_BATCH], synchronous=True)
 
 
 @functools.cache
@@ -780,32 +899,52 @@ def _experiment_id(client: "MlflowClient") -> str:
 
 
 def _open_child(parent: TrackedRun, stage: str, tags: Mapping[str, str]) -> TrackedRun:
-    with _service(parent.tracking_uri):
-        return _find_or_create(
-            parent.tracking_uri,
-            parent.experiment_id,
-            f"tags.`mlflow.parentRunId` = '{parent.run_id}' and tags.`ursa.stage` = '{stage}'",
-            stage,
-            {"mlflow.parentRunId": parent.run_id, "ursa.stage": stage, **tags},
-        )
+    send_spooled(parent.tracking_uri, parent.spool_uri)
+    return _find_or_create(
+        parent,
+        f"tags.`mlflow.parentRunId` = '{parent.run_id}' and tags.`ursa.stage` = '{stage}'",
+        stage,
+        {"mlflow.parentRunId": parent.run_id, "ursa.stage": stage, **tags},
+    )
 
 
 def _find_or_create(
-    tracking_uri: str, experiment_id: str, query: str, name: str, tags: Mapping[str, str]
+    beside: TrackedRun, query: str, name: str, tags: Mapping[str, str]
 ) -> TrackedRun:
     from mlflow.entities import RunTag  # noqa: PLC0415
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
-    with _service(tracking_uri) as client:
-        found = client.search_runs(
-            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+    def find() -> list[Any]:
+        return list(
+            client.search_runs(
+                [beside.experiment_id], query, order_by=["attributes.start_time ASC"]
+            )
         )
-        if found:
-            run_id = found[0].info.run_id
-            client.update_run(run_id, status="RUNNING")
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    last = {
+        tag.replace(".", ".last_", 1): value
+        for tag, value in tags.items()
+        if tag.startswith("prefect.")
+    }
+    with _service(beside.tracking_uri) as client:
+        found = find()
+        if not found:
+            created = client.create_run(beside.experiment_id, tags={**tags, **last}, run_name=name)
+            first, *others = find() or [created]
+            for other in others:  # an answer was lost, or somebody else began at the same time
+                with contextlib.suppress(MlflowException):
+                    client.delete_run(other.info.run_id)
         else:
-            run_id = client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
-        return TrackedRun(tracking_uri=tracking_uri, experiment_id=experiment_id, run_id=run_id)
+            first = found[0]
+            is_finished = first.info.status == "FINISHED"
+            new = {
+                tag: value
+                for tag, value in {**tags, **last}.items()
+                if not (is_finished and tag in tags and tag.startswith(FIRST_TAGS))
+            }
+            client.update_run(first.info.run_id, status="RUNNING")
+            client.log_batch(first.info.run_id, tags=[RunTag(*item) for item in new.items()])
+        return beside.model_copy(update={"run_id": first.info.run_id})
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -73,9 +73,12 @@ def fit_schedule(context: RunContext, prepared: PreparedData) -> None:
     )
 
 
-@step(run_name="train {request.stage}")
+@step(run_name="train {request.stage}", retries=5)
 def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
     """See `ursa.training.stage.train_stage`; returns at once when the stage is committed.
+
+    The tracking server is needed at the beginning only. When it goes away later, training goes on
+    and its metrics wait in the spool of the run.
 
     Args:
         context: The run.
@@ -142,7 +145,7 @@ def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> Checkp
     else:
         config = getattr(request.config.stages, request.stage)
         progress = stage_worker.StageProgress(progress_url, config.max_steps)
-        sink = stage_worker.LocalSink(run, progress, config)
+        sink = stage_worker.LocalSink(run, progress)
         try:
             checkpoint = stage.launch_local(
                 request, num_workers=settings.num_train_workers, on_metrics=sink

@@ -606,19 +606,33 @@ def run(preset: str, source: str, parameters: list[str]) -> int:
         flow_run = request(f"{prefect.url}/api/flow_runs/{run_id}")
     except OSError:
         flow_run = {"state": {"type": "RUNNING"}}
-    if flow_run["state"]["type"] in ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING"):
-        say("\nFAILED: the services were stopped while the run was under way")
-        say("Try: `make run` again (finished work is kept)")
-        return 1
     if flow_run["state"]["type"] != "COMPLETED":
-        message = str(flow_run["state"].get("message") or flow_run["state"]["name"])
-        message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
-        message = re.sub(r"\x1b?\[\d+m", "", message)
-        say(f"\nFAILED: {message}")
-        say(f"Try: mend that (more on {page}), then `make run` again (finished work is kept)")
+        say(why_not_completed(flow_run, page))
         return code or 1
     report(flow_run, page, mlflow)
     return 0
+
+
+def why_not_completed(flow_run: dict[str, Any], page: str) -> str:
+    """Return what to say of a run that has not completed, and what to do."""
+    state = flow_run["state"]
+    if state["type"] in ("SCHEDULED", "PENDING", "RUNNING"):
+        return (
+            "\nFAILED: the services were stopped while the run was under way\n"
+            "Try: `make run` again (finished work is kept)"
+        )
+    if state["type"] in ("CANCELLED", "CANCELLING"):
+        return (
+            f"\nCANCELLED: somebody has cancelled the run; nothing went wrong in it ({page})\n"
+            "Try: `make run` again to go on (finished work is kept)"
+        )
+    message = str(state.get("message") or state["name"])
+    message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
+    message = re.sub(r"\x1b?\[\d+m", "", message)
+    return (
+        f"\nFAILED: {message}\n"
+        f"Try: mend that (more on {page}), then `make run` again (finished work is kept)"
+    )
 
 
 def split_parameters(text: str) -> list[str]:
@@ -710,7 +724,7 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
         return
     query = {
         "experiment_ids": [experiment],
-        "filter": f"tags.`prefect.flow_run_id` = '{flow_run['id']}'",
+        "filter": f"tags.`prefect.last_flow_run_id` = '{flow_run['id']}'",
     }
     found = request(f"{tracking}/api/2.0/mlflow/runs/search", query).get("runs", [])
     runs = [{t["key"]: t["value"] for t in r["data"]["tags"]} | r["info"] for r in found]
@@ -720,7 +734,7 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
         return
     tags = parents[0]
     name, version = tags.get("ursa.model_name", "?"), tags.get("ursa.model_version", "?")
-    if tags.get("ursa.is_new") == "false":
+    if flow_run["state"]["name"] == "NothingChanged":
         say(f"\nnothing changed: version {version} is up to date")
     say(f"\nPrefect run     {page}")
     view = "?workflowType=machine_learning"  # not the menu for language-model applications

@@ -64,7 +64,7 @@ def test_mlflow_page_of_the_runs(
     browser.get(f"{url}/#/experiments/1/runs/{stage}/model-metrics")
     wait_for(browser, "train/loss")
     picture("mlflow-curves")
-    browser.get(TrackedRun(tracking_uri=url, experiment_id="1", run_id=stage).url)
+    browser.get(TrackedRun(tracking_uri=url, experiment_id="1", run_id=stage, spool_uri="").url)
     # the menu for training, not the one for language-model applications
     assert "Playground" not in wait_for(browser, "video-pretrain", "Model registry")
 
@@ -83,6 +83,26 @@ def test_mlflow_plays_a_sample(
     video = "document.querySelector('video')"
     wait_until(browser, f"return {video} && {video}.readyState >= 2")
     picture("mlflow-sample")
+
+
+def test_mlflow_shows_which_prompt_made_which_clip(
+    browser: Chrome, finished: Finished, picture: Callable[[str], None]
+) -> None:
+    link = finished.services.artifacts()["sample-grid"]
+    gallery = re.search(r"http\S*gallery\.html\S*", str(link["description"]))
+    assert gallery, link
+    browser.get(gallery[0])
+    wait_until(browser, "return document.querySelector('iframe')")
+    picture("mlflow-gallery")
+    browser.switch_to.frame(browser.find_element("tag name", "iframe"))
+    video = "document.querySelector('video')"
+    wait_until(browser, f"return {video} && {video}.readyState >= 2 && {video}.currentTime > 0")
+    captions = browser.execute_script(
+        "return [...document.querySelectorAll('figcaption')].map(item => item.innerText)"
+    )
+    browser.switch_to.default_content()
+    assert len(captions) == 2, "a prompt from noise, and from a first frame"
+    assert all("from" in caption for caption in captions)
 
 
 def test_mlflow_page_of_the_model_version(

@@ -26,7 +26,8 @@ def test_run_says_where_to_look(finished: Finished) -> None:
 def test_artifacts_are_all_there(finished: Finished) -> None:
     artifacts = finished.services.artifacts()
     expected = {
-        *("run-summary", "data-funnel", "clip-examples", "ingest-progress", "tokenize-progress"),
+        *("run-summary", "data-funnel", "clip-examples"),
+        *("ingest-progress", "visual-tokenizer-progress", "tokenize-progress"),
         *(
             "dataset-version",
             "data-card",
@@ -71,11 +72,21 @@ def test_tracking_has_a_parent_with_a_child_a_step(finished: Finished) -> None:
 def test_second_run_does_nothing(finished: Finished) -> None:
     services = finished.services
     before = committed(services)
+    query = "tags.`ursa.stage` = 'run'"
+    (run,) = mlflow_runs(services, query)
+    assert tags(run)["ursa.is_new"] == "true"
     done = finished.run_again(URSA_LAUNCHER="ray")
     assert done.returncode == 0, done.stdout
     assert "nothing changed: version 1 is up to date" in done.stdout
-    assert services.flow_run(done.stdout)["state"]["name"] == "NothingChanged"
+    again = services.flow_run(done.stdout)
+    assert again["state"]["name"] == "NothingChanged"
     assert committed(services) == before
+    (after,) = mlflow_runs(services, query)
+    changed = dict(tags(after).items() - tags(run).items())
+    assert changed.pop("prefect.last_flow_run_id") == again["id"]
+    assert again["id"] in changed.pop("prefect.last_flow_run_url")
+    assert changed == {}, "the run keeps what its first flow run has noted"
+    assert "MLflow run" in done.stdout
 
 
 def test_only_new_ends_without_work(finished: Finished) -> None:
@@ -127,4 +138,4 @@ def test_samples_are_in_the_tracking_server(finished: Finished) -> None:
         f"{services.mlflow_url}/api/2.0/mlflow/artifacts/list?run_id={run_id}&path=samples"
     )
     suffixes = {Path(item["path"]).suffix for item in listed["files"]}
-    assert {".mp4", ".gif", ".png"} <= suffixes
+    assert {".mp4", ".gif", ".png", ".html"} <= suffixes

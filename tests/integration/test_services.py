@@ -1,6 +1,7 @@
 """The services script: what it starts it stops, and nothing else; what is wrong it names."""
 
 import http.server
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from tests import running_services
-from tests.running_services import Running, free_port, run_script, service_environment
+from tests.running_services import SCRIPT, Running, free_port, run_script, service_environment
 
 pytestmark = pytest.mark.integration
 
@@ -82,6 +83,39 @@ def test_port_of_another_process_is_named(tmp_path: Path, variable: str) -> None
     assert f"port {server.server_port} " in done.stderr
     assert variable in done.stderr
     assert marked(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "begins", "holds"),
+    [
+        ({"type": "CANCELLED", "name": "Cancelled", "message": None}, "CANCELLED: ", "go on"),
+        ({"type": "CANCELLING", "name": "Cancelling"}, "CANCELLED: ", "go on"),
+        ({"type": "RUNNING"}, "FAILED: the services were stopped", "again"),
+        (
+            {
+                "type": "FAILED",
+                "name": "Failed",
+                "message": "Flow run encountered an exception: DataError: no clip\nTraceback",
+            },
+            "FAILED: DataError: no clip",
+            "mend that",
+        ),
+        ({"type": "CRASHED", "name": "Crashed", "message": ""}, "FAILED: Crashed", "mend that"),
+    ],
+)
+def test_a_run_that_has_not_completed_is_told_apart(
+    state: dict[str, str], begins: str, holds: str
+) -> None:
+    found = importlib.util.spec_from_file_location("services", SCRIPT)
+    assert found is not None
+    assert found.loader is not None
+    script = importlib.util.module_from_spec(found)
+    found.loader.exec_module(script)
+    first, second = script.why_not_completed({"state": state}, "http://page").strip().splitlines()
+    assert first.startswith(begins)
+    assert second.startswith("Try: ")
+    assert holds in second
+    assert ("mend that" in second) is (state["type"] in ("FAILED", "CRASHED"))
 
 
 @pytest.mark.parametrize("name", ["gone", "empty"])

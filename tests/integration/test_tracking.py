@@ -1,6 +1,5 @@
 """Runs, metrics and the registry in a real MLflow store (SQLite and a local folder)."""
 
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +38,11 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         mlflow.set_registry_uri("")
 
 
+def open_run(uri: str, print_: str, tags: dict[str, str]) -> TrackedRun:
+    spool_uri = uri.removeprefix("sqlite:///").replace("mlflow.db", "spool")
+    return tracking.open_run(uri, "a run", print_, tags, spool_uri=spool_uri)
+
+
 def history(run: TrackedRun, key: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
     for item in MlflowClient(run.tracking_uri).get_metric_history(run.run_id, key):
@@ -58,6 +62,7 @@ def report_of(folder: Path, content: bytes, *, gate_passed: bool) -> EvalReport:
     exported = ExportedModel(
         manifest_uri=str(folder / "manifest.json"),
         directory_uri=str(model),
+        tokens_uri=str(folder / "tokens.json"),
         checkpoint=checkpoint,
         sha256={
             name: storage.sha256_file(model / name)
@@ -78,10 +83,10 @@ def register(run: TrackedRun, report: EvalReport) -> tracking.ModelVersion:
 
 
 def test_same_fingerprint_is_the_same_run(uri: str) -> None:
-    first = tracking.open_run(uri, "a run", "print-1", {"ursa.preset": "tiny"})
+    first = open_run(uri, "print-1", {"ursa.preset": "tiny"})
     tracking.close_run(first, "KILLED")
-    again = tracking.open_run(uri, "a run", "print-1", {"ursa.preset": "small"})
-    other = tracking.open_run(uri, "a run", "print-2", {})
+    again = open_run(uri, "print-1", {"ursa.preset": "small"})
+    other = open_run(uri, "print-2", {})
     assert again == first != other
     stored = MlflowClient(uri).get_run(first.run_id)
     assert stored.info.status == "RUNNING"
@@ -89,7 +94,7 @@ def test_same_fingerprint_is_the_same_run(uri: str) -> None:
 
 
 def test_child_is_closed_with_the_right_status_and_taken_up_again(uri: str) -> None:
-    parent = tracking.open_run(uri, "a run", "print-3", {})
+    parent = open_run(uri, "print-3", {})
     with pytest.raises(ValueError, match="no"), tracking.child_run(parent, "data", {}) as first:
         raise ValueError("no")
     assert MlflowClient(uri).get_run(first.run_id).info.status == "FAILED"
@@ -100,7 +105,7 @@ def test_child_is_closed_with_the_right_status_and_taken_up_again(uri: str) -> N
 
 
 def test_sink_keeps_one_value_a_step_over_a_resume(uri: str) -> None:
-    run = tracking.open_run(uri, "a run", "print-4", {})
+    run = open_run(uri, "print-4", {})
     with MetricSink(run) as sink:
         for step in range(1, 6):
             sink(step, {"train/loss": float(step)})
@@ -113,37 +118,39 @@ def test_sink_keeps_one_value_a_step_over_a_resume(uri: str) -> None:
     }
 
 
-def test_sink_has_sent_what_comes_before_a_checkpoint(uri: str) -> None:
-    run = tracking.open_run(uri, "a run", "print-flush", {})
-    sink = MetricSink(run, flush_at=tracking.before_checkpoint(1, 3))
-    sink._thread.start()
-    for step in range(1, 4):
-        sink(step, {"train/loss": float(step)})
-    # as after SIGKILL: nothing was closed
-    assert history(run, "train/loss") == {step: [float(step)] for step in range(1, 4)}
+def test_sink_neither_waits_nor_raises_when_the_server_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "CLOSE_PATIENCE_S", 0.1)
+    gone = TrackedRun(
+        tracking_uri="http://127.0.0.1:9", experiment_id="1", run_id="x", spool_uri=str(tmp_path)
+    )
+    with MetricSink(gone) as sink:
+        began = time.monotonic()
+        for step in range(1000):
+            sink(step, {"train/loss": 1.0})
+        assert time.monotonic() - began < 1.0
+    assert (tmp_path / "x.jsonl").read_text().count("\n") == 1000
 
 
-@pytest.mark.parametrize(("log_every", "checkpoint_every"), [(1, 1), (1, 7), (10, 80), (7, 3)])
-def test_checkpoint_is_after_the_last_logged_step(log_every: int, checkpoint_every: int) -> None:
-    is_before = tracking.before_checkpoint(log_every, checkpoint_every)
-    logged = [1, *range(log_every, 200, log_every)]
-    for step, following in itertools.pairwise(dict.fromkeys(logged)):
-        expected = any(count % checkpoint_every == 0 for count in range(step, following))
-        assert is_before(step) is expected
-
-
-def test_sink_neither_waits_nor_raises_when_the_server_is_away() -> None:
-    gone = TrackedRun(tracking_uri="http://127.0.0.1:9", experiment_id="1", run_id="x")
-    sink = MetricSink(gone)
-    sink._thread.start()
-    began = time.monotonic()
-    for step in range(1000):
-        sink(step, {"train/loss": 1.0})
-    assert time.monotonic() - began < 1.0
+def test_finished_run_keeps_the_tags_of_who_made_it(uri: str) -> None:
+    first = {"prefect.flow_run_id": "1", "mlflow.source.git.commit": "a", "ursa.preset": "tiny"}
+    later = {"prefect.flow_run_id": "2", "mlflow.source.git.commit": "b", "ursa.preset": "tiny"}
+    run = open_run(uri, "print-tags", first)
+    tracking.close_run(run, "KILLED")
+    open_run(uri, "print-tags", later)  # goes on with what was stopped
+    found = tracking.run_tags(run)
+    assert found["prefect.flow_run_id"] == found["prefect.last_flow_run_id"] == "2"
+    assert found["mlflow.source.git.commit"] == "b"
+    tracking.close_run(run, "FINISHED")
+    open_run(uri, "print-tags", first)
+    found = tracking.run_tags(run)
+    assert (found["prefect.flow_run_id"], found["prefect.last_flow_run_id"]) == ("2", "1")
+    assert found["mlflow.source.git.commit"] == "b"
 
 
 def test_configuration_and_inputs_are_logged_once(uri: str) -> None:
-    run = tracking.open_run(uri, "a run", "print-5", {})
+    run = open_run(uri, "print-5", {})
     item = tracking.DatasetInput("tokens", "/data/tokens/manifest.json", "ab" * 32, "training")
     for _ in range(2):
         tracking.log_config(run, load_config("tiny"))
@@ -159,7 +166,7 @@ def test_unreachable_server_is_named() -> None:
 
 
 def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> None:
-    run = tracking.open_run(uri, "a run", "print-6", {})
+    run = open_run(uri, "print-6", {})
     report = report_of(tmp_path / "a", b"weights a", gate_passed=True)
     version = register(run, report)
     assert (version.version, version.alias, version.is_new) == ("1", "champion", True)
@@ -188,7 +195,7 @@ def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> Non
 def test_damaged_upload_is_not_registered_and_cleaned_up_next_time(
     uri: str, tmp_path: Path
 ) -> None:
-    run = tracking.open_run(uri, "a run", "print-7", {})
+    run = open_run(uri, "print-7", {})
     report = report_of(tmp_path / "c", b"weights c", gate_passed=True)
     path = tmp_path / "c" / "model" / "weights.safetensors"
     path.write_bytes(b"damaged c")  # not what the manifest says

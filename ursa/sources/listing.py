@@ -28,6 +28,7 @@ from ursa.storage import StoredFile
 _MAX_SINGLE_LOOKUPS = 100
 """Of more objects than this in one folder, the folder is listed instead."""
 _NUM_THREADS = 8
+_MAX_NAMED = 5
 
 Item = TypeVar("Item")
 
@@ -65,6 +66,7 @@ def discover_videos(
         elif is_manifest(source_uri):
             rows = read_manifest(source_uri, allow_https=allow_https)
             found = _of_names(list(dict.fromkeys(row.uri for row in rows)), hashes)
+            _refuse_if_all_missing(source_uri, found)
         else:
             found = _of_tree(source_uri, hashes)
     sources = tuple(sorted(found, key=lambda source: source.uri))
@@ -74,6 +76,16 @@ def discover_videos(
             "or a tar file with mp4, mkv, webm, mov, avi, mpg or gif files"
         )
     return sources
+
+
+def _refuse_if_all_missing(manifest_uri: str, sources: list[SourceVideo]) -> None:
+    if sources and all(source.problem == FailureReason.MISSING for source in sources):
+        what = "the file" if len(sources) == 1 else f"none of the {len(sources)} files"
+        verb = "does not exist" if len(sources) == 1 else "exists"
+        raise DataError(
+            f"{what} that {manifest_uri} names {verb}; relative names count from the folder of the "
+            f"manifest. Missing: {', '.join(source.uri for source in sources[:_MAX_NAMED])}"
+        )
 
 
 def _of_tree(source_uri: str, hashes: ContentHashes) -> list[SourceVideo]:

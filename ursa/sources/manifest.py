@@ -44,7 +44,9 @@ class ManifestRow(NamedTuple):
     said: CaptionRow
 
 
-def read_manifest(manifest_uri: str, *, allow_https: bool = False) -> list[ManifestRow]:
+def read_manifest(
+    manifest_uri: str, *, allow_https: bool = False, is_quiet: bool = False
+) -> list[ManifestRow]:
     """Read all rows of a manifest.
 
     Rows that say the same about the same span of the same file count once.
@@ -52,6 +54,7 @@ def read_manifest(manifest_uri: str, *, allow_https: bool = False) -> list[Manif
     Args:
         manifest_uri: A file or object that ends in .csv, .jsonl, .parquet or .txt.
         allow_https: Whether rows may name https addresses.
+        is_quiet: Say nothing of columns and rows that are left out: somebody has said it before.
 
     Returns:
         The rows in their order. Several may name one file, each another span of it.
@@ -75,9 +78,16 @@ def read_manifest(manifest_uri: str, *, allow_https: bool = False) -> list[Manif
             f"{manifest_uri} has no column that names files; expected `path` or `uri`, got "
             f"{', '.join(map(repr, sorted(keys))) or 'no rows'}"
         )
-    if unknown := sorted(keys - _KNOWN_KEYS):
+    if (unknown := sorted(keys - _KNOWN_KEYS)) and not is_quiet:
         logger.warning("%s: columns that are not used: %s", manifest_uri, ", ".join(unknown))
-    rows = _without_repeats(manifest_uri, rows, problems)
+    rows, repeated = _without_repeats(rows, problems)
+    if repeated and not is_quiet:
+        logger.warning(
+            "%s: %d rows repeat others and count once, the first is row %d",
+            manifest_uri,
+            len(repeated),
+            repeated[0],
+        )
     if problems:
         raise DataError(
             f"{manifest_uri}: {len(problems)} rows cannot be used; correct or remove them. "
@@ -116,9 +126,12 @@ def _parse_row(manifest_uri: str, number: int, values: Mapping[str, Any]) -> Man
 
 
 def _without_repeats(
-    manifest_uri: str, rows: list[ManifestRow], problems: list[str]
-) -> list[ManifestRow]:
-    """Return each span of each file once; two that do not say the same are a problem."""
+    rows: list[ManifestRow], problems: list[str]
+) -> tuple[list[ManifestRow], list[int]]:
+    """Return each span of each file once, and the rows that say it again.
+
+    Two rows that do not say the same are a problem.
+    """
     first: dict[tuple[str, float, float], ManifestRow] = {}
     repeated: list[int] = []
     for row in rows:
@@ -131,14 +144,7 @@ def _without_repeats(
             problems.append(
                 f"rows {other.number} and {row.number} say different things about {row.uri}"
             )
-    if repeated:
-        logger.warning(
-            "%s: %d rows repeat others and count once, the first is row %d",
-            manifest_uri,
-            len(repeated),
-            repeated[0],
-        )
-    return list(first.values())
+    return list(first.values()), repeated
 
 
 def _read_values(manifest_uri: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -54,7 +54,7 @@ class SourceNotes:
         """
         notes = cls(sources)
         if is_manifest(source_uri):
-            for row in read_manifest(source_uri, allow_https=True):
+            for row in read_manifest(source_uri, allow_https=True, is_quiet=True):
                 notes._rows.setdefault(row.uri, []).append(row.said)
         elif not is_https(source_uri):
             notes._read_tree(source_uri)

@@ -272,3 +272,36 @@ def test_no_relative_name_leads_out(tmp_path, parts):
         return
     path = storage.local_path(uri)
     assert os.path.realpath(path).startswith(f"{os.path.realpath(tmp_path)}/f/")
+
+
+def test_what_is_not_used_is_said_once_a_run(tmp_path, caplog):
+    from ursa.ingestion import notes_digest
+    from ursa.sources.listing import discover_videos
+
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    path = tmp_path / "list.csv"
+    path.write_text("path,colour\na.mp4,red\na.mp4,blue\n")
+    with caplog.at_level(logging.WARNING):
+        sources = discover_videos(str(path))
+        notes_digest(str(path), sources)
+    assert caplog.text.count("columns that are not used: colour") == 1
+    assert caplog.text.count("1 rows repeat others") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["gone.mp4"], r"the file that .*list\.txt names does not exist; .*/gone\.mp4"),
+        (["a.mp4", "b/c.mp4"], r"none of the 2 files that .*list\.txt names exists; .*/b/c\.mp4"),
+    ],
+)
+def test_manifest_whose_files_are_all_missing_is_refused(tmp_path, names, expected):
+    from ursa.sources.listing import discover_videos
+
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(names))
+    with pytest.raises(DataError, match=expected):
+        discover_videos(str(path))
+    (tmp_path / "there.mp4").write_bytes(b"video")
+    path.write_text("\n".join([*names, "there.mp4"]))
+    assert len(discover_videos(str(path))) == len(names) + 1
