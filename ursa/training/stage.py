@@ -112,6 +112,7 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
         first, metrics = marker.step, marker.metrics
         logger.info("stage %s goes on from step %d", request.stage, first)
     uri = resumed[0] if resumed is not None else ""
+    resumed = state = None  # its tensors weigh as much as model, average and optimizer together
     validation = _Validation(request, trainer)
     with _Termination() as termination:
         for step in range(first, config.max_steps):
