@@ -6,8 +6,8 @@
 Every case trains in a fresh process on token shards that are written for it. Memory is the peak of
 resident memory over what the process takes just before the model is built, time the median of the
 steps after the second: of the clock, and with one thread of the processor too, which does not
-count what other processes take. The prediction is made in this process from the configuration alone, and
-from a probe of the machine (`ursa.training.probe`), which runs right before each measurement.
+count what other processes take. The prediction is made in this process from the configuration
+alone and from a probe of the machine (`ursa.training.probe`) right after each measurement.
 """
 
 import argparse
@@ -207,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(train(given.child, given.threads[0])._asdict()))
         return
     print(
-        "case         threads  clock      memory MB: plan  measured  ratio  step s: plan  measured  ratio"
+        "case         threads  clock      memory MB: plan  measured  ratio"
+        "  step s: plan  measured  ratio"
     )
     for name in given.cases:
         for threads in given.threads:

@@ -177,7 +177,7 @@ def what_if(
     from ursa.cli.data_tables import print_what_if
     from ursa.inspection.what_if import what_if as judge_again
 
-    result = judge_again(root_uri(root), _load(preset, changes), selection_uri=selection)
+    result = judge_again(root_uri(root), load_preset(preset, changes), selection_uri=selection)
     print_what_if(result, list_clips=list_clips)
 
 
@@ -224,11 +224,19 @@ def root_uri(root: str | None) -> str:
 
 def _config(preset: str | None, changes: Sequence[str]) -> "RunConfig | None":
     """Return the configuration that `--preset` and `--set` name; None if they are not given."""
-    return _load(preset or "tiny", changes) if preset is not None or changes else None
+    return load_preset(preset or "tiny", changes) if preset is not None or changes else None
 
 
-def _load(preset: str, changes: Sequence[str]) -> "RunConfig":
-    """Return a preset with the changes that `--set` names."""
+def load_preset(preset: str, changes: Sequence[str]) -> "RunConfig":
+    """Return a preset with the changes that `--set` names.
+
+    Args:
+        preset: Its name.
+        changes: Such as selection.min_sharpness=30.
+
+    Raises:
+        ConfigError: If a change is none, names no setting, or has a value that is not allowed.
+    """
     import yaml
 
     from ursa.config import load_config

@@ -104,15 +104,15 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     config: StageConfig = getattr(request.config.stages, request.stage)
     trainer = _build_trainer(request, group)
     resumed = latest_checkpoint(_stage_uri(request), fingerprint=stage_fingerprint(request))
-    first = 0
+    uri, first = "", 0
     metrics: dict[str, float] = {}
     if resumed is not None:
-        _, marker, state = resumed
+        uri, marker, state = resumed
         restore_state(state, trainer.model, trainer.average, trainer.optimizer)
         first, metrics = marker.step, marker.metrics
         logger.info("stage %s goes on from step %d", request.stage, first)
-    uri = resumed[0] if resumed is not None else ""
-    resumed = state = None  # its tensors weigh as much as model, average and optimizer together
+        del state  # as large as model, average and moments together
+    del resumed
     validation = _Validation(request, trainer)
     with _Termination() as termination:
         for step in range(first, config.max_steps):
