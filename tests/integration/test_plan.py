@@ -26,4 +26,4 @@ def test_memory_and_time_of_training(name):
     plan = bench.predict(name, 1, time.process_time)
     assert plan.memory.total_bytes == pytest.approx(measured.peak_bytes, rel=0.25)
     # of the processor: other processes do not count, but they share its caches
-    assert 0.5 < plan.step_s / measured.processor_s < 2
+    assert 0.6 < plan.step_s / measured.processor_s < 1.6
