@@ -14,7 +14,8 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-data bench-toy bench-steps
+.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-data bench-toy \
+  bench-steps bench-plan
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,3 +76,6 @@ bench-toy: setup ## solvers and clocks with an exact denoiser: some minutes
 
 bench-steps: setup ## quality against number of forwards on the newest model of `make run`
 	PYTHONPATH=. $(BIN)/python tests/bench/steps.py .ursa/data
+
+bench-plan: setup ## memory and time of training, planned and measured: some minutes
+	PYTHONPATH=. $(BIN)/python tests/bench/plan.py

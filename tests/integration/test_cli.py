@@ -105,7 +105,17 @@ def test_plan_of_a_size_a_preset_and_a_model(model):
     ("arguments", "message"),
     [
         (("--size", "4b", "--preset", "tiny"), "give one of --model, --size and --preset"),
-        (("--num-frames", 50), "num_frames must be 1 + 4k, got 50; the nearest are 49 and 53"),
+        (
+            ("--height", 100_000),
+            "--height must be at most 8192, the longest side of an H.264 video, got 100000",
+        ),
+        (
+            ("--workers", 2),
+            "--set, --stage, --workers, --gpu, --memory, --flops, --utilisation and "
+            "--data are for training; name a preset with --preset",
+        ),
+        (("--preset", "tiny", "--memory", 0), "--memory must be positive and finite, got 0"),
+        (("--num-frames", 50), "--num-frames must be 1 + 4k, got 50; the nearest are 49 and 53"),
         (("--steps", 0), "--steps must be at least 1, got 0"),
         (("--model", "nowhere"), "no transformer at nowhere: config.json is missing"),
     ],
@@ -114,6 +124,42 @@ def test_a_plan_that_cannot_be_made(arguments, message):
     done = ursa("plan", *arguments)
     assert done.returncode == 1
     assert done.stderr == f"error: {message}\n"
+
+
+def test_plan_of_a_training():
+    options = ("--preset", "small", "--set", "model.num_layers=8", "--stage", "video_pretrain")
+    done = ursa("plan", *options, "--gpu", "h100", "--workers", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (stage,) = found["stages"]
+    assert (stage["stage"], stage["samples_per_step"], stage["micro_batch"]) == (
+        "video_pretrain",
+        8,
+        4,
+    )
+    assert stage["num_parameters"] == found["num_parameters"]
+    assert stage["step_s"] > 0
+    assert "67 TFLOP/s in float32 x 0.4 assumed" in stage["rate"]
+    table = ursa("plan", *options)
+    assert "video_pretrain" in table.stdout
+    assert "step time: not known" in table.stdout
+
+
+def test_a_training_that_does_not_fit_is_an_error():
+    done = ursa("plan", "--preset", "small", "--memory", 0.7, "--json")
+    assert done.returncode == 1
+    problems = json.loads(done.stdout)["problems"]
+    assert done.stderr == f"error: {'; '.join(problems)}\n"
+    assert "image_pretrain: a worker needs" in problems[0]
+    assert "gradient_accumulation_steps=" in problems[0]
+
+
+def test_a_plan_measures_this_machine():
+    done = ursa("plan", "--preset", "tiny", "--gpu", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert all("measured here" in stage["rate"] for stage in found["stages"])
+    assert all(0 < stage["step_s"] < 60 for stage in found["stages"])
 
 
 def test_version_is_printed():

@@ -260,7 +260,20 @@ def _config(preset: str | None, changes: Sequence[str]) -> "RunConfig | None":
     """Return the configuration that `--preset` and `--set` name; None if they are not given."""
     if preset is None and not changes:
         return None
-    return _load(preset or "tiny", _overrides(changes))
+    return load_preset(preset or "tiny", changes)
+
+
+def load_preset(preset: str, changes: Sequence[str]) -> "RunConfig":
+    """Return a preset with the changes that `--set` names.
+
+    Args:
+        preset: Its name.
+        changes: Such as selection.min_sharpness=30.
+
+    Raises:
+        ConfigError: If a change is none, names no setting, or has a value that is not allowed.
+    """
+    return _load(preset, _overrides(changes))
 
 
 def _load(preset: str, overrides: Mapping[str, Any]) -> "RunConfig":

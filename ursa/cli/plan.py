@@ -1,13 +1,18 @@
 """`ursa plan`: what a network costs, before anything is built."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
+from ursa.cli.data import Changes, Preset, load_preset
+from ursa.cli.plan_training import Cluster, plan_training, print_training, training_json
 from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ursa.config import RunConfig
     from ursa.model.config import TransformerConfig
     from ursa.model.size import Plan, Qwen3Size
 
@@ -46,7 +51,15 @@ def plan(
     *,
     model: Path | None = None,
     size: Literal["0.6b", "1.7b", "4b"] | None = None,
-    preset: Literal["tiny", "small"] | None = None,
+    preset: Preset | None = None,
+    changes: Changes = (),
+    stage: Literal["image_pretrain", "video_pretrain", "async_finetune"] | None = None,
+    workers: int = 1,
+    gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "rtx4090", "cpu"] | None = None,
+    memory: float | None = None,
+    flops: float | None = None,
+    utilisation: float | None = None,
+    data: str | None = None,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -60,15 +73,31 @@ def plan(
 ) -> None:
     """Print what a network costs: parameters, tokens, operations, memory. Nothing is built.
 
+    Of a preset also what its training costs, stage by stage; the exit status is 1 if it does not
+    fit, and the error says what to change.
+
     Example: ursa plan --size 1.7b --num-frames 49 --height 320 --width 512
+
+    Example: ursa plan --preset small --gpu cpu --data .ursa/data
+
+    Example: ursa plan --preset small --set model.num_layers=28 --workers 8 --gpu h100
 
     Args:
         model: A model directory, or its transformer/; the sizes are those that it was trained on.
         size: A network of the paper, from the Qwen3 of that size; 1.7b if nothing is named.
-        preset: The network of a preset at the preset's sizes.
+        preset: The network of a preset at the preset's sizes, and the training of it.
+        changes: Overrides of the preset, such as model.num_layers=8; may be given again.
+        stage: Plan this stage alone.
+        workers: Workers that share a batch; each holds the whole model.
+        gpu: What a worker runs on: its memory, and its published rate times --utilisation. cpu is
+            this machine: its memory, and a rate that is measured, which takes seconds.
+        memory: GB of a worker.
+        flops: Peak of a worker in float32, operations a second, such as 1e13.
+        utilisation: Share of the peak that is reached; 0.4, which is a guess.
+        data: A data root: its selected clips give samples, epochs and bytes of token shards.
         num_frames: 1 + 4k frames; 1 is an image.
-        height: Pixels, divisible by 8.
-        width: Pixels, divisible by 8.
+        height: Pixels, divisible by 8, 8192 at most.
+        width: Pixels, divisible by 8, 8192 at most.
         prompt_length: Text tokens.
         steps: Steps of the sampler; 50, for an image 25.
         guidance: Classifier-free guidance, 1 is off.
@@ -78,10 +107,19 @@ def plan(
         as_json: Print JSON, in single operations and bytes.
 
     Raises:
-        ConfigError: If arguments do not fit together, or a model directory is not readable.
+        ConfigError: If arguments do not fit together, a model directory is not readable, or
+            training does not fit.
     """
     if sum(item is not None for item in (model, size, preset)) > 1:
         raise ConfigError("give one of --model, --size and --preset")
+    cluster = Cluster(workers, gpu, memory, flops, utilisation)
+    if preset is None and (
+        changes or stage or data or cluster != Cluster(1, None, None, None, None)
+    ):
+        raise ConfigError(
+            "--set, --stage, --workers, --gpu, --memory, --flops, --utilisation and --data are for "
+            "training; name a preset with --preset"
+        )
     import json
 
     from ursa.model.size import Clip, latent_shape, num_sequences
@@ -96,15 +134,17 @@ def plan(
     ):
         if value is not None and not value >= least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    known = _planned(model, size or "1.7b", preset)
+    run = None if preset is None else load_preset(preset, changes)
+    known = _planned(model, size or "1.7b", preset, run)
     frames = known.num_frames if num_frames is None else num_frames
-    shape = latent_shape(
-        frames,
-        known.height if height is None else height,
-        known.width if width is None else width,
-        temporal_stride=temporal_stride or known.temporal_stride,
-        spatial_stride=spatial_stride or known.spatial_stride,
-    )
+    with _options_named():
+        shape = latent_shape(
+            frames,
+            known.height if height is None else height,
+            known.width if width is None else width,
+            temporal_stride=temporal_stride or known.temporal_stride,
+            spatial_stride=spatial_stride or known.spatial_stride,
+        )
     if steps is None:
         steps = known.steps or (25 if frames == 1 else 50)
     is_guided = (known.guidance if guidance is None else guidance) > 1
@@ -118,17 +158,37 @@ def plan(
         is_guided=is_guided,
         bytes_per_value=4 if dtype == "float32" else 2,
     )
+    training = None if run is None else plan_training(run, stage, cluster, data)
     if as_json:
-        print(json.dumps({"network": known.name, "dtype": dtype} | result.model_dump(), indent=2))
+        values = {"network": known.name, "dtype": dtype} | result.model_dump()
+        print(json.dumps(values | (training_json(training) if training else {}), indent=2))
     else:
         _print_plan(result, known, dtype, steps)
+        if training is not None:
+            print_training(training)
+    if training is not None and training.problems:
+        raise ConfigError("; ".join(training.problems))
 
 
-def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Planned:
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Let an error that names a size of the library name the option that sets it."""
+    import re
+
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"^(num_frames|height|width)\b", lambda found: f"--{found[0]}", str(error))
+        raise ConfigError(text.replace("--num_frames", "--num-frames", 1)) from error
+
+
+def _planned(
+    model: Path | None, size: "Qwen3Size", preset: str | None, run: "RunConfig | None"
+) -> _Planned:
     """Return the network to plan for."""
-    from ursa.config import load_config
-    from ursa.model.config import TransformerConfig, read_transformer_config
+    from ursa.model.config import read_transformer_config
     from ursa.model.size import qwen3_config
+    from ursa.training.plan import run_network
 
     if model is not None:
         inner = model / "transformer"
@@ -146,22 +206,12 @@ def _planned(model: Path | None, size: "Qwen3Size", preset: str | None) -> _Plan
         if (strides := strides_of(model)) is not None:
             planned = planned._replace(temporal_stride=strides[0], spatial_stride=strides[1])
         return planned._replace(**named)
-    if preset is None:
+    if preset is None or run is None:
         return _Planned(size, qwen3_config(size))
-    run = load_config(preset)
-    text, codes = run.text_tokenizer.vocab_size, run.visual_tokenizer.codebook_size
-    network = run.model.model_dump()
-    network["num_hidden_layers"] = network["max_window_layers"] = network.pop("num_layers")
     sampling = run.evaluation.sampling
     return _Planned(
         name=preset,
-        config=TransformerConfig(
-            **network,
-            vocab_size=text + codes,
-            lm_vocab_size=text,
-            lm_head_size=codes,
-            bov_token_id=0,
-        ),
+        config=run_network(run),
         num_frames=run.tokenization.num_frames,
         height=run.tokenization.height_px,
         width=run.tokenization.width_px,
@@ -212,30 +262,30 @@ def _print_plan(plan: "Plan", known: _Planned, dtype: str, steps: int) -> None:
     frames, rows, columns = plan.latent_shape
     table = Table("", known.name, "")
     for row in (
-        ("parameters", f"{plan.num_parameters:,}", _short(plan.num_parameters, "")),
+        ("parameters", f"{plan.num_parameters:,}", short(plan.num_parameters, "")),
         (
             "tokens",
             f"{plan.num_tokens:,}",
             f"{plan.num_visual_tokens:,} visual ({frames} x {rows} x {columns}) + prompt + BOV",
         ),
-        ("one forward", _short(plan.forward_flops, "FLOP"), "one sequence"),
+        ("one forward", short(plan.forward_flops, "FLOP"), "one sequence"),
         (
             "sampling",
-            _short(plan.sampling_flops, "FLOP"),
+            short(plan.sampling_flops, "FLOP"),
             f"{steps} steps, {plan.num_sequences} sequences through the network",
         ),
-        ("weights", _short(plan.weight_bytes, "B"), dtype),
-        ("activations", _short(plan.activation_bytes, "B"), f"{dtype}, inside a layer, at most"),
-        ("logits", _short(plan.logits_bytes, "B"), "float32, of the tokens that are drawn at once"),
-        ("inference", _short(plan.inference_bytes, "B"), "sum of the three"),
+        ("weights", short(plan.weight_bytes, "B"), dtype),
+        ("activations", short(plan.activation_bytes, "B"), f"{dtype}, inside a layer, at most"),
+        ("logits", short(plan.logits_bytes, "B"), "float32, of the tokens that are drawn at once"),
+        ("inference", short(plan.inference_bytes, "B"), "sum of the three"),
         (
             "tokens x codes",
-            _short(plan.code_tensor_bytes, "B"),
+            short(plan.code_tensor_bytes, "B"),
             f"one float32 tensor {plan.num_visual_tokens:,} x {known.config.lm_head_size:,}",
         ),
         (
             "training state",
-            _short(plan.training_state_bytes, "B"),
+            short(plan.training_state_bytes, "B"),
             "float32 weights, gradients, AdamW, average; no activations",
         ),
     ):
@@ -243,7 +293,12 @@ def _print_plan(plan: "Plan", known: _Planned, dtype: str, steps: int) -> None:
     Console(width=110).print(table)
 
 
-def _short(count: int, unit: str) -> str:
-    """Return a number with a decimal prefix: 1.98 G, 8.52 GB, 34.40 PFLOP."""
-    power = min(5, (len(str(count)) - 1) // 3)
-    return f"{count / 1000**power:.2f} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"
+def short(count: int, unit: str) -> str:
+    """Return a number with a decimal prefix: 1.98 G, 8.52 GB, 34.40 PFLOP.
+
+    Args:
+        count: The number.
+        unit: What is counted.
+    """
+    power = min(6, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.2f} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}{unit}"

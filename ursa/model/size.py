@@ -17,6 +17,8 @@ from ursa.model.config import TransformerConfig
 Qwen3Size = Literal["0.6b", "1.7b", "4b"]
 LOGITS_AT_ONCE = 2**23
 """Logits that the sampler holds at once, as in `ursa.diffusion.solver`."""
+MAX_SIDE_PX = 8192
+"""Longest side of a picture: of the largest video that H.264 allows, 8192 x 4320 (level 6.2)."""
 _LOGITS_COPIES = 2
 """Logits, and the weights that are drawn from."""
 _FLOAT32_BYTES = 4
@@ -116,8 +118,8 @@ def latent_shape(
 
     Args:
         num_frames: Frames, 1 + k temporal_stride.
-        height_px: Pixels, divisible by spatial_stride.
-        width_px: Pixels, divisible by spatial_stride.
+        height_px: Pixels, divisible by spatial_stride, `MAX_SIDE_PX` at most.
+        width_px: Pixels, likewise.
         temporal_stride: Frames per latent frame after the first.
         spatial_stride: Pixels per latent row and column.
 
@@ -129,6 +131,11 @@ def latent_shape(
     for name, size in (("height", height_px), ("width", width_px)):
         if hint := size_hint(size, spatial_stride, spatial_stride):
             raise ConfigError(f"{name} must be divisible by {spatial_stride}, got {size}; {hint}")
+        if size > MAX_SIDE_PX:
+            raise ConfigError(
+                f"{name} must be at most {MAX_SIDE_PX}, the longest side of an H.264 video, got "
+                f"{size}"
+            )
     return (
         1 + (num_frames - 1) // temporal_stride,
         height_px // spatial_stride,
@@ -214,6 +221,32 @@ def activation_bytes(
     values = 3 * h + max(5 * a + 3 * b, 3 * f) + 2 * config.head_dim
     per_token = values * bytes_per_value + 2 * config.head_dim * _FLOAT32_BYTES + 32
     return num_sequences * clip.num_tokens * per_token
+
+
+def saved_bytes(config: TransformerConfig, clip: Clip) -> int:
+    """Return the bytes that the forward pass of one sequence keeps for the backward pass, float32.
+
+    A layer keeps a token's states before both norms, and what each norm has divided and given
+    (6 h); queries as projected, as normed and as rotated and what attention gives (4 a), keys
+    likewise with their values (4 b); gate, its SiLU, up and their product (4 f); and a number a
+    norm and head. Attention keeps no scores: torch's is fused. Beside the layers there are what the
+    last norm keeps, cosines, sines and ids.
+
+    Args:
+        config: The network.
+        clip: Sizes of the clip.
+
+    Returns:
+        Bytes of one sequence in training, without its loss; those of B sequences are at most B
+        times as many, as cosines and sines are shared.
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    heads, kept_heads = config.num_attention_heads, config.num_key_value_heads
+    layer = 6 * h + 4 * (heads + kept_heads) * config.head_dim + 4 * f
+    layer += 2 + 2 * heads + kept_heads
+    around = h + 2 * config.head_dim + 2
+    values = (config.num_hidden_layers * layer + around) * clip.num_tokens
+    return _FLOAT32_BYTES * (values + (h + 1) * clip.num_visual_tokens)
 
 
 def plan(

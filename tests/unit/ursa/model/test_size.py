@@ -18,6 +18,7 @@ from ursa.model.size import (
     num_sequences,
     plan,
     qwen3_config,
+    saved_bytes,
 )
 from ursa.model.transformer import UrsaTransformer, build_transformer
 
@@ -83,6 +84,7 @@ def test_tokens_of_the_paper():
         ((0, 320, 512), "num_frames must be 1 [+] 4k, got 0; the nearest is 1$"),
         ((49, 324, 512), "height must be divisible by 8, got 324; the nearest are 320 and 328"),
         ((49, 320, 4), "width must be divisible by 8, got 4; the nearest is 8$"),
+        ((1, 320, 100_000), "width must be at most 8192, .*, got 100000$"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
@@ -130,6 +132,39 @@ def test_activations_are_bounded_from_above_and_not_by_much(changes, dtype):
             peak = max(peak, alive)
     bound = activation_bytes(config, clip, num_sequences=1, bytes_per_value=dtype.itemsize)
     assert 0.65 * bound < peak <= bound
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"intermediate_size": 256}],
+)
+def test_what_training_keeps_is_counted_exactly(changes):
+    """The storages that autograd holds after the forward pass, without the weights."""
+    model = build_transformer(factories.transformer_config(**changes), seed=0)
+    clip = Clip((2, 6, 8), 9)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = []  # held, so that no two have the same address
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    def saved(batch):
+        kept.clear()
+        text = torch.zeros(batch, 9, dtype=torch.long)
+        visual = torch.zeros(batch, *clip.latent_shape, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model.hidden_states(text, visual)
+        stores = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept}
+        assert hidden.requires_grad
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for place, tensor in stores.items()
+            if place not in weights
+        )
+
+    assert saved(1) == saved_bytes(model.config, clip)
+    assert 0.97 * 3 * saved_bytes(model.config, clip) < saved(3) <= 3 * saved(1)
 
 
 @pytest.mark.parametrize("shift", [0.7, 1.0, 3.0])

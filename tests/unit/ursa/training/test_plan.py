@@ -1,0 +1,200 @@
+import math
+
+import pytest
+
+from tests import factories
+from ursa.config import load_config
+from ursa.data.dataset import TokenSamples
+from ursa.data.shards import shard_bytes
+from ursa.diffusion import loss
+from ursa.diffusion.grid import num_orbits
+from ursa.errors import ConfigError
+from ursa.model.size import Clip, num_parameters
+from ursa.training import plan as planning
+from ursa.training import probe
+from ursa.training import stage as stage_module
+from ursa.training.checkpoint import training_state
+from ursa.training.distributed import Group
+from ursa.training.plan import DataSize, Machine, plan_run, run_network, stage_clip
+
+STAGE = "video_pretrain"
+
+
+def one(config, machine=None, **changes):
+    (result,) = plan_run(config, machine or Machine(name="m"), stages=(STAGE,), **changes)
+    return result
+
+
+def of_stage(**changes):
+    return factories.tiny_config({"stages": {STAGE: changes}})
+
+
+def test_logits_at_once_are_those_of_the_loss():
+    assert planning.LOSS_PART_ELEMENTS == loss.PART_ELEMENTS
+
+
+def test_state_is_that_of_the_trainer(make_request):
+    request = make_request(STAGE)
+    trainer = stage_module._build_trainer(request, Group(0, 1))
+    trainer.step(0)
+    found = one(request.config)
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    # the plan cannot know how many of 300 text ids the captions fill
+    assert run_network(request.config).vocab_size == trainer.model.config.vocab_size
+    assert found.memory.weight_bytes == found.memory.average_bytes == weights
+    assert found.memory.gradient_bytes == sum(p.grad.nbytes for p in trainer.model.parameters())
+    state = training_state(trainer.model, trainer.average, trainer.optimizer)
+    written = sum(value.nbytes for value in state.values())
+    kept = request.config.stages.video_pretrain.keep_checkpoints + 1
+    assert found.checkpoint_bytes == pytest.approx(kept * written, rel=0.01)
+    assert 4 * weights == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "workers"), [(4, 1, 1), (4, 3, 1), (8, 3, 2), (12, 5, 2), (4, 4, 4)]
+)
+def test_micro_batch_is_that_of_the_trainer(make_request, batch, parts, workers):
+    request = make_request(STAGE, global_batch_size=batch, gradient_accumulation_steps=parts)
+    trainer = stage_module._build_trainer(request, Group(0, workers))
+    sizes = []
+    trainer.model.model.norm.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(len(inputs[0]))
+    )
+    trainer._add_gradients(trainer.noisy_batch(0))
+    assert one(request.config, num_workers=workers).micro_batch == max(sizes)
+    work = planning._work(request.config, STAGE, workers)
+    assert work.num_parts == len(sizes)
+
+
+def test_tokens_and_operations_add_up():
+    config = load_config("tiny")
+    found = one(config)
+    settings = config.stages.video_pretrain
+    length = 3 * 7 * 12 + 1 + config.text_tokenizer.max_prompt_length
+    assert found.tokens_per_sample == length
+    assert found.tokens_per_step == settings.global_batch_size * length
+    assert found.num_tokens == settings.max_steps * found.tokens_per_step
+    assert found.num_parameters == num_parameters(run_network(config))
+    clip = stage_clip(config, STAGE)
+    layers, head = planning.split_flops(run_network(config), clip)
+    assert found.flops == 3 * found.num_samples * (layers + head)
+    assert found.memory.total_bytes == sum(getattr(found.memory, name) for name in planning.PARTS)
+    assert set(planning.PARTS) < set(found.memory.model_dump())
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (5, 5), (8, 8, 8, 5, 5), (7, 3, 2)])
+def test_kinds_of_codes_are_the_orbits_of_the_grid(levels):
+    config = factories.tiny_config({"visual_tokenizer": {"levels": levels}})
+    expected = planning._TABLE_BYTES * num_orbits(levels) * math.prod(levels)
+    assert planning.path_bytes(config) == expected
+
+
+def test_more_parts_take_less_memory_and_more_workers_exchange():
+    config = load_config("small")
+    whole = one(config).memory
+    changes = {"stages": {STAGE: {"gradient_accumulation_steps": 8}}}
+    parts = one(load_config("small", changes)).memory
+    assert parts.activation_bytes < whole.activation_bytes / 7
+    assert parts.weight_bytes == whole.weight_bytes
+    wide = {"model": {"hidden_size": 2048, "intermediate_size": 8192}}
+    alone = one(load_config("small", changes | wide))
+    many = one(load_config("small", changes | wide), num_workers=8)
+    assert alone.memory.moment == "resume"
+    assert many.memory.moment == "resume"
+    assert many.micro_batch == alone.micro_batch == 1
+
+
+def test_what_does_not_fit_is_said_and_the_advice_helps():
+    config = load_config("small", {"stages": {STAGE: {"global_batch_size": 64}}})
+    machine = Machine(name="small one", memory_bytes=800_000_000, process_bytes=300_000_000)
+    (problem,) = one(config, machine).problems
+    assert problem.startswith(f"{STAGE}: a worker needs ")
+    assert "small one has 0.8 GB" in problem
+    advice = int(problem.rpartition("gradient_accumulation_steps=")[2])
+    changes = {"global_batch_size": 64, "gradient_accumulation_steps": advice}
+    assert one(load_config("small", {"stages": {STAGE: changes}}), machine).problems == ()
+    changes["gradient_accumulation_steps"] = advice - 1
+    assert one(load_config("small", {"stages": {STAGE: changes}}), machine).problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"model": {"num_layers": 4000}, "tokenization": {"num_frames": 1}}, "smaller model"),
+        ({"tokenization": {"num_frames": 4001}}, "smaller tokenization.num_frames"),
+    ],
+)
+def test_what_no_batch_makes_fit(changes, advice):
+    machine = Machine(name="m", memory_bytes=4_000_000_000, process_bytes=300_000_000)
+    (problem,) = one(load_config("small", changes), machine).problems
+    assert advice in problem
+
+
+def test_a_batch_that_cannot_be_shared():
+    (problem,) = one(of_stage(global_batch_size=8), num_workers=3).problems
+    assert "global_batch_size 8 must be divisible by the 3 workers" in problem
+    assert "=6 or 9" in problem
+    with pytest.raises(ConfigError, match="num_workers must be at least 1, got 0"):
+        one(of_stage(), num_workers=0)
+
+
+def test_data_give_epochs_and_bytes(make_request):
+    request = make_request(STAGE)
+    config, clip = request.config, stage_clip(request.config, STAGE)
+    samples = TokenSamples(request.datasets.video_train)
+    count = {"image": len(samples), "video": len(samples)}
+    data = DataSize(num_clips=1, num_train=count, num_validation={"image": 0, "video": 0})
+    found = one(config, data=data)
+    assert found.num_epochs == found.num_samples / len(samples)
+    assert found.memory.loader_bytes - one(config).memory.loader_bytes >= samples._ids.nbytes
+    assert clip.latent_shape == request.datasets.video_train.latent_shape
+    none = DataSize(num_clips=0, num_train={"image": 0, "video": 0}, num_validation={})
+    assert "hold no video sample" in one(config, data=none).problems[0]
+
+
+def test_shards_are_not_larger_than_planned():
+    config = factories.tiny_config()
+    count = 200
+    rows = {name: factories.token_rows(name, count) for name in ("image", "video")}
+    written = sum(len(shard_bytes(each, codebook_size=60)) for each in rows.values())
+    counts = {"image": count, "video": count}
+    data = DataSize(num_clips=1, num_train=counts, num_validation={"image": 0, "video": 0})
+    assert 0.1 < written / planning.token_bytes(config, data) < 1
+
+
+def test_published_rates():
+    config = load_config("small")
+    h100 = planning.GPUS["h100"]
+    found = one(config, h100)
+    assert found.problems == ()
+    clip, settings = stage_clip(config, STAGE), config.stages.video_pretrain
+    operations = (
+        3 * settings.global_batch_size * sum(planning.split_flops(run_network(config), clip))
+    )
+    assert found.step_s > operations / (h100.peak_flops * planning.UTILISATION)
+    assert found.worker_hours == found.step_s * settings.max_steps / 3600
+    assert one(config, Machine(name="m")).step_s is None
+    four = one(config, h100, num_workers=4)
+    assert four.step_s < found.step_s < 4 * four.step_s
+
+
+def test_a_probe_is_cut_to_what_takes_seconds():
+    config = load_config("small")
+    whole = run_network(config), stage_clip(config, STAGE), 8
+    assert probe._cut(*whole) == whole
+    huge = whole[0].model_copy(update={"hidden_size": 4096, "intermediate_size": 12288})
+    network, clip, batch = probe._cut(huge, Clip((13, 40, 64), 320), 4)
+    layers, head = planning.split_flops(probe._of_depth(network, 3), clip)
+    assert batch == 1
+    assert 3 * (layers + head) <= probe._MAX_FLOPS or clip.num_tokens < 64
+    assert network.hidden_size == 4096
+
+
+def test_a_probe_measures_rates():
+    config = factories.tiny_config()
+    stage = config.stages.video_pretrain
+    speed = probe.measure_speed(run_network(config), stage_clip(config, STAGE), 4, stage)
+    assert speed.source.startswith("measured here")
+    assert 1e5 < speed.layer_flops < 1e15
+    found = one(config, speeds={STAGE: speed})
+    assert 1e-4 < found.step_s < 10

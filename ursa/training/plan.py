@@ -1,0 +1,566 @@
+"""What a training stage costs before it starts: memory of a worker, time, storage. No tensors.
+
+Bytes are counted on what `ursa.training.trainer` holds at the moments that can be the fullest; time
+is operations over a rate that is measured (`ursa.training.probe`) or published (`GPUS`). How near
+this comes is measured by `make bench-plan`; formulae in docs/plan.md.
+
+Dimensions: P = parameters, V = codes, h = hidden size, N = visual tokens of a sample.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from pydantic import computed_field
+
+from ursa.config import STAGES, FrozenModel, RunConfig, StageConfig, StageName
+from ursa.errors import ConfigError
+from ursa.model.config import TransformerConfig
+from ursa.model.size import Clip, forward_flops, latent_shape, num_parameters, saved_bytes
+
+FLOAT_BYTES = 4
+LOSS_PART_ELEMENTS = 2**24
+"""Logits that the loss holds at once, as in `ursa.diffusion.loss`."""
+TRAINING_FORWARDS = 3
+"""A backward pass costs two forward passes."""
+UTILISATION = 0.4
+"""Share of a published peak that large products, attention and what is between them reach."""
+_SMALL_CODEBOOK = 1 << 16
+_UPDATE_BYTES = 64
+"""Read and written a parameter by clipping, AdamW and the average."""
+_LOADER_BYTES = 64
+"""A visual token of the batches in work and ahead: clean, noisy and random numbers, 8 bytes each,
+twice, and what the noise is drawn with."""
+_ROW_BYTES = 400
+"""Names, caption and motion of a sample as Python objects."""
+_SHARD_ROW_BYTES = 120
+"""The same in a shard, compressed."""
+_LIBRARY_BYTES = 32_000_000
+"""Libraries and workspaces that the first step loads."""
+_HOLES = 0.2
+"""Share of the activations that lies idle between blocks: measured with glibc's allocator."""
+_LARGEST_TENSORS = 4
+"""Copies of the largest tensor that starting weights, AdamW and gradients make for a moment."""
+_TABLE_BYTES = 3
+"""Tables of the path, a code and kind of code: an order in 16 bits, distances, offsets."""
+
+
+class Machine(FrozenModel):
+    """What one worker has.
+
+    Attributes:
+        name: How it is called.
+        memory_bytes: Memory for its process; None is not known, so that everything fits.
+        process_bytes: Of it, what Python, torch and drivers take before there is a model.
+        peak_flops: Operations a second at float32, as published; None is not known.
+        memory_bytes_per_s: Speed of its memory, as published.
+        link_bytes_per_s: Speed at which workers exchange gradients.
+    """
+
+    name: str
+    memory_bytes: int | None = None
+    process_bytes: int = 1_000_000_000
+    peak_flops: float | None = None
+    memory_bytes_per_s: float = 1e12
+    link_bytes_per_s: float = 25e9
+
+
+GPUS: Mapping[str, Machine] = {
+    machine.name: machine
+    for machine in (
+        # float32 without tensor cores, dense, and memory speed, of the makers' data sheets
+        Machine(
+            name="h200", memory_bytes=141_000_000_000, peak_flops=67e12, memory_bytes_per_s=4.8e12
+        ),
+        Machine(
+            name="h100", memory_bytes=80_000_000_000, peak_flops=67e12, memory_bytes_per_s=3.35e12
+        ),
+        Machine(
+            name="a100-80",
+            memory_bytes=80_000_000_000,
+            peak_flops=19.5e12,
+            memory_bytes_per_s=2.0e12,
+        ),
+        Machine(
+            name="a100-40",
+            memory_bytes=40_000_000_000,
+            peak_flops=19.5e12,
+            memory_bytes_per_s=1.55e12,
+        ),
+        Machine(
+            name="l40s", memory_bytes=48_000_000_000, peak_flops=91.6e12, memory_bytes_per_s=0.86e12
+        ),
+        Machine(
+            name="rtx4090",
+            memory_bytes=24_000_000_000,
+            peak_flops=82.6e12,
+            memory_bytes_per_s=1.0e12,
+        ),
+    )
+}
+"""Training computes in float32, so the rates of tensor cores do not count."""
+
+
+class Speed(FrozenModel):
+    """Rates of one worker, and where they come from.
+
+    Attributes:
+        layer_flops: Operations a second in the layers, forward and backward.
+        head_flops: The same in embedding, last norm, head and loss.
+        layer_parameters_per_s: Parameters of layers that are updated a second.
+        row_parameters_per_s: The same of embedding and head.
+        source: How it is known, in words.
+    """
+
+    layer_flops: float
+    head_flops: float
+    layer_parameters_per_s: float
+    row_parameters_per_s: float
+    source: str
+
+
+class DataSize(FrozenModel):
+    """Samples of a data root under the run's settings.
+
+    Attributes:
+        num_clips: Selected clips.
+        num_train: Training samples by modality.
+        num_validation: Held-out samples by modality.
+    """
+
+    num_clips: int
+    num_train: dict[str, int]
+    num_validation: dict[str, int]
+
+
+class TrainingMemory(FrozenModel):
+    """Bytes of a worker at its fullest moment, over what its process takes without a model.
+
+    Attributes:
+        moment: backward: gradients are made from what the forward pass has kept; exchange: workers
+            average them; resume: a checkpoint is read.
+        weight_bytes: Of the network.
+        gradient_bytes: Of its gradients, all of them: other blocks than those that activations
+            leave. Twice while workers exchange them, that of the head twice with several parts.
+        optimizer_bytes: The two moments of AdamW.
+        average_bytes: The averaged network.
+        activation_bytes: What the forward pass keeps of a micro batch, and one layer's work.
+        loss_bytes: Gradient of the last states, and logits in work.
+        loader_bytes: All samples, the batch in work and the one ahead, tables of the path.
+        checkpoint_bytes: A checkpoint that is read.
+        allocator_bytes: Libraries, holes between blocks, and copies of the largest tensor.
+        total_bytes: Sum of the parts.
+    """
+
+    moment: Literal["backward", "exchange", "resume"]
+    weight_bytes: int
+    gradient_bytes: int = 0
+    optimizer_bytes: int
+    average_bytes: int
+    activation_bytes: int = 0
+    loss_bytes: int = 0
+    loader_bytes: int
+    checkpoint_bytes: int = 0
+    allocator_bytes: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return sum(getattr(self, name) for name in PARTS)
+
+
+PARTS = tuple(name for name in TrainingMemory.model_fields if name.endswith("_bytes"))
+"""Names of the parts, as a plan lists them."""
+
+
+class StagePlan(FrozenModel):
+    """What one stage costs.
+
+    Attributes:
+        stage: Its name.
+        num_parameters: P.
+        tokens_per_sample: Prompt, BOV and visual tokens.
+        visual_tokens_per_sample: N.
+        samples_per_step: Of all workers.
+        micro_batch: Samples that a worker puts through the network at once.
+        tokens_per_step: Of all workers.
+        max_steps: Optimizer steps.
+        num_samples: Samples seen.
+        num_tokens: Tokens seen.
+        num_epochs: Times that each training sample is seen; None without data.
+        flops: Operations of all steps and workers.
+        memory: Of a worker.
+        step_s: Seconds of a step, without validation and checkpoints; None if no rate is known.
+        worker_hours: Hours of all steps times workers; GPU-hours where workers are GPUs.
+        checkpoint_bytes: Checkpoints of the stage in storage, one more than kept while it writes.
+        problems: What does not fit, and what to change.
+    """
+
+    stage: StageName
+    num_parameters: int
+    tokens_per_sample: int
+    visual_tokens_per_sample: int
+    samples_per_step: int
+    micro_batch: int
+    tokens_per_step: int
+    max_steps: int
+    num_samples: int
+    num_tokens: int
+    num_epochs: float | None
+    flops: int
+    memory: TrainingMemory
+    step_s: float | None
+    worker_hours: float | None
+    checkpoint_bytes: int
+    problems: tuple[str, ...]
+
+
+class _Work(NamedTuple):
+    """What decides the cost of a stage."""
+
+    network: TransformerConfig
+    clip: Clip
+    local_batch: int
+    micro_batch: int
+    num_parts: int
+
+
+def run_network(config: RunConfig) -> TransformerConfig:
+    """Return the network of a run before there are tokenizers, with the sizes that they may reach.
+
+    Args:
+        config: The run; `model` and the two tokenizers matter. Tokenizers that exist already count
+            as `vocab_size` and `levels` say.
+    """
+    text, codes = config.text_tokenizer.vocab_size, config.visual_tokenizer.codebook_size
+    values = config.model.model_dump()
+    values["num_hidden_layers"] = values["max_window_layers"] = values.pop("num_layers")
+    return TransformerConfig(
+        **values, vocab_size=text + codes, lm_vocab_size=text, lm_head_size=codes, bov_token_id=0
+    )
+
+
+def stage_clip(config: RunConfig, stage: StageName) -> Clip:
+    """Return the sizes of a sample of a stage.
+
+    Args:
+        config: The run.
+        stage: Its name.
+
+    Raises:
+        ConfigError: If a side is longer than pictures may be.
+    """
+    samples, strides = config.tokenization, config.visual_tokenizer
+    shape = latent_shape(
+        1 if _stage_config(config, stage).modality == "image" else samples.num_frames,
+        samples.height_px,
+        samples.width_px,
+        temporal_stride=strides.temporal_stride,
+        spatial_stride=strides.spatial_stride,
+    )
+    return Clip(shape, config.text_tokenizer.max_prompt_length)
+
+
+def micro_batch(config: RunConfig, stage: StageName, num_workers: int) -> int:
+    """Return how many samples a worker puts through the network at once.
+
+    Args:
+        config: The run.
+        stage: Its name.
+        num_workers: Workers, which the batch need not fill evenly.
+    """
+    settings = _stage_config(config, stage)
+    local = math.ceil(settings.global_batch_size / num_workers)
+    return math.ceil(local / settings.gradient_accumulation_steps)
+
+
+def plan_run(
+    config: RunConfig,
+    machine: Machine,
+    *,
+    num_workers: int = 1,
+    speeds: Mapping[StageName, Speed] | None = None,
+    data: DataSize | None = None,
+    stages: tuple[StageName, ...] = STAGES,
+) -> list[StagePlan]:
+    """Plan stages of a run.
+
+    Args:
+        config: The run.
+        machine: What each worker has.
+        num_workers: Workers that share the batch, each with the whole model.
+        speeds: Rates by stage; None takes the machine's published peak, if there is one.
+        data: Samples there are; None leaves epochs out.
+        stages: Which.
+
+    Returns:
+        One plan a stage, in their order.
+
+    Raises:
+        ConfigError: If there is no worker, or a side is longer than pictures may be.
+    """
+    if num_workers < 1:
+        raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
+    published = published_speed(machine)
+    return [
+        _plan_stage(config, stage, machine, num_workers, (speeds or {}).get(stage, published), data)
+        for stage in stages
+    ]
+
+
+def published_speed(machine: Machine, utilisation: float = UTILISATION) -> Speed | None:
+    """Return the rates that a data sheet promises, less what is never reached.
+
+    Args:
+        machine: What a worker has.
+        utilisation: Share of the peak that is reached, in (0, 1].
+
+    Returns:
+        Rates; None if no peak is known.
+    """
+    if machine.peak_flops is None:
+        return None
+    rate, update = machine.peak_flops * utilisation, machine.memory_bytes_per_s / _UPDATE_BYTES
+    return Speed(
+        layer_flops=rate,
+        head_flops=rate,
+        layer_parameters_per_s=update,
+        row_parameters_per_s=update,
+        source=f"{machine.peak_flops / 1e12:g} TFLOP/s in float32 x {utilisation:g} assumed",
+    )
+
+
+def token_bytes(config: RunConfig, data: DataSize) -> int:
+    """Return the bytes of all token shards, at most: ids are stored compressed.
+
+    Args:
+        config: The run.
+        data: Samples there are.
+    """
+    total = 0
+    for modality in ("image", "video"):
+        clip = stage_clip(config, "image_pretrain" if modality == "image" else "video_pretrain")
+        count = data.num_train[modality] + data.num_validation[modality]
+        total += count * (_id_bytes(config) * clip.num_visual_tokens + _SHARD_ROW_BYTES)
+    return total
+
+
+def _plan_stage(
+    config: RunConfig,
+    stage: StageName,
+    machine: Machine,
+    num_workers: int,
+    speed: Speed | None,
+    data: DataSize | None,
+) -> StagePlan:
+    settings, network = _stage_config(config, stage), run_network(config)
+    work = _work(config, stage, num_workers)
+    count = None if data is None else data.num_train[settings.modality]
+    held = path_bytes(config)
+    held += (count or 0) * (_id_bytes(config) * work.clip.num_visual_tokens + _ROW_BYTES)
+    memory = training_memory(work, num_workers=num_workers, samples_bytes=held)
+    parameters = num_parameters(network)
+    samples = settings.max_steps * settings.global_batch_size
+    seconds = None if speed is None else _step_s(work, speed, machine, num_workers)
+    problems = _problems(config, stage, machine, num_workers, held)
+    if count == 0:
+        problems.append(
+            f"{stage}: the data hold no {settings.modality} sample for training; add videos, "
+            "loosen the selection or shorten tokenization.num_frames"
+        )
+    return StagePlan(
+        stage=stage,
+        num_parameters=parameters,
+        tokens_per_sample=work.clip.num_tokens,
+        visual_tokens_per_sample=work.clip.num_visual_tokens,
+        samples_per_step=settings.global_batch_size,
+        micro_batch=work.micro_batch,
+        tokens_per_step=settings.global_batch_size * work.clip.num_tokens,
+        max_steps=settings.max_steps,
+        num_samples=samples,
+        num_tokens=samples * work.clip.num_tokens,
+        num_epochs=samples / count if count else None,
+        flops=TRAINING_FORWARDS * samples * forward_flops(network, work.clip),
+        memory=memory,
+        step_s=seconds,
+        worker_hours=None if seconds is None else seconds * settings.max_steps * num_workers / 3600,
+        # weights, average and two moments
+        checkpoint_bytes=(settings.keep_checkpoints + 1) * 4 * FLOAT_BYTES * parameters,
+        problems=tuple(problems),
+    )
+
+
+def training_memory(work: _Work, *, num_workers: int, samples_bytes: int) -> TrainingMemory:
+    """Return what a worker holds when it holds most.
+
+    Args:
+        work: What a worker does in a step.
+        num_workers: More than one exchange gradients, all in one tensor.
+        samples_bytes: All training samples in memory, and tables of the path.
+
+    Returns:
+        The fullest of the moments of `TrainingMemory`.
+    """
+    network, clip = work.network, work.clip
+    whole = FLOAT_BYTES * num_parameters(network)
+    rows = FLOAT_BYTES * network.hidden_size * network.lm_head_size
+    tokens, visual = work.micro_batch * clip.num_tokens, work.micro_batch * clip.num_visual_tokens
+    saved = work.micro_batch * saved_bytes(network, clip)
+    # gradients of an MLP's three inner states, and of the states around it
+    inner = FLOAT_BYTES * tokens * (3 * network.intermediate_size + 2 * network.hidden_size)
+    codes = network.lm_head_size
+    logits = FLOAT_BYTES * min(visual * codes, max(1, LOSS_PART_ELEMENTS // codes) * codes)
+    states = FLOAT_BYTES * visual * network.hidden_size
+    widest = max(network.vocab_size, network.intermediate_size)
+    copies = _LARGEST_TENSORS * FLOAT_BYTES * network.hidden_size * widest
+    batches = _LOADER_BYTES * work.local_batch * clip.num_visual_tokens
+    held = {"weight_bytes": whole, "average_bytes": whole, "optimizer_bytes": 2 * whole}
+    moments = [
+        TrainingMemory(
+            moment="backward",
+            **held,
+            gradient_bytes=whole + (rows if work.num_parts > 1 else 0),
+            # logits are gone when the layers go backwards
+            activation_bytes=saved + max(0, inner - logits),
+            loss_bytes=states + logits,
+            loader_bytes=samples_bytes + batches,
+            allocator_bytes=_LIBRARY_BYTES + int(_HOLES * saved) + copies,
+        ),
+        TrainingMemory(
+            moment="resume",
+            **held,
+            loader_bytes=samples_bytes,
+            checkpoint_bytes=4 * whole,
+            allocator_bytes=_LIBRARY_BYTES,
+        ),
+    ]
+    if num_workers > 1:
+        moments.append(
+            TrainingMemory(
+                moment="exchange",
+                **held,
+                gradient_bytes=2 * whole,
+                loader_bytes=samples_bytes + batches,
+                allocator_bytes=_LIBRARY_BYTES + copies,
+            )
+        )
+    return max(moments, key=lambda memory: memory.total_bytes)
+
+
+def path_bytes(config: RunConfig) -> int:
+    """Return the bytes of the path's tables: an order of all codes for each kind of code.
+
+    Codes are of one kind if mirrored and exchanged axes turn one into the other.
+
+    Args:
+        config: The run.
+    """
+    kinds = 1
+    for level, count in Counter(config.visual_tokenizer.levels).items():
+        # levels of an odd number are symmetric about 0
+        places = (level + 1) // 2 if level % 2 else level
+        kinds *= math.comb(places + count - 1, count)
+    return _TABLE_BYTES * kinds * config.visual_tokenizer.codebook_size
+
+
+def _work(config: RunConfig, stage: StageName, num_workers: int, parts: int | None = None) -> _Work:
+    settings = _stage_config(config, stage)
+    local = math.ceil(settings.global_batch_size / num_workers)
+    micro = math.ceil(local / (parts or settings.gradient_accumulation_steps))
+    return _Work(
+        network=run_network(config),
+        clip=stage_clip(config, stage),
+        local_batch=local,
+        micro_batch=micro,
+        num_parts=math.ceil(local / micro),
+    )
+
+
+def _step_s(work: _Work, speed: Speed, machine: Machine, num_workers: int) -> float:
+    """Return the seconds of a step: products, update, exchange."""
+    layers, head = split_flops(work.network, work.clip)
+    parameters = num_parameters(work.network)
+    rows = (work.network.vocab_size + work.network.lm_head_size) * work.network.hidden_size
+    passes = TRAINING_FORWARDS * work.local_batch
+    # a ring sends each gradient twice, less what a worker has already
+    exchanged = 2 * FLOAT_BYTES * parameters * (num_workers - 1) / num_workers
+    return (
+        passes * (layers / speed.layer_flops + head / speed.head_flops)
+        + (parameters - rows) / speed.layer_parameters_per_s
+        + rows / speed.row_parameters_per_s
+        + exchanged / machine.link_bytes_per_s
+    )
+
+
+def split_flops(network: TransformerConfig, clip: Clip) -> tuple[int, int]:
+    """Return the operations of a forward pass in the layers and in the head.
+
+    Args:
+        network: The network.
+        clip: Sizes of a sample.
+    """
+    head = 2 * clip.num_visual_tokens * network.hidden_size * network.lm_head_size
+    return forward_flops(network, clip) - head, head
+
+
+def _problems(
+    config: RunConfig, stage: StageName, machine: Machine, num_workers: int, samples_bytes: int
+) -> list[str]:
+    """Return what keeps a stage from running, and what to change."""
+    settings, found = _stage_config(config, stage), []
+    if settings.global_batch_size % num_workers:
+        below = settings.global_batch_size // num_workers * num_workers
+        near = " or ".join(str(size) for size in (below, below + num_workers) if size)
+        found.append(
+            f"{stage}: global_batch_size {settings.global_batch_size} must be divisible by the "
+            f"{num_workers} workers; try stages.{stage}.global_batch_size={near}"
+        )
+    if machine.memory_bytes is None:
+        return found
+    room = machine.memory_bytes - machine.process_bytes
+
+    def needed(parts: int | None = None) -> TrainingMemory:
+        work = _work(config, stage, num_workers, parts)
+        return training_memory(work, num_workers=num_workers, samples_bytes=samples_bytes)
+
+    now = needed()
+    if now.total_bytes <= room:
+        return found
+    local = math.ceil(settings.global_batch_size / num_workers)
+    # parts that make a smaller micro batch
+    parts = [math.ceil(local / size) for size in range(local, 0, -1)]
+    fits = next((count for count in parts if needed(count).total_bytes <= room), None)
+    least = needed(local)
+    if fits is not None:
+        # accumulation counts parts of a worker's batch
+        advice = f"--set stages.{stage}.gradient_accumulation_steps={fits}"
+    elif least.moment != "backward" or least.activation_bytes < least.total_bytes / 2:
+        advice = (
+            "a smaller model or workers with more memory: each holds weights, gradients, "
+            "optimizer and average whole, however many there are"
+        )
+    else:
+        advice = (
+            "a smaller tokenization.num_frames, height_px or width_px, or workers with more "
+            "memory: one sample alone is too large"
+        )
+    found.append(
+        f"{stage}: a worker needs {_gigabytes(now.total_bytes + machine.process_bytes)} and "
+        f"{machine.name} has {_gigabytes(machine.memory_bytes)}; try {advice}"
+    )
+    return found
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _id_bytes(config: RunConfig) -> int:
+    return 2 if config.visual_tokenizer.codebook_size <= _SMALL_CODEBOOK else 4
+
+
+def _stage_config(config: RunConfig, stage: StageName) -> StageConfig:
+    found: StageConfig = getattr(config.stages, stage)
+    return found
