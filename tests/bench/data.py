@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,21 +87,30 @@ def read_plainly(dataset: TokenDataset) -> int:
 def read_batches(
     dataset: TokenDataset, *, block_bytes: int, num_threads: int, step_s: float
 ) -> tuple[int, float]:
-    """Load an epoch; return its samples and the seconds in which a step waited for them."""
+    """Load an epoch; return its samples and the seconds in which steps after the first waited.
+
+    As in the trainer, a batch is put together while the step before learns from its own.
+    """
     num_steps = dataset.num_samples // BATCH
     waited = 0.0
-    with TokenLoader(
-        dataset,
-        batch_size=BATCH,
-        num_steps=num_steps,
-        seed=0,
-        block_bytes=block_bytes,
-        num_threads=num_threads,
-    ) as loader:
+    with (
+        TokenLoader(
+            dataset,
+            batch_size=BATCH,
+            num_steps=num_steps,
+            seed=0,
+            block_bytes=block_bytes,
+            num_threads=num_threads,
+        ) as loader,
+        ThreadPoolExecutor(1) as ahead,
+    ):
+        following = ahead.submit(loader.batch, 0)
         for step in range(num_steps):
             started = time.perf_counter()
-            loader.batch(step)
+            following.result()
             waited += (time.perf_counter() - started) * (step > 0)
+            if step + 1 < num_steps:
+                following = ahead.submit(loader.batch, step + 1)
             time.sleep(step_s)
     return num_steps * BATCH, waited
 
@@ -158,20 +168,23 @@ def saved(folder: Path, dataset: TokenDataset, name: str = "all") -> Path:
 
 def throughput(scale: int) -> None:
     """Samples a second of an epoch, both sides in turn."""
-    print(
-        "| reading an epoch | samples | pyarrow | ours | ratio | goal |\n|---|---|---|---|---|---|"
-    )
+    print("| reading an epoch | samples | pyarrow | ours | ratio | of processor time | goal |")
+    print("|---|---|---|---|---|---|---|")
     for num_ids, num_samples, per_shard in ((2560, 40_960, 256), (33_280, 5_120, 128)):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             count = num_samples // scale
             manifest = saved(folder, write_data(folder, num_ids, count, per_shard))
-            rates: dict[str, list[float]] = {"plain": [], "ours": []}
+            runs: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
             for _ in range(3):
-                for side, found in rates.items():
-                    found.append(in_fresh_process(side, manifest)["samples_per_s"])
-        plain, ours = (statistics.median(found) for found in rates.values())
-        cells = f"{count:,} | {plain:,.0f}/s | {ours:,.0f}/s | **{ours / plain:.2f}**"
+                for side, found in runs.items():
+                    found.append(in_fresh_process(side, manifest))
+        (plain, plain_cpu), (ours, cpu) = (
+            [statistics.median(run[key] for run in found) for key in ("samples_per_s", "cpu_s")]
+            for found in runs.values()
+        )
+        rates = f"{plain:,.0f}/s | {ours:,.0f}/s | **{ours / plain:.2f}**"
+        cells = f"{count:,} | {rates} | {plain_cpu / cpu:.2f}"
         print(f"| samples of {num_ids:,} ids | {cells} | 0.8 |", flush=True)
 
 
@@ -225,10 +238,8 @@ def stalls(scale: int) -> None:
                 block_bytes=SMALL_BLOCK_BYTES,
             )
             slower = f"{latency_s * 1000:.0f} ms longer" if latency_s else "as long as they take"
-            print(
-                f"| {num_threads} threads | {slower} | **{100 * found['wait_share']:.1f} %** |",
-                flush=True,
-            )
+            share = f"**{100 * found['wait_share']:.1f} %**"
+            print(f"| threads: {num_threads} | {slower} | {share} |", flush=True)
 
 
 TABLES: dict[str, Callable[[int], None]] = {
