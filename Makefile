@@ -68,7 +68,7 @@ bench: setup ## measure the core against the plain arithmetic of the official co
 	PYTHONPATH=. $(BIN)/python tests/bench/data.py
 
 bench-data: setup ## measure ingestion and tokenization against plain loops: many minutes
-	for file in $(wildcard tests/bench/data.py tests/bench/data_ingest.py); do \
+	for file in tests/bench/data.py tests/bench/data_ingest.py tests/bench/incremental.py; do \
 	  PYTHONPATH=. $(BIN)/python $$file || exit 1; done
 
 bench-toy: setup ## solvers and clocks with an exact denoiser: some minutes
