@@ -12,6 +12,7 @@ all processes, Ray's own included. Peaks of memory are those of the whole life o
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -60,8 +61,11 @@ def peak_mb(pid: int) -> float:
 
 def tree_cpu_s() -> float:
     """Return the processor time of this process and all below it, ended ones too, seconds."""
-    me = psutil.Process()
-    return sum(sum(each.cpu_times()[:4]) for each in (me, *me.children(recursive=True)))
+    me, used_s = psutil.Process(), 0.0
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            used_s += sum(process.cpu_times()[:4])
+    return used_s
 
 
 class Clock:
@@ -80,11 +84,12 @@ class Clock:
             self._cpu_s.append(tree_cpu_s())
         if done == total - 1:  # the last worker is still there
             for process in psutil.Process().children(recursive=True):
-                command = " ".join(process.cmdline())
-                if command.startswith("ray::_Unit"):
-                    self._worker_mb = max(self._worker_mb, peak_mb(process.pid))
-                if "ursa.video.reader" in command:
-                    self._decoder_mb = max(self._decoder_mb, peak_mb(process.pid))
+                with contextlib.suppress(psutil.Error, OSError):  # it has just ended
+                    command = " ".join(process.cmdline())
+                    if command.startswith("ray::_Unit"):
+                        self._worker_mb = max(self._worker_mb, peak_mb(process.pid))
+                    if "ursa.video.reader" in command:
+                        self._decoder_mb = max(self._decoder_mb, peak_mb(process.pid))
 
     def found(self, units_of: float) -> Found:
         first = self._num_workers - 1
@@ -290,7 +295,9 @@ def main() -> None:
         return
     names = arguments.rows or [*ROWS, "memory"]
     print(f"{os.cpu_count()} cores, torch {torch.__version__}\n")
-    print_rows([name for name in names if name in ROWS], arguments.repeats)
+    rows = [name for name in names if name in ROWS]
+    if rows:
+        print_rows(rows, arguments.repeats)
     if "memory" in names:
         print_memory()
 
