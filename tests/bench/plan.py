@@ -96,7 +96,7 @@ def predict(
         config,
         Machine(name="cpu"),
         speeds={STAGE: speed},
-        data=DataSize(num_clips=1, num_train=samples, num_validation=samples),
+        data=DataSize(num_clips=1, num_train=samples, num_validation=samples, num_tokens=0),
         stages=(STAGE,),
     )
     return plan
@@ -134,11 +134,13 @@ def write_request(config: RunConfig, folder: Path) -> StageRequest:
         datasets=TokenDatasets(
             manifest_uri=f"{folder}/manifest.json",
             num_failed_clips=0,
+            num_short_clips=0,
             fingerprint=fingerprint("datasets"),
             image_train=video,
             image_validation=video,
             video_train=video,
             video_validation=video,
+            extra_buckets=(),
         ),
         visual_tokenizer=reference,
         text_tokenizer=factories.write_text_tokenizer(str(folder)),
@@ -161,6 +163,7 @@ def write_dataset(clip: Clip, num_codes: int, folder: Path) -> TokenDataset:
         manifest_uri=f"{folder}/manifest.json",
         modality="video",
         split="train",
+        bucket=0,
         num_samples=NUM_SAMPLES,
         num_tokens=ids.numel(),
         codebook_size=num_codes,
@@ -183,13 +186,17 @@ def train(name: str, num_threads: int) -> Measured:
         before = _resident_bytes("VmRSS")
         trainer = stage._build_trainer(request, current_group())
         clocks = [(time.perf_counter(), time.process_time())]
+        run = stage._StageRun(request, trainer)
         for step in range(NUM_STEPS):
             trainer.step(step)
+            if step == 1:  # a checkpoint is written beside the steps that follow
+                run.save(step + 1, {})
             clocks.append((time.perf_counter(), time.process_time()))
         taken = [
             statistics.median(later - sooner for sooner, later in pairwise(each[2:]))
             for each in zip(*clocks, strict=True)
         ]
+        run.finish()
         return Measured(_resident_bytes("VmHWM") - before, *taken)
 
 

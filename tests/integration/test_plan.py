@@ -7,6 +7,7 @@ import pytest
 from tests import data_roots
 from tests.bench import plan as bench
 from ursa.inspection.samples import count_samples
+from ursa.training.plan import token_bytes
 
 
 def test_samples_of_a_data_root_are_counted(tmp_path):
@@ -16,6 +17,14 @@ def test_samples_of_a_data_root_are_counted(tmp_path):
     for split, counts in (("train", found.num_train), ("validation", found.num_validation)):
         for modality in ("image", "video"):
             assert counts[modality] == root.datasets.get(modality, split).num_samples
+    parts = [
+        root.datasets.get(modality, split)
+        for modality in ("image", "video")
+        for split in ("train", "validation")
+    ]
+    assert found.num_tokens == sum(part.num_tokens for part in parts)
+    ids = 2 * found.num_tokens
+    assert ids < token_bytes(root.config, found)
 
 
 @pytest.mark.slow

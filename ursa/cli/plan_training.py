@@ -9,6 +9,7 @@ from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
     from ursa.config import RunConfig, StageName
+    from ursa.model.size import Clip
     from ursa.training.plan import DataSize, Machine, Speed, StagePlan
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -251,6 +252,8 @@ def _measured(
     config: "RunConfig", stages: "Sequence[StageName]", num_workers: int
 ) -> "dict[StageName, Speed]":
     """Probe this machine with the threads that each of its workers would have."""
+    # as in training; beside other processes threads that spin cost a factor of nine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from ursa.training.plan import micro_batch, run_network, stage_clip
@@ -258,12 +261,12 @@ def _measured(
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
     network = run_network(config)
-    return {
-        stage: measure_speed(
-            network,
-            stage_clip(config, stage),
-            micro_batch(config, stage, num_workers),
-            getattr(config.stages, stage),
-        )
-        for stage in stages
-    }
+    found: dict[tuple[Clip, int], Speed] = {}
+    speeds: dict[StageName, Speed] = {}
+    for stage in stages:
+        clip, batch = stage_clip(config, stage), micro_batch(config, stage, num_workers)
+        if (clip, batch) not in found:  # stages on videos mostly have the same shapes
+            settings = getattr(config.stages, stage)
+            found[clip, batch] = measure_speed(network, clip, batch, settings)
+        speeds[stage] = found[clip, batch]
+    return speeds

@@ -33,7 +33,9 @@ _LOADER_BYTES = 64
 """A visual token of the batches in work and ahead: clean, noisy and random numbers, 8 bytes each,
 twice, and what the noise is drawn with."""
 _ROW_BYTES = 400
-"""Names, caption and motion of a sample as Python objects."""
+"""Names, caption and motion of a sample in memory."""
+LOADER_BLOCKS_BYTES = 2 * 2**28
+"""Samples that the loader holds at most, as in `ursa.data.order`."""
 _SHARD_ROW_BYTES = 120
 """The same in a shard, compressed."""
 _LIBRARY_BYTES = 32_000_000
@@ -56,6 +58,7 @@ class Machine(FrozenModel):
         peak_flops: Operations a second at float32, as published; None is not known.
         memory_bytes_per_s: Speed of its memory, as published.
         link_bytes_per_s: Speed at which workers exchange gradients.
+        is_gpu: Whether its memory is not the one that checkpoints are copied to.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Machine(FrozenModel):
     peak_flops: float | None = None
     memory_bytes_per_s: float = 1e12
     link_bytes_per_s: float = 25e9
+    is_gpu: bool = False
 
 
 GPUS: Mapping[str, Machine] = {
@@ -71,28 +75,43 @@ GPUS: Mapping[str, Machine] = {
     for machine in (
         # float32 without tensor cores, dense, and memory speed, of the makers' data sheets
         Machine(
-            name="h200", memory_bytes=141_000_000_000, peak_flops=67e12, memory_bytes_per_s=4.8e12
+            name="h200",
+            is_gpu=True,
+            memory_bytes=141_000_000_000,
+            peak_flops=67e12,
+            memory_bytes_per_s=4.8e12,
         ),
         Machine(
-            name="h100", memory_bytes=80_000_000_000, peak_flops=67e12, memory_bytes_per_s=3.35e12
+            name="h100",
+            is_gpu=True,
+            memory_bytes=80_000_000_000,
+            peak_flops=67e12,
+            memory_bytes_per_s=3.35e12,
         ),
         Machine(
             name="a100-80",
+            is_gpu=True,
             memory_bytes=80_000_000_000,
             peak_flops=19.5e12,
             memory_bytes_per_s=2.0e12,
         ),
         Machine(
             name="a100-40",
+            is_gpu=True,
             memory_bytes=40_000_000_000,
             peak_flops=19.5e12,
             memory_bytes_per_s=1.55e12,
         ),
         Machine(
-            name="l40s", memory_bytes=48_000_000_000, peak_flops=91.6e12, memory_bytes_per_s=0.86e12
+            name="l40s",
+            is_gpu=True,
+            memory_bytes=48_000_000_000,
+            peak_flops=91.6e12,
+            memory_bytes_per_s=0.86e12,
         ),
         Machine(
             name="rtx4090",
+            is_gpu=True,
             memory_bytes=24_000_000_000,
             peak_flops=82.6e12,
             memory_bytes_per_s=1.0e12,
@@ -125,13 +144,15 @@ class DataSize(FrozenModel):
 
     Attributes:
         num_clips: Selected clips.
-        num_train: Training samples by modality.
+        num_train: Training samples by modality, of all buckets.
         num_validation: Held-out samples by modality.
+        num_tokens: Visual tokens of all of them.
     """
 
     num_clips: int
     num_train: dict[str, int]
     num_validation: dict[str, int]
+    num_tokens: int
 
 
 class TrainingMemory(FrozenModel):
@@ -139,7 +160,7 @@ class TrainingMemory(FrozenModel):
 
     Attributes:
         moment: backward: gradients are made from what the forward pass has kept; exchange: workers
-            average them; resume: a checkpoint is read.
+            average them.
         weight_bytes: Of the network.
         gradient_bytes: Of its gradients, all of them: other blocks than those that activations
             leave. Twice while workers exchange them, that of the head twice with several parts.
@@ -147,13 +168,13 @@ class TrainingMemory(FrozenModel):
         average_bytes: The averaged network.
         activation_bytes: What the forward pass keeps of a micro batch, and one layer's work.
         loss_bytes: Gradient of the last states, and logits in work.
-        loader_bytes: All samples, the batch in work and the one ahead, tables of the path.
-        checkpoint_bytes: A checkpoint that is read.
+        loader_bytes: Blocks of samples, the batch in work and the one ahead, tables of the path.
+        checkpoint_bytes: The copy that is written while steps go on.
         allocator_bytes: Libraries, holes between blocks, and copies of the largest tensor.
         total_bytes: Sum of the parts.
     """
 
-    moment: Literal["backward", "exchange", "resume"]
+    moment: Literal["backward", "exchange"]
     weight_bytes: int
     gradient_bytes: int = 0
     optimizer_bytes: int
@@ -243,7 +264,9 @@ def run_network(config: RunConfig) -> TransformerConfig:
 
 
 def stage_clip(config: RunConfig, stage: StageName) -> Clip:
-    """Return the sizes of a sample of a stage.
+    """Return the sizes of a sample of a stage, of the main bucket.
+
+    Batches of other buckets have about as many tokens.
 
     Args:
         config: The run.
@@ -339,12 +362,8 @@ def token_bytes(config: RunConfig, data: DataSize) -> int:
         config: The run.
         data: Samples there are.
     """
-    total = 0
-    for modality in ("image", "video"):
-        clip = stage_clip(config, "image_pretrain" if modality == "image" else "video_pretrain")
-        count = data.num_train[modality] + data.num_validation[modality]
-        total += count * (_id_bytes(config) * clip.num_visual_tokens + _SHARD_ROW_BYTES)
-    return total
+    count = sum(data.num_train.values()) + sum(data.num_validation.values())
+    return _id_bytes(config) * data.num_tokens + _SHARD_ROW_BYTES * count
 
 
 def _plan_stage(
@@ -359,8 +378,11 @@ def _plan_stage(
     work = _work(config, stage, num_workers)
     count = None if data is None else data.num_train[settings.modality]
     held = path_bytes(config)
-    held += (count or 0) * (_id_bytes(config) * work.clip.num_visual_tokens + _ROW_BYTES)
-    memory = training_memory(work, num_workers=num_workers, samples_bytes=held)
+    row_bytes = _id_bytes(config) * work.clip.num_visual_tokens + _ROW_BYTES
+    held += min((count or 0) * row_bytes, LOADER_BLOCKS_BYTES)
+    memory = training_memory(
+        work, num_workers=num_workers, samples_bytes=held, on_gpu=machine.is_gpu
+    )
     parameters = num_parameters(network)
     samples = settings.max_steps * settings.global_batch_size
     seconds = None if speed is None else _step_s(work, speed, machine, num_workers)
@@ -392,13 +414,16 @@ def _plan_stage(
     )
 
 
-def training_memory(work: _Work, *, num_workers: int, samples_bytes: int) -> TrainingMemory:
+def training_memory(
+    work: _Work, *, num_workers: int, samples_bytes: int, on_gpu: bool = False
+) -> TrainingMemory:
     """Return what a worker holds when it holds most.
 
     Args:
         work: What a worker does in a step.
         num_workers: More than one exchange gradients, all in one tensor.
-        samples_bytes: All training samples in memory, and tables of the path.
+        samples_bytes: Blocks of training samples in memory, and tables of the path.
+        on_gpu: Whether the copy that is written while steps go on lies elsewhere.
 
     Returns:
         The fullest of the moments of `TrainingMemory`.
@@ -417,6 +442,8 @@ def training_memory(work: _Work, *, num_workers: int, samples_bytes: int) -> Tra
     copies = _LARGEST_TENSORS * FLOAT_BYTES * network.hidden_size * widest
     batches = _LOADER_BYTES * work.local_batch * clip.num_visual_tokens
     held = {"weight_bytes": whole, "average_bytes": whole, "optimizer_bytes": 2 * whole}
+    if not on_gpu:  # copies lie in the memory of the processor
+        held["checkpoint_bytes"] = 4 * whole
     moments = [
         TrainingMemory(
             moment="backward",
@@ -427,13 +454,6 @@ def training_memory(work: _Work, *, num_workers: int, samples_bytes: int) -> Tra
             loss_bytes=states + logits,
             loader_bytes=samples_bytes + batches,
             allocator_bytes=_LIBRARY_BYTES + int(_HOLES * saved) + copies,
-        ),
-        TrainingMemory(
-            moment="resume",
-            **held,
-            loader_bytes=samples_bytes,
-            checkpoint_bytes=4 * whole,
-            allocator_bytes=_LIBRARY_BYTES,
         ),
     ]
     if num_workers > 1:
@@ -523,7 +543,9 @@ def _problems(
 
     def needed(parts: int | None = None) -> TrainingMemory:
         work = _work(config, stage, num_workers, parts)
-        return training_memory(work, num_workers=num_workers, samples_bytes=samples_bytes)
+        return training_memory(
+            work, num_workers=num_workers, samples_bytes=samples_bytes, on_gpu=machine.is_gpu
+        )
 
     now = needed()
     if now.total_bytes <= room:

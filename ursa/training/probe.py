@@ -25,7 +25,8 @@ _MAX_FLOPS = 4e10
 """Of a forward and backward pass of the deeper network: a second or less on most machines."""
 _MAX_ROWS = 2**23
 """Elements of embedding and head, each."""
-_REPEATS = 4
+_REPEATS, _MAX_S = 4, 4.0
+"""Steps timed at most, and seconds after which no further one begins."""
 
 
 class _Timed(NamedTuple):
@@ -119,8 +120,12 @@ def _time(
     text = torch.zeros(batch, clip.prompt_length, dtype=torch.long)
     shape = (batch, *clip.latent_shape)
     x_1, x_t = torch.randint(network.lm_head_size, (2, *shape), generator=generator)
-    timed = []  # the least of them: what others take of the machine is not its speed
+    # the least of them: what others take of the machine is not its speed
+    timed: list[_Timed] = []
+    end_s = time.monotonic() + _MAX_S
     for _ in range(1 + _REPEATS):  # the first makes the moments and warms up
+        if len(timed) > 1 and time.monotonic() > end_s:
+            break
         optimizer.zero_grad(set_to_none=True)
         started = clock()
         hidden = model.hidden_states(text, x_t)

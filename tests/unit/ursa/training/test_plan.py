@@ -4,6 +4,7 @@ import pytest
 
 from tests import factories
 from ursa.config import load_config
+from ursa.data import order
 from ursa.data.dataset import TokenSamples
 from ursa.data.shards import shard_bytes
 from ursa.diffusion import loss
@@ -31,6 +32,10 @@ def of_stage(**changes):
 
 def test_logits_at_once_are_those_of_the_loss():
     assert planning.LOSS_PART_ELEMENTS == loss.PART_ELEMENTS
+
+
+def test_blocks_are_those_of_the_loader():
+    assert planning.LOADER_BLOCKS_BYTES == 2 * order.BLOCK_BYTES
 
 
 def test_state_is_that_of_the_trainer(make_request):
@@ -97,11 +102,19 @@ def test_more_parts_take_less_memory_and_more_workers_exchange():
     assert parts.activation_bytes < whole.activation_bytes / 7
     assert parts.weight_bytes == whole.weight_bytes
     wide = {"model": {"hidden_size": 2048, "intermediate_size": 8192}}
-    alone = one(load_config("small", changes | wide))
-    many = one(load_config("small", changes | wide), num_workers=8)
-    assert alone.memory.moment == "resume"
-    assert many.memory.moment == "resume"
+    one_sample = {"stages": {STAGE: {"global_batch_size": 8, "gradient_accumulation_steps": 8}}}
+    alone = one(load_config("small", one_sample | wide))
+    many = one(load_config("small", one_sample | wide), num_workers=8)
+    assert (alone.memory.moment, many.memory.moment) == ("backward", "exchange")
     assert many.micro_batch == alone.micro_batch == 1
+    assert many.memory.gradient_bytes == 2 * many.memory.weight_bytes
+
+
+def test_a_checkpoint_is_copied_to_the_memory_of_the_processor():
+    config = load_config("small")
+    here, there = one(config).memory, one(config, planning.GPUS["h100"]).memory
+    assert here.checkpoint_bytes == 4 * here.weight_bytes
+    assert there.total_bytes == here.total_bytes - here.checkpoint_bytes
 
 
 def test_what_does_not_fit_is_said_and_the_advice_helps():
@@ -143,12 +156,14 @@ def test_data_give_epochs_and_bytes(make_request):
     config, clip = request.config, stage_clip(request.config, STAGE)
     samples = TokenSamples(request.datasets.video_train)
     count = {"image": len(samples), "video": len(samples)}
-    data = DataSize(num_clips=1, num_train=count, num_validation={"image": 0, "video": 0})
+    data = DataSize(num_clips=1, num_train=count, num_validation={}, num_tokens=1)
     found = one(config, data=data)
     assert found.num_epochs == found.num_samples / len(samples)
     assert found.memory.loader_bytes - one(config).memory.loader_bytes >= samples._ids.nbytes
     assert clip.latent_shape == request.datasets.video_train.latent_shape
-    none = DataSize(num_clips=0, num_train={"image": 0, "video": 0}, num_validation={})
+    none = DataSize(
+        num_clips=0, num_train={"image": 0, "video": 0}, num_validation={}, num_tokens=0
+    )
     assert "hold no video sample" in one(config, data=none).problems[0]
 
 
@@ -158,7 +173,8 @@ def test_shards_are_not_larger_than_planned():
     rows = {name: factories.token_rows(name, count) for name in ("image", "video")}
     written = sum(len(shard_bytes(each, codebook_size=60)) for each in rows.values())
     counts = {"image": count, "video": count}
-    data = DataSize(num_clips=1, num_train=counts, num_validation={"image": 0, "video": 0})
+    num_tokens = sum(len(row["visual_ids"]) for each in rows.values() for row in each)
+    data = DataSize(num_clips=1, num_train=counts, num_validation={}, num_tokens=num_tokens)
     assert 0.1 < written / planning.token_bytes(config, data) < 1
 
 
