@@ -85,9 +85,7 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
         ServiceError: If the tracking server does not answer.
         StorageError: If the store refuses or does not answer.
     """
-    selection = ingestion.select_clips(
-        clips, context.config.selection, seed=context.config.seed, output_uri=context.data_uri
-    )
+    selection = ingestion.select_clips(clips, context.config.selection, output_uri=context.data_uri)
     reports.data_funnel(clips, selection, read_failures(clips))
     reports.clip_examples(read_selection(selection))
     announce("kept %d of %d clips", selection.num_kept, clips.num_clips)

@@ -81,7 +81,7 @@ def prepare(source: Path, uri: str, config: RunConfig, tokenizer: TokenizerRef) 
     clips = plan.committed or ingestion.commit_clips(
         str(source), (*plan.done, *new), uri, plan.fingerprint, config.ingestion
     )
-    selection = ingestion.select_clips(clips, config.selection, seed=config.seed, output_uri=uri)
+    selection = ingestion.select_clips(clips, config.selection, output_uri=uri)
     units = plan_tokenization(selection, tokenizer, config, output_uri=uri)
     if units.committed is not None:
         return DataRoot(uri, source, config, selection, units.committed)

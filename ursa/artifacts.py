@@ -240,7 +240,6 @@ class ClipSelection(FrozenModel):
     num_validation: int
     rejections: dict[str, int] = Field(description="by reason: a RejectReason, see there")
     config: SelectionConfig
-    seed: int = Field(ge=0)
     thresholds: tuple[Threshold, ...] = Field(description="in the order in which they decide")
     fingerprint: str
 

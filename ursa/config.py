@@ -370,6 +370,9 @@ class SelectionConfig(ConfigSection):
     validation_fraction: Fraction = Field(
         description="share of sources held out, with all that show the same"
     )
+    split_seed: int = Field(
+        ge=0, description="decides which sources are held out, whatever the seed of the run is"
+    )
 
 
 class VisualTokenizerConfig(ConfigSection):

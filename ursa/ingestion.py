@@ -274,17 +274,14 @@ def commit_clips(
     )
 
 
-def select_clips(
-    clips: ClipSet, config: SelectionConfig, *, seed: int, output_uri: str
-) -> ClipSelection:
+def select_clips(clips: ClipSet, config: SelectionConfig, *, output_uri: str) -> ClipSelection:
     """Decide which clips are used and which of them are held out, and commit it.
 
     No frame is decoded: thresholds are applied to stored scores.
 
     Args:
         clips: Committed clips.
-        config: Thresholds, rules and share of sources to hold out.
-        seed: Decides which sources are held out.
+        config: Thresholds, rules, share of sources to hold out and seed of the split.
         output_uri: Root of all intermediate data.
 
     Returns:
@@ -296,14 +293,14 @@ def select_clips(
         StorageError: If the store refuses or does not answer.
     """
     rules = [rule.model_dump(mode="json") for _, rule in rules_of(config)]
-    key = fingerprint("selection", SCHEMA_VERSION, clips.fingerprint, config, seed, rules)
+    key = fingerprint("selection", SCHEMA_VERSION, clips.fingerprint, config, rules)
     folder_uri = storage.join(output_uri, "selections", key[:16])
     manifest_uri = storage.join(folder_uri, "manifest.json")
     committed = storage.load_record(manifest_uri, ClipSelection)
     if committed is not None:
         return committed
     rows = read_clips(clips)
-    judged = judge_clips(rows, config, seed=seed)
+    judged = judge_clips(rows, config)
     splits = Counter(split for split in judged.splits if split is not None)
     num_kept, num_validation = splits.total(), splits["validation"]
     rejections: dict[str, int] = _counts(reason for reason in judged.reasons if reason)
@@ -331,7 +328,6 @@ def select_clips(
             num_validation=num_validation,
             rejections=rejections,
             config=config,
-            seed=seed,
             thresholds=judged.thresholds,
             fingerprint=key,
         ),

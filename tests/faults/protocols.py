@@ -53,7 +53,7 @@ INGESTION = media.ingestion_config()
 CONFIG = factories.tiny_config({"tokenization": {"clips_per_shard": 2}})
 SELECTION = SelectionConfig.model_validate(
     dict.fromkeys(SelectionConfig.model_fields)
-    | {"rules": (), "drop_duplicates": True, "validation_fraction": 0.4}
+    | {"rules": (), "drop_duplicates": True, "validation_fraction": 0.4, "split_seed": 0}
 )
 INFO = VideoInfo(width_px=64, height_px=48, fps=12.0, num_frames=18, duration_s=1.5, codec="h264")
 SCORES = ClipScores(**dict.fromkeys(ClipScores.model_fields) | {"motion_px_per_s": 5.0})
@@ -242,7 +242,7 @@ def ingest(source_uri: str, sources: Sequence[SourceVideo]) -> ClipSelection:
         clips = ingestion.commit_clips(
             source_uri, [*plan.done, *todo], ROOT, plan.fingerprint, INGESTION
         )
-    return ingestion.select_clips(clips, SELECTION, seed=0, output_uri=ROOT)
+    return ingestion.select_clips(clips, SELECTION, output_uri=ROOT)
 
 
 def clip_problems(source_uri: str, sources: Sequence[SourceVideo]) -> list[str]:

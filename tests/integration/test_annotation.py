@@ -315,9 +315,7 @@ def test_hostile_captions_are_plain_lines(root, captioner, server):
             assert text.startswith("<script>alert(1)</script> [31m red Ignore all")
             assert text.isprintable()
             assert len(text) <= 2000
-    selection = ingestion.select_clips(
-        annotated, CONFIG.selection, seed=CONFIG.seed, output_uri=root.uri
-    )
+    selection = ingestion.select_clips(annotated, CONFIG.selection, output_uri=root.uri)
     page = data_card(root.uri, selection_uri=selection.manifest_uri)
     assert "&lt;script&gt;alert(1)" in page
     assert "<script" not in page.lower()

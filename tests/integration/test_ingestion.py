@@ -44,6 +44,7 @@ def selection_config(**changes):
         "rules": [],
         "drop_duplicates": True,
         "validation_fraction": 0.4,
+        "split_seed": 0,
     }
     return SelectionConfig.model_validate(values | changes)
 
@@ -142,7 +143,7 @@ def test_changed_captions_make_another_set_from_the_same_units(ingested, caplog)
 
 def test_selection_judges_every_clip_and_splits_by_source(ingested):
     _, output, clips = ingested
-    selection = select_clips(clips, selection_config(), seed=0, output_uri=str(output))
+    selection = select_clips(clips, selection_config(), output_uri=str(output))
     selected = read_selection(selection)
     assert [item.clip for item in selected] == read_clips(clips)
     assert selection.rejections == {RejectReason.TOO_STATIC: 2, RejectReason.DUPLICATE: 1}
@@ -154,7 +155,7 @@ def test_selection_judges_every_clip_and_splits_by_source(ingested):
         if item.kept:
             splits.setdefault(item.clip.source_sha256, set()).add(item.split)
     assert all(len(split) == 1 for split in splits.values())
-    again = select_clips(clips, selection_config(), seed=0, output_uri=str(output))
+    again = select_clips(clips, selection_config(), output_uri=str(output))
     assert again == selection
 
 
@@ -162,7 +163,7 @@ def test_selection_that_keeps_nothing_says_why(ingested):
     _, output, clips = ingested
     config = selection_config(min_motion_px_per_s=1e6)
     with pytest.raises(DataError, match="5 too_static"):
-        select_clips(clips, config, seed=0, output_uri=str(output))
+        select_clips(clips, config, output_uri=str(output))
 
 
 def test_damaged_table_is_refused(ingested, tmp_path):

@@ -70,9 +70,7 @@ def test_a_video_is_its_content(videos, tmp_path):
     (source / "copy.mp4").write_bytes(data_of(videos, "a.mp4"))
     copied, decoded = ingest(source, output)
     assert (names_of(copied), decoded) == (["copy.mp4", "renamed.mp4"], 0)
-    judged = read_selection(
-        select_clips(copied, selection_config(), seed=0, output_uri=str(output))
-    )
+    judged = read_selection(select_clips(copied, selection_config(), output_uri=str(output)))
     assert [(item.kept, item.reason) for item in judged] == [
         (True, None),
         (False, RejectReason.DUPLICATE),
@@ -93,7 +91,13 @@ def test_a_video_is_its_content(videos, tmp_path):
 def selection_config():
     off = dict.fromkeys(SelectionConfig.model_fields)
     return SelectionConfig.model_validate(
-        off | {"rules": [], "drop_duplicates": True, "validation_fraction": 0.0}
+        off
+        | {
+            "rules": [],
+            "drop_duplicates": True,
+            "validation_fraction": 0.0,
+            "split_seed": 0,
+        }
     )
 
 

@@ -13,10 +13,12 @@ NO_SCORES = ClipScores(**dict.fromkeys(ClipScores.model_fields))
 INFO = VideoInfo(width_px=64, height_px=64, fps=12, num_frames=12, duration_s=1, codec="h264")
 
 
-def config(fraction):
+def config(fraction, split_seed=0):
     off = dict.fromkeys(SelectionConfig.model_fields)
     off |= {"rules": [], "drop_duplicates": True, "max_duplicate_distance": 4}
-    return SelectionConfig.model_validate(off | {"validation_fraction": fraction})
+    return SelectionConfig.model_validate(
+        off | {"validation_fraction": fraction, "split_seed": split_seed}
+    )
 
 
 def digest(*parts):
@@ -53,7 +55,7 @@ seeds = st.integers(0, 1000)
 
 @given(clip_sets, fractions, seeds)
 def test_no_source_and_no_scene_is_in_both_splits(clips, fraction, seed):
-    judged = judge_clips(clips, config(fraction), seed=seed)
+    judged = judge_clips(clips, config(fraction, seed))
     split_of = {}
     for item, split in zip(clips, judged.splits, strict=True):
         if split is not None:

@@ -186,8 +186,7 @@ def what_if(
         _load("tiny", given)  # a mistake is named before anything is read
         record = load_selection(root_uri(root), selection)
         selection = record.manifest_uri
-        base = {"seed": record.seed, "selection": record.config.model_dump(mode="json")}
-        base["selection"] |= given.pop("selection", {})
+        base = {"selection": record.config.model_dump(mode="json") | given.pop("selection", {})}
     config = _load(preset or "tiny", base | given)
     result = judge_again(root_uri(root), config, selection_uri=selection)
     print_what_if(result, list_clips=list_clips)

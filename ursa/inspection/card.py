@@ -174,7 +174,7 @@ def _thresholds(selection: ClipSelection) -> str:
         f"Recipe {config.recipe or 'none'}; copies with equal bytes "
         f"{'dropped' if config.drop_duplicates else 'kept'}; near-duplicates "
         f"{'kept' if near is None else f'within {near} bits dropped'}; share of sources to hold "
-        f"out {config.validation_fraction:g}; seed {selection.seed}."
+        f"out {config.validation_fraction:g}; seed of the split {config.split_seed}."
     )
     return f'{_table(head, rows)}<div class="small">{escape(words)}</div>'
 

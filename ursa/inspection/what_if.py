@@ -46,7 +46,7 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
 
     Args:
         root_uri: The data root.
-        config: The run with the thresholds to try; `selection` and `seed` matter.
+        config: The run with the thresholds to try; `selection` matters.
         selection_uri: Manifest or folder of a selection; None takes the newest.
 
     Returns:
@@ -63,7 +63,7 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
     table, verdicts = read_selection_tables(selection)
     clips = unchecked_clips(table)
     reasons_now = verdicts["reason"].to_pylist()
-    then = judge_clips(clips, config.selection, seed=config.seed)
+    then = judge_clips(clips, config.selection)
     splits_now, splits_then = verdicts["split"].to_pylist(), then.splits
     reasons_then = then.reasons
     changed = [

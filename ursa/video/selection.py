@@ -67,7 +67,7 @@ class Judgement(NamedTuple):
     """The limits in numbers, in the order in which they decided."""
 
 
-def judge_clips(clips: Sequence[Clip], config: SelectionConfig, *, seed: int) -> Judgement:
+def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
     """Decide which clips are kept and which of these are held out.
 
     A score that a limit needs but that was not measured rejects a clip too, except the two that
@@ -79,8 +79,7 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig, *, seed: int) ->
 
     Args:
         clips: All clips, in a fixed order.
-        config: Thresholds, rules and share to hold out.
-        seed: Decides which sources are held out.
+        config: Thresholds, rules, share to hold out and seed of the split.
 
     Returns:
         Reasons, splits and the limits in numbers.
@@ -121,7 +120,7 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig, *, seed: int) ->
         clusters = find_clusters(likeness)
     # of dropped copies too: their sources show the same
     groups = _joined_sources([clips[place].source_sha256 for place in passing], clusters)
-    held_out = choose_validation_sources(groups, config.validation_fraction, seed=seed)
+    held_out = choose_validation_sources(groups, config.validation_fraction, seed=config.split_seed)
     verdicts = [None if reason is None else str(reason) for reason in reasons.tolist()]
     splits: list[Split | None] = [
         None if reason else "validation" if clip.source_sha256 in held_out else "train"

@@ -71,9 +71,7 @@ def test_the_card_shows_the_thresholds_of_the_record(root):
     config = data_roots.root_config(
         selection={"min_sharpness": None, "rules": [SHARP | {"keep_fraction": 0.5}]}
     )
-    made = select_clips(
-        root.selection.clips, config.selection, seed=root.config.seed, output_uri=root.uri
-    )
+    made = select_clips(root.selection.clips, config.selection, output_uri=root.uri)
     text = Elements(data_card(root.uri, selection_uri=made.manifest_uri)).text
     (item,) = [item for item in made.thresholds if item.key == "rules.0"]
     for part in ("rules.0", SHARP["scorer"], f"{item.least:.6g}", "from the clips"):

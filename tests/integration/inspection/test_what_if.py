@@ -24,9 +24,7 @@ def test_what_would_be_kept_is_what_a_selection_keeps(root, tmp_path):
     limit = sorted(clip.scores.sharpness for clip in read_clips(root.selection.clips))[2]
     config = with_thresholds(min_luminance=None, min_sharpness=limit + 0.1)
     result = what_if(root.uri, config)
-    real = select_clips(
-        root.selection.clips, config.selection, seed=config.seed, output_uri=str(tmp_path)
-    )
+    real = select_clips(root.selection.clips, config.selection, output_uri=str(tmp_path))
     before = {item.clip.clip_id for item in read_selection(root.selection) if item.kept}
     after = {item.clip.clip_id for item in read_selection(real) if item.kept}
     assert before != after
@@ -67,8 +65,8 @@ def test_rows_that_are_not_validated_again_are_the_same_clips(root):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_seed_decides_which_sources_would_be_held_out(root, tmp_path, seed):
-    config = data_roots.root_config(seed=seed, selection={"validation_fraction": 0.5})
-    real = select_clips(root.selection.clips, config.selection, seed=seed, output_uri=str(tmp_path))
+    config = data_roots.root_config(selection={"validation_fraction": 0.5, "split_seed": seed})
+    real = select_clips(root.selection.clips, config.selection, output_uri=str(tmp_path))
     funnel = {row.step: row.count for row in what_if(root.uri, config).then.funnel}
     assert funnel["kept for validation"] == real.num_validation
 

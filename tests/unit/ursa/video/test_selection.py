@@ -29,6 +29,7 @@ def selection_config(**changes):
         "rules": [],
         "drop_duplicates": True,
         "validation_fraction": 0.2,
+        "split_seed": 0,
     }
     return SelectionConfig.model_validate(values | changes)
 
@@ -36,7 +37,7 @@ def selection_config(**changes):
 def only(**changes):
     """No plain threshold but those given."""
     off = dict.fromkeys(SelectionConfig.model_fields)
-    off |= {"rules": [], "drop_duplicates": False, "validation_fraction": 0.0}
+    off |= {"rules": [], "drop_duplicates": False, "validation_fraction": 0.0, "split_seed": 0}
     return SelectionConfig.model_validate(off | changes)
 
 
@@ -80,7 +81,7 @@ def clip(clip_id="a", *, source=None, info=None, extra=None, **changes):
 
 def reason_of(config, **changes):
     """Verdict on one clip with other scores."""
-    return judge_clips([clip(**changes)], config, seed=0).reasons[0]
+    return judge_clips([clip(**changes)], config).reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ def test_every_reason_but_a_missing_score_names_its_threshold():
     assert set(RejectReason) - set(THRESHOLD_KEYS) == {RejectReason.NOT_MEASURED}
     assert set(THRESHOLD_KEYS.values()) == set(SelectionConfig.model_fields) - {
         "validation_fraction",
+        "split_seed",
         "recipe",
     }
     for reason in RejectReason:
@@ -155,17 +157,17 @@ def test_a_threshold_can_be_switched_off():
 
 def test_only_the_first_of_equal_clips_is_kept():
     clips = [clip("a"), clip("b"), clip("a")]
-    assert judge_clips(clips, selection_config(), seed=0).reasons == [
+    assert judge_clips(clips, selection_config()).reasons == [
         None,
         None,
         RejectReason.DUPLICATE,
     ]
     config = selection_config(drop_duplicates=False)
-    assert judge_clips(clips, config, seed=0).reasons == [None] * 3
+    assert judge_clips(clips, config).reasons == [None] * 3
 
 
 def test_no_clips_are_an_answer():
-    judged = judge_clips([], only(recipe="cosmos", max_duplicate_distance=4), seed=0)
+    judged = judge_clips([], only(recipe="cosmos", max_duplicate_distance=4))
     assert judged.reasons == judged.splits == []
 
 
@@ -208,7 +210,7 @@ def rated(*ratings, **changes):
 
 def kept(clips, *rules, **changes):
     """Places of the clips that rules keep, and the judgement."""
-    judged = judge_clips(clips, only(rules=rules, **changes), seed=0)
+    judged = judge_clips(clips, only(rules=rules, **changes))
     return [place for place, reason in enumerate(judged.reasons) if reason is None], judged
 
 
@@ -294,7 +296,7 @@ def test_another_scorer_is_refused_and_both_are_named():
     clips = rated(1.0)
     config = only(rules=[{"score": "motion", "scorer": "unimatch-flow", "least": 3.0}])
     with pytest.raises(ConfigError) as caught:
-        judge_clips(clips, config, seed=0)
+        judge_clips(clips, config)
     for part in (
         "unimatch-flow/motion for rules.0",
         "dis-flow-256px/motion_px_per_s",
@@ -304,10 +306,10 @@ def test_another_scorer_is_refused_and_both_are_named():
     # not even with the name of a column that there is
     config = only(rules=[{"score": "sharpness", "scorer": "brisque", "least": 3.0}])
     with pytest.raises(ConfigError, match=r"brisque/sharpness .* laplacian-variance-clip-size"):
-        judge_clips(clips, config, seed=0)
+        judge_clips(clips, config)
     config = only(rules=[{"score": "aesthetic", "scorer": "laion", "least": 3.0}])
     with pytest.raises(ConfigError, match=r"laion/aesthetic .* nima/aesthetic"):
-        judge_clips(clips, config, seed=0)
+        judge_clips(clips, config)
     check_rules(config, {"laion/aesthetic"})
 
 
@@ -342,7 +344,7 @@ def test_recipes_are_complete_and_say_where_they_are_from():
 
 def test_a_recipe_lists_every_scorer_that_is_missing():
     with pytest.raises(ConfigError) as caught:
-        judge_clips([clip()], only(recipe="opensora-plan"), seed=0)
+        judge_clips([clip()], only(recipe="opensora-plan"))
     for part in (
         "lpips_frame_skip/motion for opensora-plan.0",
         "laion_aesthetic_v2/rating for opensora-plan.1",
@@ -359,7 +361,7 @@ def test_a_recipe_applies_once_its_scorers_have_measured():
         clip("b", extra=good | {"unimatch_flow/motion": 1.0}),
         clip("c", extra=good | {"laion_aesthetic_v2/rating": 4.9}),
     ]
-    judged = judge_clips(clips, only(recipe="opensora"), seed=0)
+    judged = judge_clips(clips, only(recipe="opensora"))
     assert judged.reasons == [
         None,
         "too_low:unimatch_flow/motion",
@@ -374,7 +376,7 @@ def test_one_recipe_needs_nothing_but_what_is_always_measured():
         clip(f"{k:02}", info={"duration_s": 3.0}, sharpness=10.0 + k, motion_px_per_s=5.0 + k)
         for k in range(20)
     ]
-    judged = judge_clips(clips, only(recipe="ursa-basic"), seed=0)
+    judged = judge_clips(clips, only(recipe="ursa-basic"))
     assert judged.reasons.count(None) == 18
     assert judged.reasons[0] == "too_low:laplacian-variance-clip-size/sharpness"
 
@@ -410,7 +412,7 @@ def test_the_largest_then_longest_then_first_of_near_duplicates_is_kept():
     config = only(max_duplicate_distance=4)
 
     def survivor(*clips):
-        reasons = judge_clips(clips, config, seed=0).reasons
+        reasons = judge_clips(clips, config).reasons
         assert reasons.count(RejectReason.NEAR_DUPLICATE) == len(clips) - 1
         return clips[reasons.index(None)].clip_id
 
@@ -425,7 +427,7 @@ def test_distance_is_that_of_most_frames(distance, number):
     frames = pictures(0)
     other = [*(flipped(frame, 4) for frame in frames[:3]), *pictures(1)[3:]]
     clips = [shown("a", frames), shown("b", other)]
-    reasons = judge_clips(clips, only(max_duplicate_distance=distance), seed=0).reasons
+    reasons = judge_clips(clips, only(max_duplicate_distance=distance)).reasons
     assert reasons.count(None) == number
 
 
@@ -433,9 +435,9 @@ def test_unrelated_clips_change_nothing_about_duplicates():
     frames = pictures(0)
     clips = [shown("a", frames), shown("b", frames), shown("c", pictures(1))]
     config = only(max_duplicate_distance=8)
-    before = judge_clips(clips, config, seed=0).reasons
+    before = judge_clips(clips, config).reasons
     more = [shown(f"0{k}", pictures(10 + k), info={"width_px": 512}) for k in range(20)]
-    assert judge_clips([*more, *clips], config, seed=0).reasons[20:] == before
+    assert judge_clips([*more, *clips], config).reasons[20:] == before
     assert before == [None, RejectReason.NEAR_DUPLICATE, None]
 
 
@@ -447,7 +449,7 @@ def test_a_rejected_clip_takes_no_place():
         shown("b", frames),
     ]
     config = only(max_duplicate_distance=4, min_luminance=16.0)
-    assert judge_clips(clips, config, seed=0).reasons == [RejectReason.TOO_DARK, None]
+    assert judge_clips(clips, config).reasons == [RejectReason.TOO_DARK, None]
 
 
 # --- the split
@@ -456,13 +458,13 @@ def test_a_rejected_clip_takes_no_place():
 def test_sources_that_show_the_same_are_held_out_together():
     names = [f"{k:064x}" for k in range(60)]
     clips = [shown(f"{k:02}", pictures(k), source=name) for k, name in enumerate(names)]
-    apart = judge_clips(clips, only(validation_fraction=0.3), seed=0)
+    apart = judge_clips(clips, only(validation_fraction=0.3))
     place = apart.splits.index("validation")
     other = apart.splits.index("train")
     # a copy of a clip that is held out, in a source for training
     copy = shown("copy", pictures(place), source=names[other])
     config = only(validation_fraction=0.3, max_duplicate_distance=4)
-    joined = judge_clips([*clips, copy], config, seed=0)
+    joined = judge_clips([*clips, copy], config)
     assert joined.reasons[-1] == RejectReason.NEAR_DUPLICATE
     assert joined.splits[place] == joined.splits[other] == "train"
     assert joined.splits[-1] is None
