@@ -384,7 +384,7 @@ def test_the_task(root, models, captioner, launcher, monkeypatch, request):
             sources_uri="",
             source_fingerprint="",
             fingerprint="",
-            run=TrackedRun(tracking_uri="", experiment_id="", run_id=""),
+            run=TrackedRun(tracking_uri="", experiment_id="", run_id="", spool_uri=""),
         )
 
     assert annotation_task.annotate_clips.fn(context(make()), clips) == clips
