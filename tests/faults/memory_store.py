@@ -216,7 +216,7 @@ class _Later(NamedTuple):
 class _OneByOne:
     """A pool of no threads: operations have one order, and a crash ends all."""
 
-    def __init__(self, _num_threads: int, *, thread_name_prefix: str = "") -> None:
+    def __init__(self, _num_threads: int, **_: str) -> None:
         self.map = map
 
     def __enter__(self) -> "_OneByOne":

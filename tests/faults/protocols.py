@@ -158,7 +158,9 @@ class Runs:
         self.scenario = scenario
         self._known: dict[Any, Run] = {}
 
-    def run(self, objects: Mapping[str, bytes], acknowledged: int, faults: Mapping[int, str]) -> Run:
+    def run(
+        self, objects: Mapping[str, bytes], acknowledged: int, faults: Mapping[int, str]
+    ) -> Run:
         """Run from what is there; only those faults strike that come before the end."""
         strike: dict[int, str] = {}
         content = tuple(objects.items())
@@ -196,9 +198,7 @@ class Runs:
             problems += scenario.interrupted(store.copy())
         elif not scenario.is_reproducible:
             problems += scenario.problems(store.copy())
-        return Run(
-            store.objects, store.trace, has_ended, num_done, work.acknowledged, problems
-        )
+        return Run(store.objects, store.trace, has_ended, num_done, work.acknowledged, problems)
 
 
 @contextlib.contextmanager
@@ -389,9 +389,7 @@ class _Reader:
         content = path.read_bytes()
         self._work.done.append(content.hex())
         colour = (content[0] + len(content)) % 256
-        return [
-            np.full((len(indices), *size, 3), colour, np.uint8) for size in sizes
-        ]
+        return [np.full((len(indices), *size, 3), colour, np.uint8) for size in sizes]
 
 
 class _Encoder:
@@ -694,9 +692,7 @@ def training_scenario(  # noqa: C901  (stand-ins)
 # --- tokenizer and model directories --------------------------------------------------------------
 
 
-def release_scenario(  # noqa: C901  (stand-ins)
-    folder: Path, patch: pytest.MonkeyPatch, data: factories.TinyData
-) -> Scenario:
+def release_scenario(folder: Path, patch: pytest.MonkeyPatch, data: factories.TinyData) -> Scenario:
     """A fitted tokenizer with the checkpoints of its fit, then an exported model."""
     work = Work()
     network = FittedAutoencoder(

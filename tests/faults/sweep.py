@@ -20,7 +20,7 @@ def sweep(
     *,
     first: Mapping[str, tuple[str, ...]] = FAULTS,
     second: Mapping[str, tuple[str, ...]] = HARD_FAULTS,
-    every: int = 1,
+    share: float = 1.0,
     stop_at_first: bool = False,
 ) -> Swept:
     """Run every single fault, and after every hard one every second fault that can follow.
@@ -29,11 +29,11 @@ def sweep(
         scenario: The protocol.
         first: Kinds of single faults by kind of operation.
         second: Kinds of faults in pairs; the second may strike in the run that resumes.
-        every: Of the pairs only one in so many is run.
+        share: Of the pairs that are run, spread evenly over all.
         stop_at_first: Stop at the first violation.
     """
     num_cases, violations = 0, {}
-    for faults, outcome in _cases(scenario, first, second, every):
+    for faults, outcome in _cases(scenario, first, second, share):
         num_cases += 1
         if outcome.problems:
             named = ", ".join(f"{kind} at {place}" for place, kind in faults.items())
@@ -47,7 +47,7 @@ def _cases(
     scenario: Scenario,
     first: Mapping[str, tuple[str, ...]],
     second: Mapping[str, tuple[str, ...]],
-    every: int,
+    share: float,
 ) -> Iterator[tuple[dict[int, str], Outcome]]:
     clean = clean_run(scenario)
     numbers = itertools.count()
@@ -60,6 +60,7 @@ def _cases(
                 continue
             for later in range(place + 1, len(outcome.trace)):
                 for other in second[outcome.trace[later]]:
-                    if next(numbers) % every == 0:
+                    number = next(numbers)
+                    if int((number + 1) * share) > int(number * share):
                         pair = single | {later: other}
                         yield pair, run_to_end(scenario, pair, clean)

@@ -44,9 +44,7 @@ def test_writers_agree(name, tmp_path, monkeypatch, tiny_data):
 
 
 def test_writers_of_other_versions_make_one_chain(tmp_path, monkeypatch, tiny_data):
-    check_chains(
-        protocols.versions_scenario(tmp_path, monkeypatch, tiny_data, is_own=True), 40
-    )
+    check_chains(protocols.versions_scenario(tmp_path, monkeypatch, tiny_data, is_own=True), 40)
 
 
 @pytest.mark.slow
@@ -58,9 +56,5 @@ def test_writers_agree_in_300_orders(name, tmp_path, monkeypatch, tiny_data):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_writers_of_other_versions_make_one_chain_in_300_orders(
-    tmp_path, monkeypatch, tiny_data
-):
-    check_chains(
-        protocols.versions_scenario(tmp_path, monkeypatch, tiny_data, is_own=True), 300
-    )
+def test_writers_of_other_versions_make_one_chain_in_300_orders(tmp_path, monkeypatch, tiny_data):
+    check_chains(protocols.versions_scenario(tmp_path, monkeypatch, tiny_data, is_own=True), 300)
