@@ -451,7 +451,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ursa-") as folder:
         target = Path(folder) / "content"
-        _s3_call("_get_file", uri, str(target), **_transfer(size_bytes(uri)))
+        _download(uri, target, size_bytes(uri))
         yield target
 
 
@@ -555,7 +555,7 @@ def local_directory(uri: str) -> Iterator[Path]:
         for item in list_files(uri):
             target = Path(folder) / item.uri.removeprefix(uri.rstrip("/") + "/")
             target.parent.mkdir(parents=True, exist_ok=True)
-            _s3_call("_get_file", item.uri, str(target), **_transfer(item.num_bytes))
+            _download(item.uri, target, item.num_bytes)
         yield Path(folder)
 
 
@@ -828,6 +828,16 @@ def _filesystem(attempts: int) -> Any:
     # one loop of repetition is enough: with others inside, a wrong address takes minutes
     filesystem.retries = 1
     return filesystem
+
+
+def _download(uri: str, target: Path, num_bytes: int) -> None:
+    """Copy an object to a local file; a part of it is never taken for the whole."""
+    _s3_call("_get_file", uri, str(target), **_transfer(num_bytes))
+    found = target.stat().st_size
+    if found != num_bytes:
+        raise StorageError(
+            f"{uri}: {found} of {num_bytes} bytes arrived; check the store, then run again"
+        )
 
 
 def _transfer(num_bytes: int) -> dict[str, Any]:

@@ -7,17 +7,21 @@ clock is the store's own.
 """
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import botocore.exceptions
 import pytest
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from ursa import storage
+from ursa import storage, tokenization
+from ursa.data import shards
+from ursa.training import checkpoint
 
 BUCKET = "memory"
 ROOT = f"s3://{BUCKET}/root"
@@ -60,6 +64,8 @@ class MemoryStore:
         trace: Kind of every operation so far: read, list or write. Tries during an outage, which
             lasts until `heal`, do not count.
         now_s: The clock: waiting and silence move it on.
+        dead: Threads that have crashed: they reach the store no more, whatever they still run on
+            the way out.
     """
 
     loop = None
@@ -72,6 +78,7 @@ class MemoryStore:
         self.trace: list[str] = []
         self.now_s = 0.0
         self.is_out = False
+        self.dead: set[int] = set()
         self.before_operation: Callable[[], None] = lambda: None
 
     def copy(self) -> "MemoryStore":
@@ -80,6 +87,11 @@ class MemoryStore:
 
     def heal(self) -> None:
         self.is_out = False
+        self.dead.clear()
+
+    def is_dead(self) -> bool:
+        """Whether this thread has crashed."""
+        return threading.get_ident() in self.dead
 
     # --- operations, by the names of s3fs ---------------------------------------------------------
 
@@ -123,6 +135,8 @@ class MemoryStore:
 
     @contextlib.contextmanager
     def _operation(self, kind: str) -> Iterator[str]:
+        if self.is_dead():
+            raise Crashed
         self.before_operation()
         if self.is_out:
             self._be_silent()
@@ -133,18 +147,22 @@ class MemoryStore:
         if fault == "busy_before":
             raise _answer(503, "SlowDown")
         if fault == "crash_before":
-            raise Crashed
+            self._crash()
         if fault in ("timeout_before", "outage"):
             self._be_silent()
         yield fault
         if fault == "crash_after":
-            raise Crashed
+            self._crash()
         if fault == "busy_after":
             raise _answer(503, "ServiceUnavailable")
         if fault == "timeout_after":
             self._be_silent()
         if fault == "cut":
             raise botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2)
+
+    def _crash(self) -> NoReturn:
+        self.dead.add(threading.get_ident())
+        raise Crashed
 
     def _be_silent(self) -> None:
         self.now_s += storage.ANSWER_DEADLINE_S
@@ -186,10 +204,19 @@ def _run(
     raise AssertionError("the store waited")
 
 
-class _OneByOne:
-    """A pool of no threads: operations have one order."""
+class _Later(NamedTuple):
+    """Work that is done when its result is asked for, once."""
 
-    def __init__(self, _num_threads: int) -> None:
+    result: Callable[[], Any]
+
+    def cancel(self) -> None:
+        pass
+
+
+class _OneByOne:
+    """A pool of no threads: operations have one order, and a crash ends all."""
+
+    def __init__(self, _num_threads: int, **_: str) -> None:
         self.map = map
 
     def __enter__(self) -> "_OneByOne":
@@ -198,18 +225,39 @@ class _OneByOne:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def submit(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> _Later:
+        return _Later(functools.partial(function, *arguments, **options))
+
+    def shutdown(self, **_: bool) -> None:
+        pass
+
 
 @contextlib.contextmanager
 def in_use(store: MemoryStore) -> Iterator[MemoryStore]:
-    """All `s3://` URIs lead to the store, and its clock is the clock."""
+    """All `s3://` URIs lead to the store, its clock is the clock, and no thread is started."""
 
     def sleep(seconds: float) -> None:
         store.now_s += seconds
 
+    class AtOnce:
+        """A thread that has ended when `start` returns; a crash in it ends the whole process."""
+
+        def __init__(self, *, target: Callable[..., None], args: tuple[Any, ...], **_: Any) -> None:
+            self._run = lambda: target(*args)
+
+        def start(self) -> None:
+            self._run()
+            if store.is_dead():
+                raise Crashed
+
+    clock = SimpleNamespace(monotonic=lambda: store.now_s)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "_filesystem", lambda _: store)
-        patch.setattr(storage, "ThreadPoolExecutor", _OneByOne)
+        for module in (storage, tokenization, shards):
+            patch.setattr(module, "ThreadPoolExecutor", _OneByOne)
+        patch.setattr(checkpoint, "threading", SimpleNamespace(Thread=AtOnce))
         patch.setattr("fsspec.asyn.sync", _run)
         patch.setattr("tenacity.nap.time", SimpleNamespace(sleep=sleep))
-        patch.setattr(storage, "time", SimpleNamespace(monotonic=lambda: store.now_s))
+        for module in (storage, checkpoint):
+            patch.setattr(module, "time", clock)
         yield store

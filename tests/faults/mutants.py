@@ -3,13 +3,15 @@
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from ursa import ingestion, storage, tokenization
-from ursa.data import clips, shards
+from ursa.data import clips, shards, versions
 from ursa.data.units import TokenizedUnit
+from ursa.errors import UrsaError, VideoDecodeError
 from ursa.training import checkpoint, stage
 
 Apply = Callable[[pytest.MonkeyPatch], None]
@@ -135,7 +137,70 @@ def _state_is_not_checked(patch: pytest.MonkeyPatch) -> None:
         with storage.local_copy(storage.join(folder_uri, checkpoint.STATE_FILE)) as path:
             return marker, checkpoint.load_file(path)
 
+    _size_is_not_checked(patch)
     patch.setattr(checkpoint, "load_checkpoint", unchecked)
+    patch.setattr(stage, "load_checkpoint", unchecked)
+
+
+def _size_is_not_checked(patch: pytest.MonkeyPatch) -> None:
+    def download(uri: str, target: Path, num_bytes: int) -> None:
+        storage._s3_call("_get_file", uri, str(target), **storage._transfer(num_bytes))
+
+    patch.setattr(storage, "_download", download)
+
+
+def _background_fails_in_silence(patch: pytest.MonkeyPatch) -> None:
+    wait = checkpoint.CheckpointWriter.wait
+
+    def wait_in_silence(writer: checkpoint.CheckpointWriter) -> str:
+        try:
+            return wait(writer)
+        except UrsaError:
+            return writer._uri
+
+    patch.setattr(checkpoint.CheckpointWriter, "wait", wait_in_silence)
+
+
+def _last_save_is_not_awaited(patch: pytest.MonkeyPatch) -> None:
+    def finish(run: Any) -> str:
+        return run._writer._uri or run._resumed_uri
+
+    patch.setattr(stage._StageRun, "finish", finish)
+
+
+def _number_is_taken_twice(patch: pytest.MonkeyPatch) -> None:
+    """The loser of a number takes its own version for committed."""
+    commit = storage.commit_record
+
+    def commit_and_forget(uri: str, record: Any) -> Any:
+        found = commit(uri, record)
+        return record if isinstance(record, versions.DatasetVersion) else found
+
+    patch.setattr(storage, "commit_record", commit_and_forget)
+
+
+def _loser_skips_a_number(patch: pytest.MonkeyPatch) -> None:
+    commit = storage.commit_record
+
+    def commit_elsewhere(uri: str, record: Any) -> Any:
+        if not isinstance(record, versions.DatasetVersion) or commit(uri, record) == record:
+            return record if isinstance(record, versions.DatasetVersion) else commit(uri, record)
+        folder_uri, number = uri.rpartition("/")[0], record.number + 1
+        moved = {"number": number, "manifest_uri": versions._manifest_uri(folder_uri, number)}
+        return commit_elsewhere(moved["manifest_uri"], record.model_copy(update=moved))
+
+    patch.setattr(storage, "commit_record", commit_elsewhere)
+
+
+def _same_version_again(patch: pytest.MonkeyPatch) -> None:
+    """That the newest version is the same is not noticed."""
+    newest = versions.newest_version
+
+    def other(*arguments: Any) -> Any:
+        found = newest(*arguments)
+        return found and found.model_copy(update={"fingerprint": ""})
+
+    patch.setattr(versions, "newest_version", other)
 
 
 def _no_resume(patch: pytest.MonkeyPatch) -> None:
@@ -306,17 +371,17 @@ def _fingerprint_with_a_clock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ingestion, "plan_ingestion", clocked)
 
 
-def _crash_is_swallowed(patch: pytest.MonkeyPatch) -> None:
+def _trouble_is_a_bad_clip(patch: pytest.MonkeyPatch) -> None:
     """An error of the store counts as a clip that cannot be read."""
-    patch.setattr(tokenization, "StorageError", KeyError)
-    encode = tokenization.tokenize_clip
+    read = tokenization.read_clip
 
-    def read_media(clip: Any, *rest: Any) -> Any:
-        if storage.exists(f"{clip.media_uri}.lock"):
-            return {}
-        return encode(clip, *rest)
+    def read_or_not(*arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except storage.StorageError as error:
+            raise VideoDecodeError(str(error)) from error
 
-    patch.setattr(tokenization, "tokenize_clip", read_media)
+    patch.setattr(tokenization, "read_clip", read_or_not)
 
 
 MUTANTS = (
@@ -324,7 +389,7 @@ MUTANTS = (
     Mutant("a put overwrites a model record", "release", _unconditional_put),
     Mutant("a taken name is an error", "tokenization", _taken_is_an_error),
     Mutant("the loser keeps its own record", "tokenization", _loser_keeps_its_own),
-    Mutant("look, then write", "tokenization", _look_then_write),
+    Mutant("look, then write", "ingestion", _look_then_write),
     Mutant("a lost answer is taken for not written", "ingestion", _no_repetition),
     Mutant("calls are repeated for ten minutes", "ingestion", _endless_repetition),
     Mutant("errors of the client come through", "ingestion", _raw_errors),
@@ -332,7 +397,14 @@ MUTANTS = (
     Mutant("checkpoints of a step share a folder", "training", _same_folder_for_a_step),
     Mutant("models share a folder", "release", _same_folder_for_a_model),
     Mutant("old checkpoints go before the new one is there", "training", _old_checkpoints_first),
-    Mutant("the hash of a state is not checked", "training", _state_is_not_checked),
+    Mutant("what is read of a state is not checked", "training", _state_is_not_checked),
+    Mutant("what arrives of a clip is not checked", "tokenization", _size_is_not_checked),
+    Mutant("a save in the background fails in silence", "training", _background_fails_in_silence),
+    Mutant("the last save is not waited for", "training", _last_save_is_not_awaited),
+    Mutant("a number is taken twice", "versions", _number_is_taken_twice),
+    Mutant("the loser of a number takes the next", "versions", _loser_skips_a_number),
+    Mutant("the same version again", "versions", _same_version_again),
+    Mutant("a version overwrites another", "versions", _unconditional_put),
     Mutant("a stage begins anew", "training", _no_resume),
     Mutant("the record goes before the directory", "release", _manifest_before_directory),
     Mutant("no record of a unit", "tokenization", _no_unit_record),
@@ -346,7 +418,7 @@ MUTANTS = (
     Mutant("failures are dropped", "ingestion", _failures_are_dropped),
     Mutant("the manifest forgets earlier units", "tokenization", _manifest_of_todo_alone),
     Mutant("a fingerprint with a clock", "ingestion", _fingerprint_with_a_clock),
-    Mutant("trouble of the store counts as a bad clip", "tokenization", _crash_is_swallowed),
+    Mutant("trouble of the store counts as a bad clip", "tokenization", _trouble_is_a_bad_clip),
 )
 
 

@@ -4,12 +4,15 @@ Each is the real chain of calls that a run makes; only what costs seconds has a 
 video, encoding a clip, a training step, the weights of a model.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +36,24 @@ from ursa.artifacts import (
     VideoInfo,
 )
 from ursa.config import IngestionConfig, SelectionConfig, fingerprint
-from ursa.data.clips import read_clips, read_failures, read_selection
+from ursa.data.clips import (
+    FAILURE_SCHEMA,
+    put_table,
+    read_clips,
+    read_failures,
+    read_selection,
+)
 from ursa.data.shards import read_shard
-from ursa.data.units import MODALITIES, SPLITS, clip_samples, expected_sample_ids
+from ursa.data.units import MODALITIES, SPLITS, expected_sample_ids
+from ursa.data.versions import (
+    DatasetVersion,
+    commit_version,
+    compare_files,
+    iter_ancestors,
+    list_versions,
+    read_changes,
+    read_version_files,
+)
 from ursa.errors import CheckpointError, UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
@@ -47,6 +65,7 @@ from ursa.training.checkpoint import (
     save_checkpoint,
 )
 from ursa.training.distributed import Group
+from ursa.video.decode import FrameSize
 from ursa.video.probe import NormalisedClip, NormalisedVideo
 
 INGESTION = media.ingestion_config()
@@ -58,6 +77,8 @@ SELECTION = SelectionConfig.model_validate(
 INFO = VideoInfo(width_px=64, height_px=48, fps=12.0, num_frames=18, duration_s=1.5, codec="h264")
 SCORES = ClipScores(**dict.fromkeys(ClipScores.model_fields) | {"motion_px_per_s": 5.0})
 SAVE_EVERY = 2
+MISSING = 1
+"""Number of the clip that cannot be read."""
 _NONCES = re.compile(rb"(step-\d{8}\.|/)[0-9a-f]{8}(?=/)")
 
 
@@ -110,17 +131,100 @@ class Scenario(NamedTuple):
     is_reproducible: bool = True
 
 
+class Run(NamedTuple):
+    """One run and what it left: a function of what was there before and of the faults.
+
+    Attributes:
+        objects: What is there afterwards.
+        trace: Kinds of its operations.
+        has_ended: Whether it ended well.
+        num_done: Units of work that it did.
+        acknowledged: `Work.acknowledged` afterwards.
+        problems: What is wrong.
+    """
+
+    objects: dict[str, bytes]
+    trace: list[str]
+    has_ended: bool
+    num_done: int
+    acknowledged: int
+    problems: list[str]
+
+
+class Runs:
+    """Runs of a scenario, each of which is done once: most cases go on where others did."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self._known: dict[Any, Run] = {}
+
+    def run(
+        self, objects: Mapping[str, bytes], acknowledged: int, faults: Mapping[int, str]
+    ) -> Run:
+        """Run from what is there; only those faults strike that come before the end."""
+        strike: dict[int, str] = {}
+        content = tuple(objects.items())
+        while True:
+            key = (content, acknowledged, tuple(strike.items()))
+            if key not in self._known:
+                self._known[key] = self._run(objects, acknowledged, strike)
+            found = self._known[key]
+            later = sorted(faults.keys() - strike.keys())
+            if not later or later[0] >= len(found.trace):
+                return found
+            strike = strike | {later[0]: faults[later[0]]}
+
+    def _run(
+        self, objects: Mapping[str, bytes], acknowledged: int, faults: Mapping[int, str]
+    ) -> Run:
+        scenario, work = self.scenario, self.scenario.work
+        work.done.clear()
+        work.acknowledged = acknowledged
+        store, problems = MemoryStore(objects, faults), []
+        has_ended = False
+        with in_use(store), repeatable_names(store):
+            try:
+                scenario.run()
+                has_ended = not store.is_dead()
+            except Crashed:
+                pass
+            except UrsaError:
+                if store.now_s > 121:
+                    problems.append(f"gave up after {store.now_s:.0f} s")
+            except Exception as error:  # noqa: BLE001
+                problems.append(f"no typed error but {error!r}")
+        num_done = len(work.done)
+        if not has_ended:
+            problems += scenario.interrupted(store.copy())
+        elif not scenario.is_reproducible:
+            problems += scenario.problems(store.copy())
+        return Run(store.objects, store.trace, has_ended, num_done, work.acknowledged, problems)
+
+
+@contextlib.contextmanager
+def repeatable_names(store: MemoryStore) -> Iterator[None]:
+    """What is there decides the random part of names, so that equal runs leave equal names."""
+
+    def token_hex(num_bytes: int) -> str:
+        return hashlib.sha256(repr(store.objects).encode()).hexdigest()[: 2 * num_bytes]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secrets, "token_hex", token_hex)
+        yield
+
+
 class Clean(NamedTuple):
     """What a run without faults leaves, and how many units of work it took."""
 
     store: MemoryStore
     num_units: int
+    runs: Runs
 
 
 class Outcome(NamedTuple):
     """What came of a scenario under faults."""
 
-    store: MemoryStore
+    trace: list[str]
     problems: list[str]
 
 
@@ -128,37 +232,28 @@ def run_to_end(
     scenario: Scenario, faults: Mapping[int, str], clean: Clean, *, max_runs: int = 6
 ) -> Outcome:
     """Run again and again until a run ends well, as a user would, and look at what is there."""
-    store = MemoryStore(scenario.start.objects, faults)
+    objects: Mapping[str, bytes] = scenario.start.objects
+    trace: list[str] = []
     problems: list[str] = []
-    scenario.work.clear()
-    with in_use(store):
-        interruptions = 0
-        while True:
-            started_s = store.now_s
-            try:
-                scenario.run()
-            except Crashed:
-                pass
-            except UrsaError:
-                if store.now_s - started_s > 121:
-                    problems.append(f"gave up after {store.now_s - started_s:.0f} s")
-            except Exception as error:  # noqa: BLE001
-                problems.append(f"no typed error but {error!r}")
-            else:
-                break
-            interruptions += 1
-            store.heal()
-            problems += scenario.interrupted(store.copy())
-            if interruptions == max_runs:
-                problems.append(f"no end in {max_runs} runs")
-                break
-        if len(scenario.work.done) > clean.num_units + interruptions * scenario.rework:
-            problems.append(f"{len(scenario.work.done)} units of work, not {clean.num_units}")
+    num_done = acknowledged = interruptions = 0
+    while True:
+        left = {place - len(trace): kind for place, kind in faults.items() if place >= len(trace)}
+        run = clean.runs.run(objects, acknowledged, left)
+        objects, acknowledged = run.objects, run.acknowledged
+        trace += run.trace
+        problems += run.problems
+        num_done += run.num_done
+        if run.has_ended:
+            break
+        interruptions += 1
+        if interruptions == max_runs:
+            problems.append(f"no end in {max_runs} runs")
+            break
+    if num_done > clean.num_units + interruptions * scenario.rework:
+        problems.append(f"{num_done} units of work, not {clean.num_units}")
     if scenario.is_reproducible:
-        problems += differences(store, clean.store)
-    else:
-        problems += scenario.problems(store.copy())
-    return Outcome(store, problems)
+        problems += differences(objects, clean.store.objects)
+    return Outcome(trace, problems)
 
 
 def clean_run(scenario: Scenario) -> Clean:
@@ -167,7 +262,7 @@ def clean_run(scenario: Scenario) -> Clean:
     scenario.work.clear()
     with in_use(store):
         scenario.run()
-    return Clean(store, len(scenario.work.done))
+    return Clean(store, len(scenario.work.done), Runs(scenario))
 
 
 def damaged_objects(store: MemoryStore) -> list[str]:
@@ -185,13 +280,12 @@ def damaged_objects(store: MemoryStore) -> list[str]:
     return found
 
 
-def differences(store: MemoryStore, clean: MemoryStore) -> list[str]:
+def differences(found: Mapping[str, bytes], clean: Mapping[str, bytes]) -> list[str]:
     """Where a store is not to the byte what a clean run leaves."""
-    keys = sorted(store.objects.keys() | clean.objects.keys())
     return [
         f"{key} is not that of a clean run"
-        for key in keys
-        if store.objects.get(key) != clean.objects.get(key)
+        for key in sorted(found.keys() | clean.keys())
+        if found.get(key) != clean.get(key)
     ]
 
 
@@ -283,55 +377,62 @@ def ingestion_scenario(folder: Path, patch: pytest.MonkeyPatch, _data: Any = Non
 # --- tokenization ---------------------------------------------------------------------------------
 
 
-class _Codebook:
+class _Reader:
+    """Frames of one colour, which tells the content and the length of the file."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def read(
+        self, path: Path, indices: Sequence[int], sizes: Sequence[FrameSize]
+    ) -> list[np.ndarray]:
+        content = path.read_bytes()
+        self._work.done.append(content.hex())
+        colour = (content[0] + len(content)) % 256
+        return [np.full((len(indices), *size, 3), colour, np.uint8) for size in sizes]
+
+
+class _Encoder:
+    """Ids that tell the colour."""
+
     codebook = range(factories.CODEBOOK_SIZE)
 
+    def __init__(self, work: Work) -> None:
+        self._work = work
 
-def _stand_in_for_encoding(work: Work) -> Callable[..., dict[str, list[dict[str, Any]]]]:
-    def tokenize_clip(
-        clip: Clip, split: str, _tokenizer: Any, settings: Any
-    ) -> dict[str, list[dict[str, Any]]]:
-        work.done.append(clip.clip_id)
-        if clip.caption == "unreadable":
-            raise FileNotFoundError(clip.media_uri)
-        first = int(clip.clip_id[:4], 16) + work.writer
-        return {
-            modality: [
-                tokenization._row(
-                    clip,
-                    modality,
-                    start_s,
-                    0,
-                    settings.fps,
-                    (np.arange(np.prod(shape)).reshape(shape) + first) % factories.CODEBOOK_SIZE,
-                )
-                for start_s, _ in clip_samples(clip, settings)[modality]
-            ]
-            for modality, shape in factories.LATENT_SHAPES.items()
-        }
+    def to(self, **_: str) -> "_Encoder":
+        return self
 
-    return tokenize_clip
+    def encode(self, windows: np.ndarray) -> torch.Tensor:
+        shape = factories.LATENT_SHAPES["image" if windows.shape[1] == 1 else "video"]
+        first = windows[:, 0, 0, 0, 0].astype(int) + self._work.writer
+        ids = np.arange(np.prod(shape)) + first[:, None]
+        return torch.from_numpy(ids % factories.CODEBOOK_SIZE).reshape(-1, *shape)
 
 
-def make_selection(num_clips: int, num_validation: int) -> ClipSelection:
-    """Clips of which nothing but the description is there; the second cannot be read."""
-    clips = [
-        Clip(
+def make_selection(num_clips: int, num_validation: int, name: str = "selected") -> ClipSelection:
+    """Clips with media of a few bytes; of the second they are missing."""
+    clips = []
+    for index in range(num_clips):
+        media = bytes([index]) * 8
+        media_uri = storage.join(ROOT, name, f"media-{index}.mp4")
+        if index != MISSING:
+            storage.write_bytes(media_uri, media)
+        clip = Clip(
             clip_id=fingerprint("clip", index)[:32],
             source_uri=f"s3://{BUCKET}/{index}.mp4",
             source_sha256=fingerprint("source", index),
             start_s=0.0,
             end_s=1.5,
-            media_uri=f"s3://{BUCKET}/media-{index}.mp4",
-            media_sha256=fingerprint("media", index),
+            media_uri=media_uri,
+            media_sha256=hashlib.sha256(media).hexdigest(),
             info=INFO,
             scores=SCORES,
-            caption="unreadable" if index == 1 else factories.CAPTIONS[index % 4],
+            caption=factories.CAPTIONS[index % 4],
         )
-        for index in range(num_clips)
-    ]
+        clips.append(clip)
     return factories.commit_selection(
-        storage.join(ROOT, "selected"), clips, num_validation=num_validation
+        storage.join(ROOT, name), clips, num_validation=num_validation
     )
 
 
@@ -344,8 +445,13 @@ def tokenize(selection: ClipSelection, tokenizer: TokenizerRef) -> TokenDatasets
     if plan.committed is not None:
         return plan.committed
     work = tokenization.ClipTokenizer(tokenizer, config)
-    units = [*plan.done, *(work(unit) for unit in plan.todo)]
+    with contextlib.closing(work):
+        units = [*plan.done, *(work(unit) for unit in plan.todo)]
     return tokenization.commit_tokens(plan, units, tokenizer, config, output_uri=ROOT)
+
+
+def is_missing(clip: Clip) -> bool:
+    return clip.media_uri.endswith(f"-{MISSING}.mp4")
 
 
 def token_problems(selection: ClipSelection, tokenizer: TokenizerRef) -> list[str]:
@@ -363,11 +469,11 @@ def token_problems(selection: ClipSelection, tokenizer: TokenizerRef) -> list[st
             wanted = [
                 name
                 for item in read_selection(selection)
-                if item.split == split and item.clip.caption != "unreadable"
+                if item.split == split and not is_missing(item.clip)
                 for name in expected_sample_ids(item.clip, modality, split, CONFIG.tokenization)
             ]
             failed += sum(
-                item.clip.caption == "unreadable" and item.split == split
+                is_missing(item.clip) and item.split == split
                 for item in read_selection(selection)
                 if modality == "image"
             )
@@ -389,8 +495,8 @@ def tokenization_scenario(folder: Path, patch: pytest.MonkeyPatch, _data: Any = 
         metrics={},
         fingerprint="visual",
     )
-    patch.setattr(tokenization, "load_visual_tokenizer", lambda _: _Codebook)
-    patch.setattr(tokenization, "tokenize_clip", _stand_in_for_encoding(work))
+    patch.setattr(tokenization, "load_visual_tokenizer", lambda _: _Encoder(work))
+    patch.setattr(tokenization, "ClipReader", lambda: _Reader(work))
     with in_use(store):
         selection = make_selection(3, 1)
 
@@ -405,14 +511,82 @@ def tokenization_scenario(folder: Path, patch: pytest.MonkeyPatch, _data: Any = 
     return Scenario("tokenization", store, run, problems, damaged_objects, rework=2, work=work)
 
 
+# --- versions of a data set -----------------------------------------------------------------------
+
+
+def chain_problems() -> list[str]:
+    """Numbers without a gap, each the child of the one before, changes that lead from it to it."""
+    found: list[str] = []
+    chains: dict[str, list[DatasetVersion]] = {}
+    for version in list_versions(ROOT):
+        chains.setdefault(version.source_uri, []).append(version)
+    for source_uri, chain in chains.items():
+        numbers = [version.number for version in chain]
+        if numbers != list(range(1, len(chain) + 1)):
+            found.append(f"{source_uri}: numbers {numbers}")
+        if len({version.fingerprint for version in chain}) < len(chain):
+            found.append(f"{source_uri}: a version is there twice")
+        if list(iter_ancestors(chain[-1])) != chain[::-1]:
+            found.append(f"{source_uri}: the parents are not the versions before")
+        before: dict[str, str] = {}
+        for version in chain:
+            files = {row["source_uri"]: row["content"] for row in read_version_files(version)}
+            if read_changes(version) != compare_files(before, files):
+                found.append(f"{version.manifest_uri}: other changes than from the one before")
+            before = files
+    return found
+
+
+def versions_scenario(
+    _folder: Path,
+    _patch: pytest.MonkeyPatch,
+    data: factories.TinyData,
+    *,
+    is_own: bool = False,
+) -> Scenario:
+    """The second version of two data sets and the first of another.
+
+    `is_own`: each writer commits a version of its own, else they differ in their code alone.
+    """
+    store, work = MemoryStore(), Work()
+
+    def commit(selection: ClipSelection) -> DatasetVersion:
+        print_ = f"text of {work.writer}" if is_own else "text"
+        text = data.text_tokenizer.model_copy(update={"fingerprint": print_})
+        tokenizers = (data.visual_tokenizer, text)
+        code = {"ursa": f"1.{work.writer}"}
+        return commit_version(ROOT, CONFIG, selection, tokenizers, data.datasets, code=code)
+
+    def select(name: str, source_uri: str, num_clips: int) -> ClipSelection:
+        selection = make_selection(num_clips, 0, name)
+        put_table(storage.join(ROOT, name), "failures", FAILURE_SCHEMA, [])
+        clips = selection.clips.model_copy(update={"source_uri": source_uri})
+        return selection.model_copy(update={"clips": clips})
+
+    with in_use(store):
+        for source_uri in ("first", "second"):
+            commit(select(f"old-{source_uri}", source_uri, 2))
+        grown = [select(f"new-{name}", name, 3) for name in ("first", "second", "third")]
+
+    def run() -> tuple[DatasetVersion, ...]:
+        return tuple(commit(selection) for selection in grown)
+
+    def interrupted(found: MemoryStore) -> list[str]:
+        with in_use(found):
+            return damaged_objects(found) + chain_problems()
+
+    return Scenario("versions", store, run, interrupted, interrupted, rework=0, work=work)
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
 class _Steps:
     """A trainer whose step is a sum: the state after step n tells which steps were done."""
 
-    def __init__(self, config: Any, work: Work) -> None:
-        self.config, self._work = config, work
+    def __init__(self, config: Any, group: Group, work: Work) -> None:
+        self.config, self.group, self._work = config, group, work
+        self.loader = SimpleNamespace(samples_seen=lambda count: count * config.global_batch_size)
         self.model = nn.Linear(2, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         self.average = AveragedModel(self.model)
@@ -423,6 +597,9 @@ class _Steps:
         with torch.no_grad():
             self.model.weight.mul_(3).add_(step + 1 + self._work.writer)
         return {"train/loss": float(step)}
+
+    def close(self) -> None:
+        pass
 
 
 class _NoValidation:
@@ -455,8 +632,8 @@ def training_scenario(  # noqa: C901  (stand-ins)
     work, print_ = Work(), stage.stage_fingerprint(request)
     stage_uri = storage.join(ROOT, "checkpoints", "video_pretrain", print_[:32])
 
-    def build(_request: Any, _group: Group) -> _Steps:
-        return _Steps(request.config.stages.video_pretrain, work)
+    def build(_request: Any, group: Group) -> _Steps:
+        return _Steps(request.config.stages.video_pretrain, group, work)
 
     def save(*arguments: Any, **options: Any) -> str:
         uri = save_checkpoint(*arguments, **options)
@@ -515,15 +692,12 @@ def training_scenario(  # noqa: C901  (stand-ins)
 # --- tokenizer and model directories --------------------------------------------------------------
 
 
-def release_scenario(  # noqa: C901  (stand-ins)
-    folder: Path, patch: pytest.MonkeyPatch, data: factories.TinyData
-) -> Scenario:
+def release_scenario(folder: Path, patch: pytest.MonkeyPatch, data: factories.TinyData) -> Scenario:
     """A fitted tokenizer with the checkpoints of its fit, then an exported model."""
     work = Work()
     network = FittedAutoencoder(
         FittedConfig(levels=(3, 3), hidden_channels=4, num_residual_blocks=1)
     )
-    request = factories.stage_request(data, "video_pretrain", ROOT)
     checkpoint = CheckpointRef(
         uri=f"{ROOT}/checkpoint",
         stage="video_pretrain",
@@ -536,6 +710,10 @@ def release_scenario(  # noqa: C901  (stand-ins)
     selection_store = MemoryStore()
     with in_use(selection_store):
         selection = make_selection(2, 0)
+        videos = factories.write_dataset(storage.join(ROOT, "data"), "video", "train", 4)
+    datasets = data.datasets.model_copy(update={"video_train": videos})
+    data = data._replace(datasets=datasets)
+    request = factories.stage_request(data, "video_pretrain", ROOT)
 
     def fit(_selection: Any, _config: Any, folder_uri: str, print_: str, _: Any) -> Any:
         fit_uri = storage.join(folder_uri, "fit")
@@ -561,16 +739,9 @@ def release_scenario(  # noqa: C901  (stand-ins)
             )
             (target / "model_index.json").write_text("{}")
 
-    class Samples:
-        motion = (1.0, None, 3.0)
-
-        def __init__(self, _dataset: Any) -> None:
-            pass
-
     patch.setattr(visual_tokenizer, "_fit", fit)
     patch.setattr(visual_tokenizer, "save_visual_tokenizer", save)
     patch.setattr(release, "UrsaPipeline", Pipeline)
-    patch.setattr(release, "TokenSamples", Samples)
     patch.setattr(release, "load_average", lambda *_: None)
     patch.setattr(release, "scheduler_config", lambda *_, **__: None)
     patch.setattr(release, "load_visual_tokenizer", lambda _: None)
@@ -608,3 +779,12 @@ def release_scenario(  # noqa: C901  (stand-ins)
         work=work,
         is_reproducible=False,
     )
+
+
+SCENARIOS: dict[str, Callable[..., Scenario]] = {
+    "ingestion": ingestion_scenario,
+    "tokenization": tokenization_scenario,
+    "versions": versions_scenario,
+    "training": training_scenario,
+    "release": release_scenario,
+}

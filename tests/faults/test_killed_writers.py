@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults import processes, protocols
 from tests.faults.processes import Child, problems_after_kill, snapshot
-from tests.faults.test_writers import SCENARIOS
+from tests.faults.protocols import SCENARIOS
 from ursa import storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

@@ -4,8 +4,8 @@ import pytest
 
 from tests.faults import memory_store, protocols
 from tests.faults.mutants import MUTANTS, applied
+from tests.faults.protocols import SCENARIOS
 from tests.faults.sweep import sweep
-from tests.faults.test_writers import SCENARIOS
 from tests.faults.writers import disagreements, run_together
 
 pytestmark = pytest.mark.usefixtures("fast_files")
@@ -18,7 +18,7 @@ def found_by(scenario, reference):
     clean = protocols.clean_run(scenario).store
     if scenario.problems(clean.copy()):
         return "what is there after a clean run"
-    if scenario.is_reproducible and protocols.differences(clean, reference):
+    if scenario.is_reproducible and protocols.differences(clean.objects, reference.objects):
         return "the bytes of a clean run"
     no_pairs = dict.fromkeys(memory_store.FAULTS, ())
     if sweep(scenario, second=no_pairs, stop_at_first=True).violations:

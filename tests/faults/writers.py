@@ -11,12 +11,17 @@ NUM_WRITERS = 3
 
 
 class Turns:
-    """One writer runs at a time; before each operation the seed says who is next."""
+    """One writer runs at a time; before each operation the seed says who is next.
+
+    In some orders it is mostly the next one, so that all do the same thing at the same time.
+    """
 
     def __init__(self, num_writers: int, seed: int) -> None:
         self._random = random.Random(seed)
         self._may_run = [threading.Semaphore(0) for _ in range(num_writers)]
         self._alive = list(range(num_writers))
+        self._steadiness = self._random.choice((0.0, 0.5, 0.9))
+        self._latest = 0
         self._local = threading.local()
 
     def start(self) -> None:
@@ -39,7 +44,12 @@ class Turns:
             self._wake_one()
 
     def _wake_one(self) -> None:
-        self._may_run[self._random.choice(self._alive)].release()
+        if self._random.random() < self._steadiness:
+            later = [writer for writer in self._alive if writer > self._latest]
+            self._latest = (later or self._alive)[0]
+        else:
+            self._latest = self._random.choice(self._alive)
+        self._may_run[self._latest].release()
 
 
 class Met(NamedTuple):
@@ -70,7 +80,9 @@ def run_together(scenario: Scenario, seed: int, *, one_dies: bool = False) -> Me
         turns.join(writer)
         scenario.work.local.writer = writer
         try:
-            results.append(scenario.run())
+            result = scenario.run()
+            if not store.is_dead():
+                results.append(result)
         except Crashed:
             pass
         except BaseException as error:  # noqa: BLE001

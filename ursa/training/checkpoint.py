@@ -139,8 +139,8 @@ def save_checkpoint(
 
     Raises:
         NonFiniteLossError: If a tensor holds NaN or infinity; nothing is written.
-        CheckpointError: If the store gives back other bytes than it was given; no older one is
-            removed.
+        CheckpointError: If the store gives back other bytes than it was given, or none; no older
+            one is removed.
         StorageError: If the store refuses or does not answer.
     """
     bad = not_finite(state)
@@ -156,8 +156,14 @@ def save_checkpoint(
         save_file(state, path)
         digest = storage.sha256_file(path)
         storage.upload_file(path, state_uri)
-    with storage.local_copy(state_uri) as path:
-        found = storage.sha256_file(path)
+    try:
+        with storage.local_copy(state_uri) as path:
+            found = storage.sha256_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{state_uri} was written and is gone: another run has removed it, or the store has "
+            "lost it; run again"
+        ) from error
     if found != digest:
         raise CheckpointError(
             f"{state_uri} was written and read back with other bytes; older checkpoints are kept; "

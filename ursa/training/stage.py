@@ -50,6 +50,7 @@ _CURVE_TIMES = (*(i / 10 for i in range(10)), 0.95, 0.98, 0.99, 0.995, 0.999)
 """Close where the loss falls most, up to the end of what training draws."""
 _TERMINATED = 143
 """Exit status after SIGTERM."""
+_TAKE_TRIES = 3
 _GRACE_S = 25.0
 """How long the other workers have to end by themselves when one has failed."""
 
@@ -364,7 +365,7 @@ class _StageRun:
 
     def resume(self) -> tuple[int, dict[str, float]]:
         """Take over the newest checkpoint; return the steps done and the metrics of the last."""
-        marker = self._take(self._find())
+        marker = self._take_newest()
         if marker is None:
             return 0, {}
         self.skipped = marker.skipped
@@ -441,15 +442,27 @@ class _StageRun:
 
         return self.group.from_main(find)
 
-    def _take(self, uri: str) -> CheckpointMarker | None:
-        """Take over a checkpoint; without one nothing changes."""
-        if not uri:
-            return None
-        marker, state = load_checkpoint(uri)
-        trainer = self.trainer
-        restore_state(state, trainer.model, trainer.average, trainer.optimizer)
-        self._resumed_uri = uri
-        return marker
+    def _take_newest(
+        self, wanted: Callable[[int], bool] = lambda _step: True
+    ) -> CheckpointMarker | None:
+        """Take over the newest whole checkpoint; without one nothing changes."""
+        for _ in range(_TAKE_TRIES):
+            uri = self._find(wanted)
+            if not uri:
+                return None
+            failure: CheckpointError | None = None
+            try:
+                marker, state = load_checkpoint(uri)
+            except CheckpointError as error:
+                # another run of the stage may have removed it since, beside newer ones
+                logger.warning("a checkpoint is gone again: %s", error)
+                failure = error
+            if not self.group.any(failure is not None):
+                trainer = self.trainer
+                restore_state(state, trainer.model, trainer.average, trainer.optimizer)
+                self._resumed_uri = uri
+                return marker
+        raise failure or CheckpointError(f"{uri}: another rank cannot read it")
 
     def _go_back(self, count: int) -> None:
         """Take the weights of before the trouble and leave out the steps since; once a stage."""
@@ -466,7 +479,7 @@ class _StageRun:
         self._writer.wait()
         every = self.trainer.config.checkpoint_every
         # regular ones alone, so that a run that was interrupted goes back to the same place
-        marker = self._take(self._find(lambda step: step <= min(trouble) and step % every == 0))
+        marker = self._take_newest(lambda step: step <= min(trouble) and step % every == 0)
         if marker is None:
             trainer = self.trainer
             fresh = _initial_model(self.request, load_codes(self.request.visual_tokenizer)[0])

@@ -24,7 +24,13 @@ from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
-from ursa.errors import ConfigError, DataExhaustedError, NonFiniteLossError, VideoDecodeError
+from ursa.errors import (
+    CheckpointError,
+    ConfigError,
+    DataExhaustedError,
+    NonFiniteLossError,
+    VideoDecodeError,
+)
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import (
     AutoencoderTokenizer,
@@ -81,6 +87,7 @@ def fit_visual_tokenizer(
         ConfigError: If `directory_uri` holds no tokenizer of the configured strides.
         DataExhaustedError: If no training clip is long enough for one sample.
         NonFiniteLossError: If the fit diverges.
+        CheckpointError: If the store does not give back a checkpoint as it was written.
         ShardFormatError: If a table of the clips is missing or damaged.
         VideoDecodeError: If a clip cannot be read.
         StorageError: If the store refuses or does not answer.
@@ -110,7 +117,14 @@ def fit_visual_tokenizer(
             )
         metrics: dict[str, float] = {}
     else:
-        network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
+        try:
+            network, metrics = _fit(selection, config, folder_uri, print_, on_metrics)
+        except CheckpointError:
+            # another run that has finished removes the checkpoints of all
+            done = storage.load_record(manifest_uri, TokenizerRef)
+            if done is None:
+                raise
+            return done
     with storage.scratch_directory("tokenizer") as scratch:
         save_visual_tokenizer(network, scratch)
         directory_uri = storage.unique_place(folder_uri, "model")
