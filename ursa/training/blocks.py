@@ -7,11 +7,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ursa.errors import ConfigError
+from ursa.model.size import Recomputed
 from ursa.model.transformer import UrsaTransformer
-from ursa.training.execution import Checkpointing
 
 
-def checkpoint_activations(model: UrsaTransformer, level: Checkpointing) -> None:
+def checkpoint_activations(model: UrsaTransformer, level: Recomputed) -> None:
     """Let parts of the layers be computed again in the backward pass instead of kept.
 
     Gradients are equal to the bit where the same operations give the same bits, as on a CPU. Copies
@@ -23,7 +23,7 @@ def checkpoint_activations(model: UrsaTransformer, level: Checkpointing) -> None
     """
     for layer in model.model.layers:
         assert isinstance(layer, nn.Module)
-        parts: dict[Checkpointing, tuple[object, ...]] = {
+        parts: dict[Recomputed, tuple[object, ...]] = {
             "none": (),
             "mlp": (layer.mlp,),
             "attention": (layer.mlp, layer.self_attn),

@@ -27,10 +27,6 @@ from ursa.model.transformer import UrsaTransformer
 
 Found = TypeVar("Found")
 
-CPU_BACKEND = "gloo"
-GPU_BACKEND = "cpu:gloo,cuda:nccl"
-"""Flags, records and what lies on the CPU go by gloo, tensors of GPUs by NCCL."""
-
 
 @dataclass(frozen=True, slots=True)
 class Group:

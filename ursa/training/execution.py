@@ -7,9 +7,12 @@ that was begun with some goes on with others. Read without torch.
 from typing import Literal
 
 from ursa.config import FrozenModel
+from ursa.model.size import Recomputed
 
 Strategy = Literal["replicated", "fsdp"]
-Checkpointing = Literal["none", "mlp", "attention", "layer"]
+CPU_BACKEND = "gloo"
+GPU_BACKEND = "cpu:gloo,cuda:nccl"
+"""Flags, records and what lies on the CPU go by gloo, tensors of GPUs by NCCL."""
 
 
 class Execution(FrozenModel):
@@ -25,7 +28,7 @@ class Execution(FrozenModel):
     """
 
     strategy: Strategy = "replicated"
-    activation_checkpointing: Checkpointing = "none"
+    activation_checkpointing: Recomputed = "none"
     compile_layers: bool = False
 
 

@@ -29,16 +29,16 @@ from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
 from ursa.training.checkpoint import (
     CheckpointMarker,
     CheckpointWriter,
+    gathered_copy,
     latest_checkpoint,
     load_checkpoint,
     not_finite,
     restore_state,
-    gathered_copy,
     save_checkpoint,
     training_state,
 )
-from ursa.training.distributed import CPU_BACKEND, Group, current_group
-from ursa.training.execution import DEFAULT_EXECUTION, Execution
+from ursa.training.distributed import Group, current_group
+from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, Execution
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.optim import build_average, build_optimizer
 from ursa.training.schedule import load_codes, path_over
@@ -586,7 +586,7 @@ class _Termination:
                 os.kill(process, signal.SIGTERM)
 
 
-def _local_worker(  # noqa: PLR0913  (`spawn` passes positions)
+def _local_worker(
     rank: int,
     world_size: int,
     port: int,
