@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import factories
 from tests.warm import Fault, Outcome, Trace, Warm, trace, warm_process
 from ursa.artifacts import StageRequest
+from ursa.training import stage as stage_module
 from ursa.training.checkpoint import latest_checkpoint, load_checkpoint
+from ursa.training.distributed import Group, local_part
+from ursa.training.execution import Execution
 from ursa.training.guard import SkippedSteps
 from ursa.training.stage import _stage_uri, stage_fingerprint
 
@@ -42,11 +47,11 @@ def data(tmp_path_factory) -> factories.TinyData:
 class Case:
     """One stage in an output directory of its own."""
 
-    def __init__(self, warm: Warm, data: factories.TinyData, folder: Path) -> None:
+    def __init__(self, warm: Warm, data: factories.TinyData, folder: Path, **changes) -> None:
         self.warm, self.folder, self.log = warm, folder, folder / "log"
         folder.mkdir()
         self.request: StageRequest = factories.stage_request(
-            data, "async_finetune", str(folder), **SETTINGS
+            data, "async_finetune", str(folder), **(SETTINGS | changes)
         )
 
     def run(self, mode: str, *faults: Fault) -> Outcome:
@@ -68,7 +73,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def make_case(warm, data, tmp_path_factory):
-    return lambda: Case(warm, data, tmp_path_factory.mktemp("case") / "out")
+    return lambda **changes: Case(warm, data, tmp_path_factory.mktemp("case") / "out", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +142,35 @@ def test_numbers_that_are_not_finite_on_any_rank(make_case, kind, rank):
     assert skipped.number() > 0
     assert sharded_skipped == skipped
     assert sharded_losses == pytest.approx(losses, rel=1e-5)
+
+
+def test_bfloat16_on_shards(make_case, straight):
+    done = make_case(precision="bfloat16").finished("fsdp")
+    assert done.losses() != straight["fsdp"].losses()
+    assert done.losses() == pytest.approx(straight["fsdp"].losses(), rel=1e-2)
+    replicated = make_case(precision="bfloat16").finished("replicated")
+    assert done.losses() == pytest.approx(replicated.losses(), rel=1e-2)
+    for name, value in load_checkpoint(done.checkpoint.uri)[1].items():
+        assert value.dtype == (torch.int64 if name == "ema_num_averaged" else torch.float32), name
+
+
+def test_a_rank_holds_its_part_alone(data, tmp_path):
+    """Of weights and average, on one rank of four whose messages go nowhere."""
+    request = factories.stage_request(data, "async_finetune", str(tmp_path))
+    whole = stage_module._build_trainer(request, Group(0, 4))
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        sharded = stage_module._build_trainer(request, Group(0, 4), Execution(strategy="fsdp"))
+        for one, all_of_it in (
+            (sharded.model, whole.model),
+            (sharded.average.module, whole.average.module),
+        ):
+            held, total = (
+                sum(local_part(value).numel() for value in model.parameters())
+                for model in (one, all_of_it)
+            )
+            assert total / 4 <= held < 1.01 * total / 4
+        of_optimizer = {id(p) for group in sharded.optimizer.param_groups for p in group["params"]}
+        assert of_optimizer == {id(parameter) for parameter in sharded.model.parameters()}
+    finally:
+        dist.destroy_process_group()
