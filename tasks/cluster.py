@@ -24,6 +24,7 @@ from ursa import errors
 from ursa.artifacts import CheckpointRef
 from ursa.config import FrozenModel
 from ursa.errors import ServiceError, TrainingError, UrsaError
+from ursa.training.execution import CPU_BACKEND, GPU_BACKEND
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def run_distributed(
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
             ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=300),
+            torch_config=TorchConfig(backend=GPU_BACKEND if gpus else CPU_BACKEND, timeout_s=300),
             run_config=RunConfig(
                 name="stage", storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ursa import storage
 from ursa.errors import ConfigError
+from ursa.model.size import Recomputed
+from ursa.training.execution import Execution, Strategy
 
 
 def absolute_uri(uri: str) -> str:
@@ -57,6 +59,16 @@ class RuntimeSettings(BaseSettings):
         default=0, ge=0, description="cores of a training process; 0 shares out this machine's"
     )
     gpus_per_train_worker: int = Field(default=0, ge=0, description="GPUs of a training process")
+    train_strategy: Strategy = Field(
+        default="replicated",
+        description="fsdp: each training process holds a part of weights, optimizer and average",
+    )
+    activation_checkpointing: Recomputed = Field(
+        default="none", description="what the backward pass of training computes again"
+    )
+    compile_layers: bool = Field(
+        default=False, description="whether training compiles the layers of the network"
+    )
 
     @field_validator("data_uri")
     @classmethod
@@ -89,6 +101,15 @@ class RuntimeSettings(BaseSettings):
         if settings.ray_address is None and os.environ.get("RAY_ADDRESS"):
             return settings.model_copy(update={"ray_address": os.environ["RAY_ADDRESS"]})
         return settings
+
+    @property
+    def execution(self) -> Execution:
+        """How training is computed."""
+        return Execution(
+            strategy=self.train_strategy,
+            activation_checkpointing=self.activation_checkpointing,
+            compile_layers=self.compile_layers,
+        )
 
     def uri(self, *parts: str) -> str:
         """Return a place below `data_uri`.

@@ -11,6 +11,7 @@ from typing import Any
 from tasks.tracking import MetricSink, TrackedRun
 from ursa.artifacts import StageRequest
 from ursa.config import StageConfig
+from ursa.training.execution import Execution
 
 PROGRESS_EVERY_S = 5.0
 
@@ -103,7 +104,8 @@ def run_stage(arguments: dict[str, Any]) -> None:
     """Train a stage as one rank; rank 0 sends metrics to the tracking run.
 
     Args:
-        arguments: `request` and `run` as JSON texts, `progress_url` of the artifact or "".
+        arguments: `request`, `execution` and `run` as JSON texts, `progress_url` of the artifact or
+            "".
 
     Raises:
         UrsaError: What `ursa.training.stage.train_stage` raises.
@@ -111,11 +113,12 @@ def run_stage(arguments: dict[str, Any]) -> None:
     from ursa.training.stage import train_stage  # noqa: PLC0415  (torch)
 
     request = StageRequest.model_validate_json(arguments["request"])
+    execution = Execution.model_validate_json(arguments["execution"])
     if int(os.environ.get("RANK", "0")) != 0:
-        train_stage(request)
+        train_stage(request, execution=execution)
         return
     run = TrackedRun.model_validate_json(arguments["run"])
     stage: StageConfig = getattr(request.config.stages, request.stage)
     progress = StageProgress(arguments["progress_url"], stage.max_steps)
     with MetricSink(run, on_step=progress) as sink:
-        train_stage(request, on_metrics=sink)
+        train_stage(request, execution=execution, on_metrics=sink)

@@ -136,6 +136,7 @@ def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> Checkp
             stage_worker.run_stage,
             {
                 "request": request.model_dump_json(),
+                "execution": settings.execution.model_dump_json(),
                 "run": run.model_dump_json(),
                 "progress_url": progress_url,
             },
@@ -148,7 +149,10 @@ def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> Checkp
         sink = stage_worker.LocalSink(run, progress)
         try:
             checkpoint = stage.launch_local(
-                request, num_workers=settings.num_train_workers, on_metrics=sink
+                request,
+                num_workers=settings.num_train_workers,
+                execution=settings.execution,
+                on_metrics=sink,
             )
         finally:
             sink.close()

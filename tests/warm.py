@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ursa.artifacts import CheckpointRef, StageRequest
+from ursa.training.execution import Execution, Strategy
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 60.0
@@ -69,6 +70,7 @@ class Warm:
         *faults: Fault,
         ranks: int = 1,
         threads: int = 1,
+        strategy: Strategy = "replicated",
         limit_s: float = LIMIT_S,
     ) -> Outcome:
         """Train a stage; steps that were done are added to `log`."""
@@ -78,6 +80,7 @@ class Warm:
             "faults": faults,
             "ranks": ranks,
             "threads": threads,
+            "strategy": strategy,
             "limit_s": limit_s,
         }
         assert self._process.stdin is not None
@@ -226,7 +229,8 @@ def _train(case: dict[str, Any], rank: int, folder: Path) -> int:
     for fault in case["faults"]:
         if fault.get("rank", 0) == rank:
             _install(fault, folder / f"signal-{rank}")
-    train_stage(StageRequest.model_validate_json(case["request"]))
+    request = StageRequest.model_validate_json(case["request"])
+    train_stage(request, execution=Execution(strategy=case["strategy"]))
     return 0
 
 
@@ -349,6 +353,7 @@ def _spoil(kind: str, steps: Sequence[int]) -> None:
     """Put NaN into the loss, a gradient or the weights of this rank, at some steps."""
     import torch
 
+    from ursa.training.distributed import local_part
     from ursa.training.trainer import Trainer
 
     do_step, add = Trainer.step, Trainer._add_gradients
@@ -359,15 +364,15 @@ def _spoil(kind: str, steps: Sequence[int]) -> None:
         current = number
         if kind == "nan_weight" and number in steps:
             with torch.no_grad():
-                self.model.lm_head.weight[0, 0] = torch.nan
+                local_part(self.model.lm_head.weight)[0, 0] = torch.nan
         metrics = do_step(self, number)
         if kind in {"nan_average", "nan_moment"} and number in steps:
             parameter = self.model.lm_head.weight
             with torch.no_grad():
                 if kind == "nan_average":
-                    self.average.module.lm_head.weight[0, 0] = torch.nan
+                    local_part(self.average.module.lm_head.weight)[0, 0] = torch.nan
                 else:
-                    self.optimizer.state[parameter]["exp_avg_sq"][0, 0] = torch.inf
+                    local_part(self.optimizer.state[parameter]["exp_avg_sq"])[0, 0] = torch.inf
         return metrics
 
     def add_gradients(self, batch):
@@ -375,7 +380,7 @@ def _spoil(kind: str, steps: Sequence[int]) -> None:
         if current in steps and kind == "nan_loss":
             sums = sums * torch.nan
         if current in steps and kind == "nan_grad":
-            self.model.lm_head.weight.grad[0, 0] = torch.nan
+            local_part(self.model.lm_head.weight.grad)[0, 0] = torch.nan
         return sums
 
     Trainer.step, Trainer._add_gradients = step, add_gradients

@@ -529,6 +529,9 @@ class StageConfig(ConfigSection):
     gradient_accumulation_steps: int = Field(
         gt=0, description="parts of a worker's batch that go through the network one by one"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        description="type of the products; weights, optimizer, average and loss are float32"
+    )
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(ge=0, description="end of the cosine")
     warmup_steps: int = Field(ge=0)

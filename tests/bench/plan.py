@@ -2,6 +2,7 @@
 
     python tests/bench/plan.py                 # three networks, 1 and 2 threads: some minutes
     python tests/bench/plan.py --cases deep    # some of them
+    python tests/bench/plan.py --cases deep --levels none mlp attention layer --threads 1
 
 Every case trains in a fresh process on token shards that are written for it. Memory is the peak of
 resident memory over what the process takes just before the model is built, time the median of the
@@ -11,6 +12,7 @@ alone and from a probe of the machine (`ursa.training.probe`) right after each m
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -29,10 +31,11 @@ from tests import factories
 from ursa.artifacts import SCHEMA_VERSION, StageRequest, TokenDataset, TokenDatasets, TokenizerRef
 from ursa.config import RunConfig, fingerprint, load_config
 from ursa.data.shards import write_shard
-from ursa.model.size import Clip
+from ursa.model.size import Clip, Recomputed
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import save_visual_tokenizer
 from ursa.training.distributed import current_group
+from ursa.training.execution import Execution
 from ursa.training.plan import DataSize, Machine, StagePlan, plan_run, run_network, stage_clip
 from ursa.training.probe import measure_speed
 
@@ -83,7 +86,10 @@ def case_config(name: str) -> RunConfig:
 
 
 def predict(
-    name: str, num_threads: int, clock: Callable[[], float] = time.perf_counter
+    name: str,
+    num_threads: int,
+    clock: Callable[[], float] = time.perf_counter,
+    level: Recomputed = "none",
 ) -> StagePlan:
     """Plan a case on this machine."""
     config = case_config(name)
@@ -95,6 +101,7 @@ def predict(
     (plan,) = plan_run(
         config,
         Machine(name="cpu"),
+        execution=Execution(activation_checkpointing=level),
         speeds={STAGE: speed},
         data=DataSize(num_clips=1, num_train=samples, num_validation=samples, num_tokens=0),
         stages=(STAGE,),
@@ -102,9 +109,10 @@ def predict(
     return plan
 
 
-def measure(name: str, num_threads: int) -> Measured:
+def measure(name: str, num_threads: int, level: Recomputed = "none") -> Measured:
     """Train a case in a fresh process."""
     command = [sys.executable, __file__, "--child", name, "--threads", str(num_threads)]
+    command += ["--levels", level]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -175,7 +183,7 @@ def write_dataset(clip: Clip, num_codes: int, folder: Path) -> TokenDataset:
     )
 
 
-def train(name: str, num_threads: int) -> Measured:
+def train(name: str, num_threads: int, level: Recomputed) -> Measured:
     """Train a case in this process and watch it."""
     from ursa.training import stage
 
@@ -184,7 +192,8 @@ def train(name: str, num_threads: int) -> Measured:
         request = write_request(case_config(name), Path(folder))
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _resident_bytes("VmRSS")
-        trainer = stage._build_trainer(request, current_group())
+        execution = Execution(activation_checkpointing=level)
+        trainer = stage._build_trainer(request, current_group(), execution)
         clocks = [(time.perf_counter(), time.process_time())]
         run = stage._StageRun(request, trainer)
         for step in range(NUM_STEPS):
@@ -210,31 +219,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--levels", nargs="+", choices=get_args(Recomputed), default=["none"])
     parser.add_argument("--child", choices=list(CASES))
     given = parser.parse_args(arguments)
     if given.child:
-        print(json.dumps(train(given.child, given.threads[0])._asdict()))
+        print(json.dumps(train(given.child, given.threads[0], given.levels[0])._asdict()))
         return
     print(
-        "case         threads  clock      memory MB: plan  measured  ratio"
+        "case         level      threads  clock      memory MB: plan  measured  ratio"
         "  step s: plan  measured  ratio"
     )
-    for name in given.cases:
-        for threads in given.threads:
-            measured = measure(name, threads)
-            report(name, threads, "wall", predict(name, threads), measured, measured.step_s)
-            if threads == 1:
-                plan = predict(name, threads, time.process_time)
-                report(name, threads, "processor", plan, measured, measured.processor_s)
+    for name, threads, level in itertools.product(given.cases, given.threads, given.levels):
+        measured = measure(name, threads, level)
+        row = f"{name:12} {level:10} {threads:7}"
+        plan = predict(name, threads, level=level)
+        report(row, "wall", plan, measured, measured.step_s)
+        if threads == 1:
+            plan = predict(name, threads, time.process_time, level)
+            report(row, "processor", plan, measured, measured.processor_s)
 
 
-def report(
-    name: str, threads: int, clock: str, plan: StagePlan, measured: Measured, step_s: float
-) -> None:
+def report(row: str, clock: str, plan: StagePlan, measured: Measured, step_s: float) -> None:
     """Print a row."""
     planned, taken, planned_s = plan.memory.total_bytes, measured.peak_bytes, plan.step_s or 0.0
     print(
-        f"{name:12} {threads:7}  {clock:9} {planned / 1e6:16.1f} {taken / 1e6:9.1f}"
+        f"{row}  {clock:9} {planned / 1e6:16.1f} {taken / 1e6:9.1f}"
         f" {planned / taken:6.2f} {planned_s:13.3f} {step_s:9.3f} {planned_s / step_s:6.2f}",
         flush=True,
     )

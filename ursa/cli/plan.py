@@ -59,6 +59,8 @@ def plan(
     memory: float | None = None,
     flops: float | None = None,
     utilisation: float | None = None,
+    strategy: Literal["replicated", "fsdp"] = "replicated",
+    activation_checkpointing: Literal["none", "mlp", "attention", "layer"] = "none",
     data: str | None = None,
     num_frames: int | None = None,
     height: int | None = None,
@@ -88,12 +90,15 @@ def plan(
         preset: The network of a preset at the preset's sizes, and the training of it.
         changes: Overrides of the preset, such as model.num_layers=8; may be given again.
         stage: Plan this stage alone.
-        workers: Workers that share a batch; each holds the whole model.
+        workers: Workers that share a batch.
         gpu: What a worker runs on: its memory, and its published rate times --utilisation. cpu is
             this machine: its memory, and a rate that is measured, which takes seconds.
         memory: GB of a worker.
         flops: Peak of a worker in float32, operations a second, such as 1e13.
         utilisation: Share of the peak that is reached; 0.4, which is a guess.
+        strategy: replicated, each worker holds the whole model; fsdp, a part of it.
+        activation_checkpointing: What the backward pass computes again: none, mlp, attention (and
+            mlp) or layer.
         data: A data root: its selected clips give samples, epochs and bytes of token shards.
         num_frames: 1 + 4k frames; 1 is an image.
         height: Pixels, divisible by 8, 8192 at most.
@@ -112,13 +117,13 @@ def plan(
     """
     if sum(item is not None for item in (model, size, preset)) > 1:
         raise ConfigError("give one of --model, --size and --preset")
-    cluster = Cluster(workers, gpu, memory, flops, utilisation)
+    cluster = Cluster(workers, gpu, memory, flops, utilisation, strategy, activation_checkpointing)
     if preset is None and (
         changes or stage or data or cluster != Cluster(1, None, None, None, None)
     ):
         raise ConfigError(
-            "--set, --stage, --workers, --gpu, --memory, --flops, --utilisation and --data are for "
-            "training; name a preset with --preset"
+            "--set, --stage, --workers, --gpu, --memory, --flops, --utilisation, --strategy, "
+            "--activation-checkpointing and --data are for training; name a preset with --preset"
         )
     import json
 

@@ -9,7 +9,8 @@ from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
     from ursa.config import RunConfig, StageName
-    from ursa.model.size import Clip
+    from ursa.model.size import Clip, Recomputed
+    from ursa.training.execution import Strategy
     from ursa.training.plan import DataSize, Machine, Speed, StagePlan
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -38,6 +39,8 @@ class Cluster(NamedTuple):
     memory_gb: float | None
     flops: float | None
     utilisation: float | None
+    strategy: "Strategy" = "replicated"
+    activation_checkpointing: "Recomputed" = "none"
 
 
 class TrainingPlan(NamedTuple):
@@ -72,6 +75,7 @@ def plan_training(
         DataError: If the data root has no selection.
     """
     from ursa.config import STAGES
+    from ursa.training.execution import Execution
     from ursa.training.plan import Speed, plan_run, published_speed
 
     _check(cluster)
@@ -92,7 +96,15 @@ def plan_training(
 
         data = count_samples(root_uri(data_uri), config)
     stages = plan_run(
-        config, machine, num_workers=cluster.num_workers, speeds=speeds, data=data, stages=wanted
+        config,
+        machine,
+        num_workers=cluster.num_workers,
+        execution=Execution(
+            strategy=cluster.strategy, activation_checkpointing=cluster.activation_checkpointing
+        ),
+        speeds=speeds,
+        data=data,
+        stages=wanted,
     )
     return TrainingPlan(config, machine, cluster, stages, speeds, data)
 
@@ -106,7 +118,12 @@ def training_json(plan: TrainingPlan) -> dict[str, Any]:
     from ursa.training.plan import token_bytes
 
     return {
-        "machine": plan.machine.model_dump() | {"num_workers": plan.cluster.num_workers},
+        "machine": plan.machine.model_dump()
+        | {
+            "num_workers": plan.cluster.num_workers,
+            "strategy": plan.cluster.strategy,
+            "activation_checkpointing": plan.cluster.activation_checkpointing,
+        },
         "stages": [
             stage.model_dump()
             | {"rate": plan.speeds[stage.stage].source if stage.stage in plan.speeds else None}

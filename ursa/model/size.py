@@ -8,13 +8,15 @@ References:
     third. Memory of training: ZeRO, arXiv 1910.02054, section 3.1. Formulae in docs/math.md.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from ursa.config import FrozenModel
 from ursa.errors import ConfigError, size_hint
 from ursa.model.config import TransformerConfig
 
 Qwen3Size = Literal["0.6b", "1.7b", "4b"]
+Recomputed = Literal["none", "mlp", "attention", "layer"]
+"""What a backward pass computes again: nothing, MLPs, attention too, all but inputs of layers."""
 LOGITS_AT_ONCE = 2**23
 """Logits that the sampler holds at once, as in `ursa.diffusion.solver`."""
 MAX_SIDE_PX = 8192
@@ -223,30 +225,81 @@ def activation_bytes(
     return num_sequences * clip.num_tokens * per_token
 
 
-def saved_bytes(config: TransformerConfig, clip: Clip) -> int:
+def saved_bytes(config: TransformerConfig, clip: Clip, recomputed: Recomputed = "none") -> int:
     """Return the bytes that the forward pass of one sequence keeps for the backward pass, float32.
 
     A layer keeps a token's states before both norms, and what each norm has divided and given
     (6 h); queries as projected, as normed and as rotated and what attention gives (4 a), keys
     likewise with their values (4 b); gate, its SiLU, up and their product (4 f); and a number a
     norm and head. Attention keeps no scores: torch's is fused. Beside the layers there are what the
-    last norm keeps, cosines, sines and ids.
+    last norm keeps, cosines, sines and ids. What is computed again is not kept: of an MLP and of
+    attention only the input, which the norm before it has given; of a layer its input.
 
     Args:
         config: The network.
         clip: Sizes of the clip.
+        recomputed: What the backward pass computes again.
 
     Returns:
         Bytes of one sequence in training, without its loss; those of B sequences are at most B
         times as many, as cosines and sines are shared.
     """
-    h, f = config.hidden_size, config.intermediate_size
-    heads, kept_heads = config.num_attention_heads, config.num_key_value_heads
-    layer = 6 * h + 4 * (heads + kept_heads) * config.head_dim + 4 * f
-    layer += 2 + 2 * heads + kept_heads
+    h = config.hidden_size
     around = h + 2 * config.head_dim + 2
+    layer = _layer_values(config, recomputed)
     values = (config.num_hidden_layers * layer + around) * clip.num_tokens
     return _FLOAT32_BYTES * (values + (h + 1) * clip.num_visual_tokens)
+
+
+def recomputed_bytes(config: TransformerConfig, clip: Clip, recomputed: Recomputed) -> int:
+    """Return the bytes that a layer's backward pass makes again of one sequence, at most, float32.
+
+    Args:
+        config: The network.
+        clip: Sizes of the clip.
+        recomputed: What the backward pass computes again, part after part.
+    """
+    kept = {level: _layer_values(config, level) for level in get_args(Recomputed)}
+    values = {
+        "none": 0,
+        "mlp": kept["none"] - kept["mlp"],
+        "attention": max(kept["none"] - kept["mlp"], kept["mlp"] - kept["attention"]),
+        "layer": kept["none"] - kept["layer"],
+    }
+    return _FLOAT32_BYTES * values[recomputed] * clip.num_tokens
+
+
+def recomputed_flops(config: TransformerConfig, clip: Clip, recomputed: Recomputed) -> int:
+    """Return the operations of one sequence that the backward pass does again.
+
+    Args:
+        config: The network.
+        clip: Sizes of the clip.
+        recomputed: What.
+    """
+    mlp = 6 * clip.num_tokens * config.hidden_size * config.intermediate_size
+    head = 2 * clip.num_visual_tokens * config.hidden_size * config.lm_head_size
+    layers = forward_flops(config, clip) - head
+    return {
+        "none": 0,
+        "mlp": config.num_hidden_layers * mlp,
+        "attention": layers,
+        "layer": layers,
+    }[recomputed]
+
+
+def _layer_values(config: TransformerConfig, recomputed: Recomputed) -> int:
+    """Return the values of a token that a layer keeps."""
+    h, f = config.hidden_size, config.intermediate_size
+    heads, kept_heads = config.num_attention_heads, config.num_key_value_heads
+    norms = 6 * h + 2
+    attention = 4 * (heads + kept_heads) * config.head_dim + 2 * heads + kept_heads
+    return {
+        "none": norms + attention + 4 * f,
+        "mlp": norms + attention,
+        "attention": norms,
+        "layer": h,
+    }[recomputed]
 
 
 def plan(

@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from ursa import storage
 from ursa.config import FrozenModel
 from ursa.errors import CheckpointError, ManifestError, NonFiniteLossError, StorageError
+from ursa.training.distributed import local_part, shard_like, whole
 from ursa.training.guard import SkippedSteps
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def training_state(
 
     Returns:
         Tensors named `model.*`, `ema.*`, `ema_num_averaged` and `optimizer.<key>.<parameter>`,
-        detached, not copied where they are contiguous.
+        detached, not copied where they are contiguous; sharded ones as they are.
     """
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     state |= {f"ema.{name}": value for name, value in average.module.state_dict().items()}
@@ -66,6 +67,26 @@ def training_state(
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{key}.{name}"] = value
     return {name: value.detach().contiguous() for name, value in state.items()}
+
+
+def gathered_copy(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Copy a state to the memory of the processor, sharded tensors whole; all ranks call this.
+
+    One tensor at a time is gathered, so that a rank that keeps none holds one whole tensor at most.
+
+    Args:
+        state: Named tensors of `training_state`.
+        keep: Whether this rank wants the copy.
+
+    Returns:
+        Named tensors on the CPU; none if they are not kept.
+    """
+    copies = {}
+    for name, value in state.items():
+        full = whole(value)
+        if keep:
+            copies[name] = full.to("cpu", copy=full is value)
+    return copies
 
 
 def restore_state(
@@ -77,21 +98,25 @@ def restore_state(
     """Put a flattened state back; the inverse of `training_state`.
 
     Args:
-        state: Named tensors of `training_state`.
-        model: Its weights are replaced.
+        state: Named tensors of `training_state`, whole, the same on all ranks.
+        model: Its weights are replaced; sharded or not, as the average and the optimizer.
         average: Its weights and count are replaced.
         optimizer: Its moments are replaced.
 
     Raises:
         RuntimeError: If names or shapes of the weights do not fit the network.
     """
-    model.load_state_dict(_strip(state, "model."))
-    average.module.load_state_dict(_strip(state, "ema."))
+    for network, prefix in ((model, "model."), (average.module, "ema.")):
+        known = network.state_dict()
+        weights = _strip(state, prefix)
+        network.load_state_dict(
+            {name: shard_like(value, known.get(name, value)) for name, value in weights.items()}
+        )
     average.n_averaged.copy_(state["ema_num_averaged"])
     for name, parameter in model.named_parameters():
         suffix = f".{name}"
         optimizer.state[parameter] = {
-            key.removeprefix("optimizer.").removesuffix(suffix): value.clone()
+            key.removeprefix("optimizer.").removesuffix(suffix): _moment(value, parameter)
             for key, value in state.items()
             if key.startswith("optimizer.") and key.split(".", 2)[2] == name
         }
@@ -101,12 +126,13 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that hold NaN or infinity.
 
     Args:
-        state: Named tensors.
+        state: Named tensors; of sharded ones this rank's part is looked at.
     """
+    parts = {name: local_part(value) for name, value in state.items()}
     # a sum is much faster and finite for nearly all that is; it may only overflow
     return [
         name
-        for name, value in state.items()
+        for name, value in parts.items()
         if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all())
     ]
 
@@ -343,6 +369,11 @@ def _committed(stage_uri: str) -> list[tuple[str, int]]:
         if (match := _FOLDER.search(item.uri))
     ]
     return sorted(found, key=lambda item: item[1], reverse=True)
+
+
+def _moment(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy for the optimizer, sharded as its parameter; the step count is a number."""
+    return shard_like(value, parameter).clone() if value.shape == parameter.shape else value.clone()
 
 
 def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
-"""The process group as the trainer sees it: rank, size, sums and equal gradients.
+"""The process group as the trainer sees it: rank, size, sums, equal gradients, sharded networks.
 
 The launcher (Ray Train or `stage.launch_local`) makes the group; without one a process is alone.
+
+References:
+    Sharding: ZeRO, arXiv 1910.02054, stage 3; PyTorch FSDP, arXiv 2304.11277.
 """
 
 from collections.abc import Callable
@@ -10,8 +13,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ursa.errors import ConfigError
+from ursa.model.transformer import UrsaTransformer
 
 Found = TypeVar("Found")
 
@@ -117,3 +129,76 @@ def current_group() -> Group:
     if dist.is_available() and dist.is_initialized():
         return Group(dist.get_rank(), dist.get_world_size())
     return Group(0, 1)
+
+
+def shard_model(model: UrsaTransformer, *, precision: torch.dtype = torch.float32) -> None:
+    """Leave each rank its part of every parameter, split by rows; all ranks call this.
+
+    A layer's weights are gathered before it computes and dropped after; those of embedding, last
+    norm and head stay from the forward pass to the end of the backward pass, as the loss reads the
+    head. A backward pass leaves the part of the mean gradient over all ranks.
+
+    Args:
+        model: The same weights on all ranks; parameters become `DTensor`s.
+        precision: In which the layers' weights are gathered; gradients are summed in float32.
+    """
+    parameter = model.lm_head.weight
+    mesh = init_device_mesh(parameter.device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if precision == torch.float32 else precision,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # states between layers stay float32, as under autocast
+    )
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Leave a sharded network nothing but parts, after forward passes without a backward pass.
+
+    Args:
+        model: The network; one that is not sharded stays as it is.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def local_part(value: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor.
+
+    Args:
+        value: Sharded or not.
+    """
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return all of a tensor; all ranks call this.
+
+    Args:
+        value: Sharded or not.
+
+    Returns:
+        Gathered, in new memory, or as it is.
+    """
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Tensor, model: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that all ranks have.
+
+    Args:
+        value: Whole, the same everywhere.
+        model: Sharded in the way that is wanted, or not at all.
+
+    Returns:
+        Sharded, in new memory, or as it is.
+    """
+    if not isinstance(model, DTensor):
+        return value
+    # without a source nothing is sent: each rank cuts out its own
+    return distribute_tensor(
+        value.to(model.device), model.device_mesh, model.placements, src_data_rank=None
+    ).clone()

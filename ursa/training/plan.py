@@ -17,7 +17,16 @@ from pydantic import computed_field
 from ursa.config import STAGES, FrozenModel, RunConfig, StageConfig, StageName
 from ursa.errors import ConfigError
 from ursa.model.config import TransformerConfig
-from ursa.model.size import Clip, forward_flops, latent_shape, num_parameters, saved_bytes
+from ursa.model.size import (
+    Clip,
+    forward_flops,
+    latent_shape,
+    num_parameters,
+    recomputed_bytes,
+    recomputed_flops,
+    saved_bytes,
+)
+from ursa.training.execution import DEFAULT_EXECUTION, Execution
 
 FLOAT_BYTES = 4
 LOSS_PART_ELEMENTS = 2**24
@@ -161,7 +170,7 @@ class TrainingMemory(FrozenModel):
     Attributes:
         moment: backward: gradients are made from what the forward pass has kept; exchange: workers
             average them.
-        weight_bytes: Of the network.
+        weight_bytes: Of the network; of shards the worker's part and what is gathered at once.
         gradient_bytes: Of its gradients, all of them: other blocks than those that activations
             leave. Twice while workers exchange them, that of the head twice with several parts.
         optimizer_bytes: The two moments of AdamW.
@@ -246,6 +255,13 @@ class _Work(NamedTuple):
     local_batch: int
     micro_batch: int
     num_parts: int
+    num_workers: int
+    execution: Execution
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each worker holds a part of the weights."""
+        return self.execution.strategy == "fsdp" and self.num_workers > 1
 
 
 def run_network(config: RunConfig) -> TransformerConfig:
@@ -304,6 +320,7 @@ def plan_run(
     machine: Machine,
     *,
     num_workers: int = 1,
+    execution: Execution = DEFAULT_EXECUTION,
     speeds: Mapping[StageName, Speed] | None = None,
     data: DataSize | None = None,
     stages: tuple[StageName, ...] = STAGES,
@@ -313,7 +330,8 @@ def plan_run(
     Args:
         config: The run.
         machine: What each worker has.
-        num_workers: Workers that share the batch, each with the whole model.
+        num_workers: Workers that share the batch.
+        execution: How they compute: each with the whole model or a part, what is computed again.
         speeds: Rates by stage; None takes the machine's published peak, if there is one.
         data: Samples there are; None leaves epochs out.
         stages: Which.
@@ -328,7 +346,14 @@ def plan_run(
         raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
     published = published_speed(machine)
     return [
-        _plan_stage(config, stage, machine, num_workers, (speeds or {}).get(stage, published), data)
+        _plan_stage(
+            config,
+            _work(config, stage, num_workers, execution),
+            stage,
+            machine,
+            (speeds or {}).get(stage, published),
+            data,
+        )
         for stage in stages
     ]
 
@@ -368,25 +393,22 @@ def token_bytes(config: RunConfig, data: DataSize) -> int:
 
 def _plan_stage(
     config: RunConfig,
+    work: _Work,
     stage: StageName,
     machine: Machine,
-    num_workers: int,
     speed: Speed | None,
     data: DataSize | None,
 ) -> StagePlan:
-    settings, network = _stage_config(config, stage), run_network(config)
-    work = _work(config, stage, num_workers)
+    settings, network, num_workers = _stage_config(config, stage), work.network, work.num_workers
     count = None if data is None else data.num_train[settings.modality]
     held = path_bytes(config)
     row_bytes = _id_bytes(config) * work.clip.num_visual_tokens + _ROW_BYTES
     held += min((count or 0) * row_bytes, LOADER_BLOCKS_BYTES)
-    memory = training_memory(
-        work, num_workers=num_workers, samples_bytes=held, on_gpu=machine.is_gpu
-    )
+    memory = training_memory(work, samples_bytes=held, on_gpu=machine.is_gpu)
     parameters = num_parameters(network)
     samples = settings.max_steps * settings.global_batch_size
-    seconds = None if speed is None else _step_s(work, speed, machine, num_workers)
-    problems = _problems(config, stage, machine, num_workers, held)
+    seconds = None if speed is None else _step_s(work, speed, machine)
+    problems = _problems(config, stage, machine, work, held)
     if count == 0:
         problems.append(
             f"{stage}: the data hold no {settings.modality} sample for training; add videos, "
@@ -414,14 +436,11 @@ def _plan_stage(
     )
 
 
-def training_memory(
-    work: _Work, *, num_workers: int, samples_bytes: int, on_gpu: bool = False
-) -> TrainingMemory:
+def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) -> TrainingMemory:
     """Return what a worker holds when it holds most.
 
     Args:
         work: What a worker does in a step.
-        num_workers: More than one exchange gradients, all in one tensor.
         samples_bytes: Blocks of training samples in memory, and tables of the path.
         on_gpu: Whether the copy that is written while steps go on lies elsewhere.
 
@@ -432,23 +451,36 @@ def training_memory(
     whole = FLOAT_BYTES * num_parameters(network)
     rows = FLOAT_BYTES * network.hidden_size * network.lm_head_size
     tokens, visual = work.micro_batch * clip.num_tokens, work.micro_batch * clip.num_visual_tokens
-    saved = work.micro_batch * saved_bytes(network, clip)
-    # gradients of an MLP's three inner states, and of the states around it
-    inner = FLOAT_BYTES * tokens * (3 * network.intermediate_size + 2 * network.hidden_size)
+    recomputed = work.execution.activation_checkpointing
+    saved = work.micro_batch * saved_bytes(network, clip, recomputed)
+    # what one layer makes again; gradients of an MLP's inner states, and of the states around it
+    inner = work.micro_batch * recomputed_bytes(network, clip, recomputed)
+    inner += FLOAT_BYTES * tokens * (3 * network.intermediate_size + 2 * network.hidden_size)
     codes = network.lm_head_size
     logits = FLOAT_BYTES * min(visual * codes, max(1, LOSS_PART_ELEMENTS // codes) * codes)
     states = FLOAT_BYTES * visual * network.hidden_size
     widest = max(network.vocab_size, network.intermediate_size)
     copies = _LARGEST_TENSORS * FLOAT_BYTES * network.hidden_size * widest
     batches = _LOADER_BYTES * work.local_batch * clip.num_visual_tokens
+    gradients = whole + (rows if work.num_parts > 1 else 0)
     held = {"weight_bytes": whole, "average_bytes": whole, "optimizer_bytes": 2 * whole}
+    gathered = 0
+    if work.is_sharded:
+        part = math.ceil(whole / work.num_workers)
+        around = rows + FLOAT_BYTES * network.hidden_size * (network.vocab_size + 1)
+        layer = (whole - around) // network.num_hidden_layers
+        # embedding, norm and head from forward to backward; the layer in work and the one after it
+        gathered = around + 2 * layer
+        held = {"weight_bytes": part, "average_bytes": part, "optimizer_bytes": 2 * part}
+        # their gradients, and the buffer that they are scattered from
+        gradients = part + 2 * around
     if not on_gpu:  # copies lie in the memory of the processor
         held["checkpoint_bytes"] = 4 * whole
     moments = [
         TrainingMemory(
             moment="backward",
-            **held,
-            gradient_bytes=whole + (rows if work.num_parts > 1 else 0),
+            **held | {"weight_bytes": held["weight_bytes"] + gathered},
+            gradient_bytes=gradients,
             # logits are gone when the layers go backwards
             activation_bytes=saved + max(0, inner - logits),
             loss_bytes=states + logits,
@@ -456,7 +488,7 @@ def training_memory(
             allocator_bytes=_LIBRARY_BYTES + int(_HOLES * saved) + copies,
         ),
     ]
-    if num_workers > 1:
+    if work.num_workers > 1 and not work.is_sharded:
         moments.append(
             TrainingMemory(
                 moment="exchange",
@@ -485,7 +517,13 @@ def path_bytes(config: RunConfig) -> int:
     return _TABLE_BYTES * kinds * config.visual_tokenizer.codebook_size
 
 
-def _work(config: RunConfig, stage: StageName, num_workers: int, parts: int | None = None) -> _Work:
+def _work(
+    config: RunConfig,
+    stage: StageName,
+    num_workers: int,
+    execution: Execution = DEFAULT_EXECUTION,
+    parts: int | None = None,
+) -> _Work:
     settings = _stage_config(config, stage)
     local = math.ceil(settings.global_batch_size / num_workers)
     micro = math.ceil(local / (parts or settings.gradient_accumulation_steps))
@@ -495,21 +533,31 @@ def _work(config: RunConfig, stage: StageName, num_workers: int, parts: int | No
         local_batch=local,
         micro_batch=micro,
         num_parts=math.ceil(local / micro),
+        num_workers=num_workers,
+        execution=execution,
     )
 
 
-def _step_s(work: _Work, speed: Speed, machine: Machine, num_workers: int) -> float:
+def _step_s(work: _Work, speed: Speed, machine: Machine) -> float:
     """Return the seconds of a step: products, update, exchange."""
+    num_workers = work.num_workers
     layers, head = split_flops(work.network, work.clip)
     parameters = num_parameters(work.network)
     rows = (work.network.vocab_size + work.network.lm_head_size) * work.network.hidden_size
     passes = TRAINING_FORWARDS * work.local_batch
-    # a ring sends each gradient twice, less what a worker has already
-    exchanged = 2 * FLOAT_BYTES * parameters * (num_workers - 1) / num_workers
+    again = work.local_batch * recomputed_flops(
+        work.network, work.clip, work.execution.activation_checkpointing
+    )
+    # a ring sends each gradient twice, less what a worker has already; shards are gathered twice
+    # and their gradients scattered once for each part of the batch
+    times = 3 * work.num_parts if work.is_sharded else 2
+    exchanged = times * FLOAT_BYTES * parameters * (num_workers - 1) / num_workers
+    updated = work.num_workers if work.is_sharded else 1
     return (
         passes * (layers / speed.layer_flops + head / speed.head_flops)
-        + (parameters - rows) / speed.layer_parameters_per_s
-        + rows / speed.row_parameters_per_s
+        + again / speed.layer_flops
+        + (parameters - rows) / speed.layer_parameters_per_s / updated
+        + rows / speed.row_parameters_per_s / updated
         + exchanged / machine.link_bytes_per_s
     )
 
@@ -526,10 +574,11 @@ def split_flops(network: TransformerConfig, clip: Clip) -> tuple[int, int]:
 
 
 def _problems(
-    config: RunConfig, stage: StageName, machine: Machine, num_workers: int, samples_bytes: int
+    config: RunConfig, stage: StageName, machine: Machine, planned: _Work, samples_bytes: int
 ) -> list[str]:
     """Return what keeps a stage from running, and what to change."""
     settings, found = _stage_config(config, stage), []
+    num_workers, execution = planned.num_workers, planned.execution
     if settings.global_batch_size % num_workers:
         below = settings.global_batch_size // num_workers * num_workers
         near = " or ".join(str(size) for size in (below, below + num_workers) if size)
@@ -542,10 +591,8 @@ def _problems(
     room = machine.memory_bytes - machine.process_bytes
 
     def needed(parts: int | None = None) -> TrainingMemory:
-        work = _work(config, stage, num_workers, parts)
-        return training_memory(
-            work, num_workers=num_workers, samples_bytes=samples_bytes, on_gpu=machine.is_gpu
-        )
+        work = _work(config, stage, num_workers, execution, parts)
+        return training_memory(work, samples_bytes=samples_bytes, on_gpu=machine.is_gpu)
 
     now = needed()
     if now.total_bytes <= room:
@@ -559,15 +606,23 @@ def _problems(
         # accumulation counts parts of a worker's batch
         advice = f"--set stages.{stage}.gradient_accumulation_steps={fits}"
     elif least.moment != "backward" or least.activation_bytes < least.total_bytes / 2:
-        advice = (
-            "a smaller model or workers with more memory: each holds weights, gradients, "
-            "optimizer and average whole, however many there are"
-        )
+        advice = "a smaller model or workers with more memory"
+        if not planned.is_sharded:
+            advice = (
+                "several workers with URSA_TRAIN_STRATEGY=fsdp (ursa plan --strategy fsdp), "
+                f"{advice}: else each holds weights, gradients, optimizer and average whole, "
+                "however many there are"
+            )
     else:
         advice = (
             "a smaller tokenization.num_frames, height_px or width_px, or workers with more "
             "memory: one sample alone is too large"
         )
+        if execution.activation_checkpointing != "layer":
+            advice = (
+                "URSA_ACTIVATION_CHECKPOINTING=layer (ursa plan --activation-checkpointing layer), "
+                + advice
+            )
     found.append(
         f"{stage}: a worker needs {_gigabytes(now.total_bytes + machine.process_bytes)} and "
         f"{machine.name} has {_gigabytes(machine.memory_bytes)}; try {advice}"

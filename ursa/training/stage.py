@@ -29,6 +29,7 @@ from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
 from ursa.training.checkpoint import (
     CheckpointMarker,
     CheckpointWriter,
+    gathered_copy,
     latest_checkpoint,
     load_checkpoint,
     not_finite,
@@ -37,6 +38,7 @@ from ursa.training.checkpoint import (
     training_state,
 )
 from ursa.training.distributed import Group, current_group
+from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, Execution
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.optim import build_average, build_optimizer
 from ursa.training.schedule import load_codes, path_over
@@ -95,7 +97,12 @@ def find_stage(request: StageRequest) -> CheckpointRef | None:
     return storage.load_record(_manifest_uri(request), CheckpointRef)
 
 
-def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -> CheckpointRef:
+def train_stage(
+    request: StageRequest,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+    on_metrics: OnMetrics | None = None,
+) -> CheckpointRef:
     """Train one stage, or return its committed result.
 
     Every rank of an initialised process group calls it with the same request. It goes on from the
@@ -107,6 +114,8 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
 
     Args:
         request: Everything that decides the stage.
+        execution: How it is computed, the same on all ranks; another one than before a stop may be
+            given.
         on_metrics: Called on rank 0 with (step, metrics), steps counted from 1.
 
     Returns:
@@ -115,7 +124,8 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     Raises:
         TrainingError: If the loss is not finite again after the stage went back, there is no data,
             or a checkpoint is damaged.
-        ConfigError: If the batch cannot be divided evenly among the ranks.
+        ConfigError: If the batch cannot be divided evenly among the ranks, or layers cannot be
+            compiled on this machine.
         StorageError: If the store refuses or does not answer.
         SystemExit: With status 143, after SIGTERM.
     """
@@ -123,7 +133,7 @@ def train_stage(request: StageRequest, *, on_metrics: OnMetrics | None = None) -
     done = group.from_main(lambda: find_stage(request))
     if done is not None:
         return done
-    with contextlib.closing(_build_trainer(request, group)) as trainer:
+    with contextlib.closing(_build_trainer(request, group, execution)) as trainer:
         return _train(request, trainer, group, on_metrics)
 
 
@@ -144,20 +154,19 @@ def _train(
                 if due:
                     run.check_weights(count)
                 metrics["train/skipped_steps"] = float(run.skipped.number())
-                if group.is_main:
-                    validated = _is_due(count, config.validate_every, config)
-                    if validated:
-                        metrics |= validation.measure()
-                    logged = validated or step == 0 or _is_due(count, config.log_every, config)
-                    if on_metrics is not None and logged:
-                        on_metrics(count, metrics)
-                    if due:
-                        run.save(count, metrics)
+                validated = _is_due(count, config.validate_every, config)
+                if validated:
+                    metrics |= validation.measure()
+                logged = validated or step == 0 or _is_due(count, config.log_every, config)
+                if group.is_main and on_metrics is not None and logged:
+                    on_metrics(count, metrics)
+                if due:
+                    run.save(count, metrics)
                 if stop:
                     run.finish()
                     logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
                     raise SystemExit(_TERMINATED)
-        curve = validation.curve() if group.is_main else ()
+        curve = validation.curve()
         uri = run.finish()
     finally:
         run.close()
@@ -175,13 +184,18 @@ def _train(
 
 
 def launch_local(
-    request: StageRequest, *, num_workers: int = 1, on_metrics: OnMetrics | None = None
+    request: StageRequest,
+    *,
+    num_workers: int = 1,
+    execution: Execution = DEFAULT_EXECUTION,
+    on_metrics: OnMetrics | None = None,
 ) -> CheckpointRef:
     """Run `train_stage` in gloo processes of this machine; one worker runs in this process.
 
     Args:
         request: Everything that decides the stage.
         num_workers: Number of processes.
+        execution: How it is computed.
         on_metrics: Called in rank 0's process; with several workers it must be picklable.
 
     Returns:
@@ -193,11 +207,11 @@ def launch_local(
             one of the workers.
     """
     if num_workers == 1:
-        return train_stage(request, on_metrics=on_metrics)
+        return train_stage(request, execution=execution, on_metrics=on_metrics)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (num_workers, port, request, on_metrics)
+    arguments = (num_workers, port, request, execution, on_metrics)
     workers = spawn(_local_worker, arguments, nprocs=num_workers, join=False)
     with _Termination(workers.pids()) as termination:
         try:
@@ -287,7 +301,9 @@ def _initial_model(request: StageRequest, codes: Tensor) -> UrsaTransformer:
     return model
 
 
-def _build_trainer(request: StageRequest, group: Group) -> Trainer:
+def _build_trainer(
+    request: StageRequest, group: Group, execution: Execution = DEFAULT_EXECUTION
+) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
     codes, levels = load_codes(request.visual_tokenizer)
     path = path_over(request, codes, levels)
@@ -301,6 +317,7 @@ def _build_trainer(request: StageRequest, group: Group) -> Trainer:
         loader=stage_loader(request),
         max_prompt_length=request.config.text_tokenizer.max_prompt_length,
         group=group,
+        execution=execution,
     )
 
 
@@ -349,7 +366,7 @@ def _is_due(count: int, every: int, config: StageConfig) -> bool:
 class _StageRun:
     """A stage under way: its checkpoints, and what is done when numbers are not finite.
 
-    All ranks call the same methods, but for `save`, in the same order, and decide alike.
+    All ranks call the same methods, in the same order, and decide alike.
     """
 
     def __init__(self, request: StageRequest, trainer: Trainer) -> None:
@@ -397,7 +414,11 @@ class _StageRun:
             self._go_back(count)
 
     def save(self, count: int, metrics: Mapping[str, float]) -> None:
-        """Begin to write a checkpoint from a copy; rank 0 alone."""
+        """Begin to write a checkpoint from a copy, which rank 0 alone keeps."""
+        state = self._state() if self.group.is_main or self.trainer.is_sharded else {}
+        copy = gathered_copy(state, keep=self.group.is_main)
+        if not self.group.is_main:
+            return
         config = self.trainer.config
         # what may yet be needed to go back is kept: beside a skipped step nothing is removed, nor
         # for a checkpoint that only SIGTERM or going back has made
@@ -405,7 +426,7 @@ class _StageRun:
         calm = not self.skipped.recent(count)
         save = functools.partial(
             save_checkpoint,
-            {name: value.to("cpu", copy=True) for name, value in self._state().items()},
+            copy,
             self._stage_uri,
             step=count,
             num_samples_seen=self.trainer.loader.samples_seen(count),
@@ -505,13 +526,17 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 class _Validation:
-    """Held-out loss by t of the averaged weights; absent where nothing was held out."""
+    """Held-out loss by t of the averaged weights; absent where nothing was held out.
+
+    Rank 0 measures alone, or all ranks measure the same if each holds a part of the weights.
+    """
 
     def __init__(self, request: StageRequest, trainer: Trainer) -> None:
         stage = trainer.config
         dataset = request.datasets.get(stage.modality, "validation")
         limit = min(_VALIDATION_SAMPLES, request.config.evaluation.max_samples)
-        self.samples = TokenSamples(dataset, max_samples=limit) if dataset.num_samples else None
+        measures = dataset.num_samples and (trainer.group.is_main or trainer.is_sharded)
+        self.samples = TokenSamples(dataset, max_samples=limit) if measures else None
         self.request = request
         self.trainer = trainer
 
@@ -575,14 +600,19 @@ class _Termination:
 
 
 def _local_worker(
-    rank: int, world_size: int, port: int, request: StageRequest, on_metrics: OnMetrics | None
+    rank: int,
+    world_size: int,
+    port: int,
+    request: StageRequest,
+    execution: Execution,
+    on_metrics: OnMetrics | None,
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+        CPU_BACKEND, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
     try:
-        train_stage(request, on_metrics=on_metrics)
+        train_stage(request, execution=execution, on_metrics=on_metrics)
     finally:
         dist.destroy_process_group()
 

@@ -27,7 +27,9 @@ from ursa.diffusion.timesteps import training_times
 from ursa.errors import NonFiniteLossError
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
-from ursa.training.distributed import Group
+from ursa.training.blocks import checkpoint_activations, compile_layers
+from ursa.training.distributed import Group, drop_gathered, shard_model, whole
+from ursa.training.execution import DEFAULT_EXECUTION, Execution
 from ursa.training.optim import build_average, build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -65,8 +67,11 @@ class Trainer:
         loader: MixedLoader,
         max_prompt_length: int,
         group: Group,
+        execution: Execution = DEFAULT_EXECUTION,
     ) -> None:
         """Build optimizer and average around the model; nothing is read or written here.
+
+        With strategy fsdp all ranks call this.
 
         Args:
             stage: Name of the stage, part of the address of every draw.
@@ -78,6 +83,10 @@ class Trainer:
             loader: Training samples; `close` closes it too.
             max_prompt_length: Ids a prompt.
             group: This process among all.
+            execution: How it is computed.
+
+        Raises:
+            ConfigError: If layers are to be compiled and that does not work on this machine.
         """
         self.stage = stage
         self.config = config
@@ -90,8 +99,20 @@ class Trainer:
         self.group = group
         self._noising = ThreadPoolExecutor(1, thread_name_prefix="noising")
         self._ahead: dict[int, Future[NoisyBatch]] = {}
-        self.optimizer = build_optimizer(model, config)
+        self.is_sharded = execution.strategy == "fsdp" and group.world_size > 1
+        self._precision = getattr(torch, config.precision)
+        # a copy, so before the layers are changed
         self.average: AveragedModel = build_average(model, config)
+        checkpoint_activations(model, execution.activation_checkpointing)
+        if execution.compile_layers:
+            compile_layers(model)
+        if self.is_sharded:
+            average = self.average.module
+            assert isinstance(average, UrsaTransformer)
+            shard_model(model, precision=self._precision)
+            shard_model(average)
+        # last: sharding makes new parameters
+        self.optimizer = build_optimizer(model, config)
 
     def noisy_batch(self, step: int) -> NoisyBatch:
         """Return this rank's part of the batch of a step, a pure function of the step.
@@ -158,8 +179,9 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._add_gradients(batch)
-        self.group.average_gradients(self.model)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if not self.is_sharded:  # else the backward pass has done it
+            self.group.average_gradients(self.model)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         loss, accuracy = self.group.mean(sums)
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteLossError(
@@ -192,8 +214,14 @@ class Trainer:
         for text_ids, x_t, x_1 in zip(*parts, strict=True):
             # the last part may be smaller than the others
             weight = len(x_1) / len(batch.x_1)
-            hidden = self.model.hidden_states(text_ids, x_t)
-            result = linear_posterior_loss(hidden, self.model.lm_head.weight, x_1)
+            with torch.autocast(
+                x_t.device.type, self._precision, enabled=self._precision != torch.float32
+            ):
+                hidden = self.model.hidden_states(text_ids, x_t)
+            # the head multiplies in the type of the states; softmax and loss are float32
+            result = linear_posterior_loss(
+                hidden.to(self._precision), self.model.lm_head.weight, x_1
+            )
             (result.loss * weight).backward()
             means.append(torch.stack([result.loss.detach(), result.accuracy]) * weight)
         return torch.stack(means).sum(0)
@@ -263,7 +291,7 @@ def loss_by_time(
     """Measure mean cross-entropy and accuracy at fixed times, the same noise for every model.
 
     Args:
-        model: The network, left in evaluation mode.
+        model: The network, left in evaluation mode; with a sharded one all ranks call this.
         path: The probability path.
         text_tokenizer: Turns captions into ids.
         samples: What is measured on.
@@ -303,4 +331,5 @@ def loss_by_time(
             totals += torch.stack([measured.loss, measured.accuracy]).double() * len(names)
         loss, accuracy = (totals / count).tolist()
         result[t] = (loss, accuracy)
+    drop_gathered(model)
     return result

@@ -323,6 +323,7 @@ def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
         max_steps=settings.max_steps,
         global_batch_size=settings.batch_size,
         gradient_accumulation_steps=1,
+        precision="float32",
         learning_rate=settings.learning_rate,
         final_learning_rate=0.0,
         warmup_steps=min(_WARMUP_STEPS, settings.max_steps),

@@ -4,6 +4,7 @@ import pytest
 
 from tasks.settings import RuntimeSettings, absolute_uri
 from ursa.errors import ConfigError
+from ursa.training.execution import Execution
 
 
 def test_defaults_are_local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -41,3 +42,16 @@ def test_absolute_uri_keeps_what_is_absolute(uri: str) -> None:
 def test_absolute_uri_of_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("videos/x") == str(tmp_path / "videos" / "x")
+
+
+def test_how_training_is_computed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RuntimeSettings.from_env().execution == Execution()
+    monkeypatch.setenv("URSA_TRAIN_STRATEGY", "fsdp")
+    monkeypatch.setenv("URSA_ACTIVATION_CHECKPOINTING", "mlp")
+    monkeypatch.setenv("URSA_COMPILE_LAYERS", "1")
+    assert RuntimeSettings.from_env().execution == Execution(
+        strategy="fsdp", activation_checkpointing="mlp", compile_layers=True
+    )
+    monkeypatch.setenv("URSA_TRAIN_STRATEGY", "zero")
+    with pytest.raises(ConfigError, match=r"URSA_TRAIN_STRATEGY.*'replicated' or 'fsdp'.*'zero'"):
+        RuntimeSettings.from_env()

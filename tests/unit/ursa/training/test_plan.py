@@ -16,6 +16,7 @@ from ursa.training import probe
 from ursa.training import stage as stage_module
 from ursa.training.checkpoint import training_state
 from ursa.training.distributed import Group
+from ursa.training.execution import Execution
 from ursa.training.plan import DataSize, Machine, plan_run, run_network, stage_clip
 
 STAGE = "video_pretrain"
@@ -214,3 +215,21 @@ def test_a_probe_measures_rates():
     assert 1e5 < speed.layer_flops < 1e15
     found = one(config, speeds={STAGE: speed})
     assert 1e-4 < found.step_s < 10
+
+
+def test_shards_and_what_is_computed_again_take_less_memory_and_more_time():
+    config = load_config("small", {"model": {"num_layers": 16}})
+    machine = Machine(name="x", peak_flops=1e12)
+    plain, again = (
+        one(config, machine, num_workers=4, execution=Execution(activation_checkpointing=level))
+        for level in ("none", "layer")
+    )
+    assert again.memory.activation_bytes < plain.memory.activation_bytes / 3
+    assert plain.step_s < again.step_s < 4 / 3 * plain.step_s
+    sharded = one(config, machine, num_workers=4, execution=Execution(strategy="fsdp"))
+    assert sharded.memory.optimizer_bytes == pytest.approx(plain.memory.optimizer_bytes / 4)
+    assert sharded.memory.average_bytes == pytest.approx(plain.memory.average_bytes / 4)
+    assert sharded.memory.total_bytes < plain.memory.total_bytes
+    # one worker has nothing to share out
+    alone = one(config, machine, execution=Execution(strategy="fsdp"))
+    assert alone.memory == one(config, machine).memory

@@ -1,0 +1,145 @@
+"""Layers that keep less, are compiled or multiply in bfloat16."""
+
+import os
+import subprocess
+import sys
+import warnings
+from typing import get_args
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests import factories
+from ursa.errors import ConfigError
+from ursa.model.size import Clip, Recomputed, recomputed_flops, saved_bytes
+from ursa.model.transformer import build_transformer
+from ursa.training import stage as stage_module
+from ursa.training.blocks import checkpoint_activations, compile_layers
+from ursa.training.checkpoint import training_state
+from ursa.training.distributed import Group
+from ursa.training.execution import Execution
+
+LEVELS = get_args(Recomputed)
+
+
+def build(request, **options):
+    return stage_module._build_trainer(request, Group(0, 1), Execution(**options))
+
+
+def state(trainer):
+    return training_state(trainer.model, trainer.average, trainer.optimizer)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_what_is_computed_again_is_equal_to_the_bit(make_request, level, precision):
+    request = make_request("async_finetune", precision=precision, gradient_accumulation_steps=2)
+    plain, again = build(request), build(request, activation_checkpointing=level)
+    for step in range(3):
+        assert again.step(step)["train/loss"] == plain.step(step)["train/loss"]
+    for (name, one), other in zip(state(plain).items(), state(again).values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_the_average_does_not_share_its_layers_with_the_network(make_request):
+    trainer = build(make_request(), activation_checkpointing="layer")
+    batch = trainer.noisy_batch(0)
+    before = trainer.average.module.hidden_states(batch.text_ids, batch.x_t)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+    assert torch.equal(trainer.average.module.hidden_states(batch.text_ids, batch.x_t), before)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_a_forward_pass_leaves_is_counted_exactly(level):
+    """Bytes that are allocated and not freed."""
+    model = build_transformer(factories.transformer_config(), seed=0)
+    checkpoint_activations(model, level)
+    clip = Clip((2, 12, 16), 9)
+    text = torch.zeros(1, 9, dtype=torch.long)
+    visual = torch.zeros(1, *clip.latent_shape, dtype=torch.long)
+    model.hidden_states(text, visual)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        hidden = model.hidden_states(text, visual)
+    assert hidden.requires_grad
+    events = profiler.profiler.kineto_results.events()
+    left = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    # the states that are given back are the loss's
+    assert left - hidden.nbytes == saved_bytes(model.config, clip, level)
+
+
+def test_levels_keep_less_and_compute_more():
+    config, clip = factories.transformer_config(), Clip((2, 6, 8), 9)
+    kept = [saved_bytes(config, clip, level) for level in LEVELS]
+    work = [recomputed_flops(config, clip, level) for level in LEVELS]
+    assert kept == sorted(set(kept), reverse=True)
+    assert work == sorted(work)
+
+
+def test_bfloat16_trains_and_the_state_is_float32(make_request):
+    changes = {"max_steps": 30, "learning_rate": 1e-2}
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = build(make_request("async_finetune", precision=precision, **changes))
+        losses[precision] = [trainer.step(step)["train/loss"] for step in range(30)]
+        for name, value in state(trainer).items():
+            assert value.dtype == (torch.int64 if name == "ema_num_averaged" else torch.float32)
+            assert torch.isfinite(value).all(), name
+    exact, rough = losses["float32"], losses["bfloat16"]
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=2e-2)
+    # four samples of noise a step: means over steps tell
+    assert sum(rough[-10:]) < sum(rough[:10]) - 1.0
+
+
+def can_compile() -> bool:
+    try:
+        compile_layers(build_transformer(factories.transformer_config(), seed=0))
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("level", ["none", "mlp", "layer"])
+def test_compiled_layers_learn_the_same(make_request, level):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of torch's own compiler
+        if not can_compile():
+            pytest.skip("torch.compile needs a C++ compiler")
+        request = make_request("async_finetune", max_steps=4)
+        plain = build(request)
+        compiled = build(request, compile_layers=True, activation_checkpointing=level)
+        for step in range(4):
+            expected = plain.step(step)["train/loss"]
+            assert compiled.step(step)["train/loss"] == pytest.approx(expected, rel=1e-5)
+    one, other = state(plain), state(compiled)
+    assert list(one) == list(other)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
+    script = """
+from tests import factories
+from ursa.errors import ConfigError
+from ursa.model.transformer import build_transformer
+from ursa.training.blocks import compile_layers
+try:
+    compile_layers(build_transformer(factories.transformer_config(), seed=0))
+except ConfigError as error:
+    print(error)
+"""
+    environment = os.environ | {
+        "CXX": "/nonexistent/c++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "torch.compile does not work on this machine for cpu" in done.stdout
+    assert "install a C++ compiler and set CXX to it, or set URSA_COMPILE_LAYERS=0" in done.stdout
