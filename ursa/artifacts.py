@@ -347,13 +347,14 @@ class LossGrid(FrozenModel):
     """
 
     setting: GridSetting
-    num_samples: int
     timesteps: tuple[float, ...]
     loss_by_time: tuple[float, ...]
     accuracy_by_time: tuple[float, ...]
     first_frame: int = Field(description="first latent frame measured; those before it are given")
     loss: tuple[tuple[float, ...], ...] = Field(description="a row a time, a column a frame")
     accuracy: tuple[tuple[float, ...], ...] = Field(description="likewise")
+    sample_loss: tuple[float, ...] = Field(description="mean over times and frames of each sample")
+    sample_accuracy: tuple[float, ...] = Field(description="likewise")
 
     @property
     def mean_loss(self) -> float:

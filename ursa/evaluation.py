@@ -221,15 +221,18 @@ def stage_metrics(checkpoint: CheckpointRef) -> dict[str, float]:
 
     Returns:
         `eval/before_*` and `eval/after_*` of loss, accuracy, `i2v_*` and `async_*`, both of the
-        same samples and noise; nothing if the stage began from weights of another run, and no
-        `i2v_*` and `async_*` after a stage on images.
+        same samples and noise, `eval/*_change` and its standard error `eval/*_change_se`; nothing
+        if the stage began from weights of another run or after a stage on images.
     """
     metrics = {}
     for name, value in checkpoint.metrics.items():
-        if name.startswith("val/before_"):
-            bare = name.removeprefix("val/before_")
-            metrics[f"eval/before_{bare}"] = value
-            metrics[f"eval/after_{bare}"] = checkpoint.metrics[f"val/{bare}"]
+        bare = name.removeprefix("val/")
+        if bare.startswith("before_"):
+            metrics[f"eval/{bare}"] = value
+            after = bare.removeprefix("before_")
+            metrics[f"eval/after_{after}"] = checkpoint.metrics[f"val/{after}"]
+        elif bare.endswith(("_change", "_change_se")):
+            metrics[f"eval/{bare}"] = value
     return metrics
 
 

@@ -52,7 +52,7 @@ from ursa.training.start import load_start
 from ursa.training.trainer import OnMetrics, Trainer
 from ursa.training.validation import (
     SETTING_PREFIX,
-    before_metrics,
+    change_metrics,
     copy_accuracy,
     gain_metrics,
     grid_metrics,
@@ -560,7 +560,7 @@ class _Validation:
         if others:
             batch_size = self.request.config.evaluation.batch_size
             metrics["val/copy_accuracy"] = copy_accuracy(self.samples, batch_size=batch_size)
-        return _finite(metrics | self._before())
+        return _finite(metrics | self._change())
 
     @functools.cached_property
     def grids(self) -> tuple[LossGrid, ...]:
@@ -596,14 +596,14 @@ class _Validation:
                 min(_VALIDATION_SAMPLES, self.request.config.evaluation.max_samples),
             )
 
-    def _before(self) -> dict[str, float]:
-        """Return the figures of the stage before, where it was measured on the same samples."""
+    def _change(self) -> dict[str, float]:
+        """Return what changed since the stage before, if that had the same samples."""
         parent, config = self.request.init_from, self.trainer.config
         if parent is None or config.init_from is not None:
             return {}
         before: StageConfig = getattr(self.request.config.stages, parent.stage)
         is_same = before.modality == config.modality
-        return before_metrics(self.grids, parent.grids, "val/before_") if is_same else {}
+        return change_metrics(self.grids, parent.grids, "val/") if is_same else {}
 
     def _grid(
         self,

@@ -28,7 +28,7 @@ SETTING_PREFIX: Mapping[GridSetting, str] = {
     "image_to_video": "i2v_",
 }
 """Beginning of the names of metrics."""
-_SAME = ("setting", "timesteps", "num_samples", "first_frame")
+_SAME = ("setting", "timesteps", "first_frame")
 """What two grids must have in common to be compared."""
 GIVEN_FRAMES = 1
 """Latent frames that image-to-video has clean: the encoded image."""
@@ -77,6 +77,7 @@ def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
     given = GIVEN_FRAMES if setting == "image_to_video" else 0
     sums: Tensor | float = 0.0
     totals = torch.zeros(len(times), 2, dtype=torch.float64)
+    by_sample = torch.zeros(2, count, dtype=torch.float64)
     for start in range(0, count, batch_size):
         batch = samples.batch(range(start, min(start + batch_size, count)))
         text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
@@ -91,6 +92,7 @@ def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
             # (2, B, F): loss and accuracy of each frame, added to the time that the frame is at
             both = torch.stack([measured.token_loss, measured.token_right.float()]).double().cpu()
             frames = both.unflatten(-1, (batch.visual_ids.shape[1] - given, -1)).mean(-1)
+            by_sample[:, start : start + size] += frames.mean(-1) / len(times)
             is_at = case.places[:, given:] == torch.arange(len(times))[:, None, None]
             sums = sums + torch.einsum("tbf,kbf->ktf", is_at.double(), frames)
     assert isinstance(sums, Tensor)
@@ -101,13 +103,14 @@ def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
     )
     return LossGrid(
         setting=setting,
-        num_samples=count,
         timesteps=times,
         loss_by_time=by_time[:, 0].tolist(),
         accuracy_by_time=by_time[:, 1].tolist(),
         first_frame=given,
         loss=loss.tolist(),
         accuracy=accuracy.tolist(),
+        sample_loss=by_sample[0].tolist(),
+        sample_accuracy=by_sample[1].tolist(),
     )
 
 
@@ -154,28 +157,40 @@ def gain_metrics(grid: LossGrid, alone: LossGrid, prefix: str) -> dict[str, floa
     }
 
 
-def before_metrics(
+def change_metrics(
     grids: Sequence[LossGrid], before: Sequence[LossGrid], prefix: str
 ) -> dict[str, float]:
-    """Return the means of an earlier model, in the settings in which both had the same grid.
+    """Return the means of an earlier model and the change since, where both had the same grid.
 
     Args:
         grids: Of a model.
         before: Of the model that it was trained from, on samples of the same data sets.
-        prefix: Beginning of the names, as "val/before_".
+        prefix: Beginning of the names, as "val/".
 
     Returns:
-        `<prefix>loss` and `<prefix>accuracy`, and with `async_` and `i2v_` between them.
+        For each of loss (nats) and accuracy, with the setting's `async_` or `i2v_` before it:
+        `<prefix>before_<name>`, `<prefix><name>_change`, now less before, and of two samples or
+        more its standard error, `<prefix><name>_change_se`, of the differences of the samples.
     """
     metrics: dict[str, float] = {}
     for grid in grids:
-        for other in before:
-            if all(getattr(grid, name) == getattr(other, name) for name in _SAME):
-                name = f"{prefix}{SETTING_PREFIX[grid.setting]}"
-                metrics |= {
-                    f"{name}loss": other.mean_loss,
-                    f"{name}accuracy": other.mean_accuracy,
-                }
+        for old in before:
+            # samples are compared one by one, so there must be as many
+            if len(grid.sample_loss) != len(old.sample_loss) or any(
+                getattr(grid, name) != getattr(old, name) for name in _SAME
+            ):
+                continue
+            for kind in ("loss", "accuracy"):
+                name = f"{SETTING_PREFIX[grid.setting]}{kind}"
+                then = getattr(old, f"mean_{kind}")
+                metrics[f"{prefix}before_{name}"] = then
+                metrics[f"{prefix}{name}_change"] = getattr(grid, f"mean_{kind}") - then
+                changes = np.subtract(
+                    getattr(grid, f"sample_{kind}"), getattr(old, f"sample_{kind}")
+                )
+                if len(changes) > 1:
+                    error = float(changes.std(ddof=1) / np.sqrt(len(changes)))
+                    metrics[f"{prefix}{name}_change_se"] = error
     return metrics
 
 

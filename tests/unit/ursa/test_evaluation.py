@@ -81,10 +81,13 @@ def test_report_measures_everything_and_shows_samples(
 
 def test_what_the_last_stage_changed(exported_model):
     known = {"val/i2v_accuracy": 0.5, "val/before_i2v_accuracy": 0.25, "val/loss": 1.0}
+    known |= {"val/i2v_accuracy_change": 0.25, "val/i2v_accuracy_change_se": 0.1}
     checkpoint = exported_model.checkpoint.model_copy(update={"metrics": known})
     assert stage_metrics(checkpoint) == {
         "eval/before_i2v_accuracy": 0.25,
         "eval/after_i2v_accuracy": 0.5,
+        "eval/i2v_accuracy_change": 0.25,
+        "eval/i2v_accuracy_change_se": 0.1,
     }
 
 

@@ -13,7 +13,7 @@ from ursa.training import stage as stage_module
 from ursa.training.distributed import Group
 from ursa.training.stage import train_stage
 from ursa.training.validation import (
-    before_metrics,
+    change_metrics,
     copy_accuracy,
     gain_metrics,
     grid_metrics,
@@ -126,13 +126,14 @@ def test_per_frame_times_show_the_same_noisy_frames_in_other_company(measured):
 def grid_of(setting, loss, accuracy, first_frame=0):
     return LossGrid(
         setting=setting,
-        num_samples=6,
         timesteps=(0.0, 0.5),
         loss_by_time=np.mean(loss, axis=1).tolist(),
         accuracy_by_time=np.mean(accuracy, axis=1).tolist(),
         first_frame=first_frame,
         loss=loss,
         accuracy=accuracy,
+        sample_loss=[np.mean(loss) + 1, np.mean(loss) - 1],
+        sample_accuracy=[np.mean(accuracy)] * 2,
     )
 
 
@@ -145,11 +146,40 @@ def test_the_gain_compares_the_same_frames():
     assert gain == pytest.approx({"val/i2v_loss_gain": 0.75, "val/i2v_accuracy_gain": 0.15})
 
 
-def test_only_equal_grids_are_compared():
-    before = [GIVEN, ALONE.model_copy(update={"num_samples": 5})]
-    assert before_metrics([ALONE, GIVEN], before, "val/before_") == pytest.approx(
-        {"val/before_i2v_loss": 2.25, "val/before_i2v_accuracy": 0.35}
+def test_only_equal_grids_are_compared_sample_by_sample():
+    now = GIVEN.model_copy(
+        update={
+            "loss_by_time": (3.0, 0.5),
+            "sample_loss": (2.75, 0.75),
+            "sample_accuracy": (0.55, 0.25),
+            "accuracy_by_time": (0.4, 0.4),
+        }
     )
+    before = [GIVEN, ALONE.model_copy(update={"sample_loss": (1.0,)})]
+    assert change_metrics([ALONE, now], before, "val/") == pytest.approx(
+        {
+            "val/before_i2v_loss": 2.25,
+            "val/i2v_loss_change": -0.5,
+            "val/i2v_loss_change_se": 0.0,
+            "val/before_i2v_accuracy": 0.35,
+            "val/i2v_accuracy_change": 0.05,
+            "val/i2v_accuracy_change_se": 0.15,
+        }
+    )
+    one = ALONE.model_copy(update={"sample_loss": (1.0,), "sample_accuracy": (1.0,)})
+    assert set(change_metrics([one], [one], "")) == {
+        f"{name}{kind}{end}"
+        for kind in ("loss", "accuracy")
+        for name, end in (("before_", ""), ("", "_change"))
+    }
+
+
+@pytest.mark.parametrize("setting", ["synchronous", "per_frame", "image_to_video"])
+def test_samples_have_the_mean_of_the_grid(measured, setting):
+    grid, _ = measured(setting, batch_size=4)
+    assert len(set(grid.sample_loss)) == 6
+    assert np.mean(grid.sample_loss) == pytest.approx(grid.mean_loss, rel=1e-6)
+    assert np.mean(grid.sample_accuracy) == pytest.approx(grid.mean_accuracy)
 
 
 def test_metrics_by_time_and_frame():
