@@ -3,6 +3,7 @@
 from tasks import reports, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.options import announce, step
+from tasks.training import LOSS_PICTURE
 from ursa.artifacts import EvalReport, ExportedModel
 
 SAMPLES = "samples"
@@ -46,6 +47,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
     """
     from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
     from ursa.inspection.gallery import samples_page  # noqa: PLC0415  (matplotlib: a second)
+    from ursa.training import validation  # noqa: PLC0415
 
     config, datasets = context.config, trained.request.datasets
     champion = tracking.champion_metrics(
@@ -87,6 +89,10 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 f"{report.samples_uri.rstrip('/')}/{name}",
                 name.rpartition("/")[2].removesuffix(".png"),
                 trained.checkpoint.step,
+            )
+        if report.grids:
+            tracking.log_picture_step(
+                run, validation.picture(report.grids), LOSS_PICTURE, trained.checkpoint.step
             )
     # on the page of the whole run, where one looks first: gallery, strip and a clip of each kind
     tracking.log_text(context.run, gallery, GALLERY)

@@ -443,10 +443,30 @@ def log_image_step(run: TrackedRun, image_uri: str, key: str, step: int) -> None
 
     with _service(run.tracking_uri) as client, storage.local_copy(image_uri) as path:
         already = [item.path for item in client.list_artifacts(run.run_id, "images")]
-        if any(Path(name).name.startswith(f"{key}%step%{step}%") for name in already):
+        # MLflow separates the parts of the name by "+", older ones by "%"
+        begins = tuple(f"{key}{mark}step{mark}{step}{mark}" for mark in "+%")
+        if any(Path(name).name.startswith(begins) for name in already):
             return
         with Image.open(path) as image:
             client.log_image(run.run_id, image.convert("RGB"), key=key, step=step)
+
+
+def log_picture_step(run: TrackedRun, picture: bytes, key: str, step: int) -> None:
+    """Log a picture that no file holds; see `log_image_step`.
+
+    Args:
+        run: The run; a picture that it has of the same key and step is not logged again.
+        picture: Content of a file in any format that PIL reads.
+        key: Name of the series, without "/".
+        step: Step that it belongs to.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / key
+        path.write_bytes(picture)
+        log_image_step(run, str(path), key, step)
 
 
 def artifact_url(run: TrackedRun, path: str) -> str:

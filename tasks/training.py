@@ -11,6 +11,9 @@ from tasks.settings import RuntimeSettings
 from ursa.artifacts import CheckpointRef, StageRequest
 from ursa.config import StageName
 
+LOSS_PICTURE = "loss_by_frame"
+"""Series of pictures of the held-out loss by time and latent frame."""
+
 
 def stage_request(
     context: RunContext, prepared: PreparedData, stage: StageName, init_from: CheckpointRef | None
@@ -93,7 +96,7 @@ def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
         ServiceError: If Ray or the tracking server cannot be reached.
         StorageError: If the store refuses or does not answer.
     """
-    from ursa.training import stage  # noqa: PLC0415  (torch: seconds)
+    from ursa.training import stage, validation  # noqa: PLC0415  (torch: seconds)
 
     name = reports.slug(request.stage)
     checkpoint = stage.find_stage(request)
@@ -115,6 +118,10 @@ def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
         announce("stage %s: %s", request.stage, run.url)
         if checkpoint is None:
             checkpoint = _train(request, run, name)
+        if checkpoint.grids:
+            tracking.log_picture_step(
+                run, validation.picture(checkpoint.grids), LOSS_PICTURE, checkpoint.step
+            )
     facts = {
         "checkpoint": f"`{checkpoint.uri}`",
         "steps": str(checkpoint.step),

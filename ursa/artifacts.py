@@ -4,6 +4,7 @@ Every record is JSON (pydantic, frozen, unknown keys refused). A step's output e
 `manifest.json` exists; the manifest holds the record and is written last.
 """
 
+import math
 from enum import StrEnum
 from typing import Literal
 
@@ -16,6 +17,7 @@ SCHEMA_VERSION = 3
 
 Modality = Literal["image", "video"]
 Split = Literal["train", "validation"]
+GridSetting = Literal["synchronous", "per_frame", "image_to_video"]
 
 
 class FailureReason(StrEnum):
@@ -336,6 +338,40 @@ class TokenDatasets(FrozenModel):
         return (*main, *self.extra_buckets)
 
 
+class LossGrid(FrozenModel):
+    """Held-out loss in nats and accuracy in [0, 1] of a model by time and latent frame.
+
+    In the setting "synchronous" all frames are at the time of the row, in "per_frame" the frame is
+    and the others are at times of their own, in "image_to_video" the first frame is clean and all
+    others are at that time. The noisy tokens of a cell are the same in all three.
+    """
+
+    setting: GridSetting
+    timesteps: tuple[float, ...]
+    loss_by_time: tuple[float, ...]
+    accuracy_by_time: tuple[float, ...]
+    first_frame: int = Field(description="first latent frame measured; those before it are given")
+    loss: tuple[tuple[float, ...], ...] = Field(description="a row a time, a column a frame")
+    accuracy: tuple[tuple[float, ...], ...] = Field(description="likewise")
+    sample_loss: tuple[float, ...] = Field(description="mean over times and frames of each sample")
+    sample_accuracy: tuple[float, ...] = Field(description="likewise")
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the times, nats."""
+        return sum(self.loss_by_time) / len(self.loss_by_time)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean over the times, in [0, 1]."""
+        return sum(self.accuracy_by_time) / len(self.accuracy_by_time)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a record can hold it: JSON has finite numbers alone."""
+        return all(math.isfinite(loss) for row in self.loss for loss in row)
+
+
 class CheckpointRef(FrozenModel):
     """A committed checkpoint of a stage."""
 
@@ -346,6 +382,9 @@ class CheckpointRef(FrozenModel):
     metrics: dict[str, float]
     loss_curve: tuple[tuple[float, float], ...] = Field(
         default=(), description="(t, held-out loss in nats) of the averaged weights; may be empty"
+    )
+    grids: tuple[LossGrid, ...] = Field(
+        default=(), description="of the averaged weights at the end; empty if nothing is held out"
     )
     fingerprint: str
     parent_uri: str | None
@@ -380,6 +419,7 @@ class EvalReport(FrozenModel):
     manifest_uri: str
     model: ExportedModel
     metrics: dict[str, float]
+    grids: tuple[LossGrid, ...] = Field(default=(), description="on held-out clips")
     samples_uri: str
     samples: tuple[str, ...] = Field(description="files under samples_uri")
     gate_passed: bool

@@ -18,9 +18,12 @@ from PIL import Image
 from ursa import storage
 from ursa.artifacts import (
     SCHEMA_VERSION,
+    CheckpointRef,
     ClipSelection,
     EvalReport,
     ExportedModel,
+    GridSetting,
+    LossGrid,
     SelectedClip,
     TokenDatasets,
 )
@@ -29,9 +32,17 @@ from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, read_selection
 from ursa.data.dataset import TokenSamples, code_counts, spread
 from ursa.generation import UrsaPipeline
-from ursa.model.transformer import build_transformer
+from ursa.model.transformer import UrsaTransformer, build_transformer
 from ursa.tokenizers.visual import psnr_db
-from ursa.training.trainer import OnMetrics, loss_by_time
+from ursa.training.trainer import OnMetrics
+from ursa.training.validation import (
+    SETTING_PREFIX,
+    copy_accuracy,
+    gain_metrics,
+    grid_metrics,
+    measure_grid,
+    settings_of,
+)
 from ursa.video.decode import read_frames, write_gif, write_video
 
 logger = logging.getLogger(__name__)
@@ -109,7 +120,8 @@ def evaluate(
         return done
     with storage.local_directory(model.directory_uri) as directory:
         pipeline = UrsaPipeline.from_pretrained(directory)
-    metrics = held_out_metrics(pipeline, datasets, config)
+    metrics, grids = held_out_metrics(pipeline, datasets, config)
+    metrics |= stage_metrics(model.checkpoint)
     selected = read_selection(selection)
     metrics |= tokenizer_metrics(pipeline, selected, config)
     samples = draw_samples(pipeline, selected, config)
@@ -125,6 +137,7 @@ def evaluate(
             manifest_uri=manifest_uri,
             model=model,
             metrics=metrics,
+            grids=tuple(grid for grid in grids if grid.is_finite),
             samples_uri=samples_uri,
             samples=files,
             gate_passed=not failed,
@@ -136,7 +149,7 @@ def evaluate(
 
 def held_out_metrics(
     pipeline: UrsaPipeline, datasets: TokenDatasets, config: RunConfig
-) -> dict[str, float]:
+) -> tuple[dict[str, float], tuple[LossGrid, ...]]:
     """Return losses and accuracies by t of the model, an untrained one and the unigram.
 
     Args:
@@ -145,10 +158,13 @@ def held_out_metrics(
         config: The run; `evaluation` and the seed matter.
 
     Returns:
-        `eval/loss_t*`, `eval/accuracy_t*`, `eval/untrained_loss_t*`, `eval/untrained_accuracy_t*`,
+        Metrics and, of held-out samples, the grids behind them. `eval/loss_t*`,
+        `eval/accuracy_t*`, `eval/untrained_loss_t*`, `eval/untrained_accuracy_t*`,
         `eval/train_loss_t*`, `eval/train_accuracy_t*`, the means over t `eval/loss`,
-        `eval/untrained_loss`, `eval/train_loss`, and `eval/unigram_loss`, `eval/unigram_accuracy`,
-        `eval/chance_accuracy`; losses in nats, accuracies in [0, 1].
+        `eval/accuracy` and so on, and `eval/unigram_loss`, `eval/unigram_accuracy`,
+        `eval/chance_accuracy`; `eval/loss_frame*`; of clips of several latent frames the same as
+        `eval/async_*` and `eval/i2v_*`, with their gains over one t for all frames, and
+        `eval/copy_accuracy`. Losses in nats, accuracies in [0, 1].
 
     Raises:
         DataExhaustedError: If there is no training video sample.
@@ -161,16 +177,11 @@ def held_out_metrics(
         seed=address_seed(config.seed, "untrained"),
         codebook=pipeline.visual_tokenizer.codebook,
     )
-    measurements = [("train_", pipeline.transformer, train)]
-    metrics: dict[str, float] = {}
-    if datasets.video_validation.num_samples:
-        held_out = TokenSamples(datasets.video_validation, max_samples=limit)
-        measurements += [("", pipeline.transformer, held_out), ("untrained_", untrained, held_out)]
-        metrics |= unigram_metrics(code_counts(datasets.video_train), held_out)
-    else:
-        logger.warning("no held-out clips: the model is measured on training clips only")
-    for prefix, network, samples in measurements:
-        measured = loss_by_time(
+
+    def measured(
+        network: UrsaTransformer, samples: TokenSamples, setting: GridSetting = "synchronous"
+    ) -> LossGrid:
+        return measure_grid(
             network,
             pipeline.path,
             pipeline.text_tokenizer,
@@ -179,11 +190,49 @@ def held_out_metrics(
             batch_size=config.evaluation.batch_size,
             max_prompt_length=pipeline.defaults.max_prompt_length,
             seed=address_seed(config.seed, "validation"),
+            setting=setting,
         )
-        for t, (loss, accuracy) in measured.items():
-            metrics[f"eval/{prefix}loss_t{t:g}"] = loss
-            metrics[f"eval/{prefix}accuracy_t{t:g}"] = accuracy
-        metrics[f"eval/{prefix}loss"] = sum(loss for loss, _ in measured.values()) / len(measured)
+
+    metrics = grid_metrics(measured(pipeline.transformer, train), "eval/train_")
+    if not datasets.video_validation.num_samples:
+        logger.warning("no held-out clips: the model is measured on training clips only")
+        return metrics, ()
+    held_out = TokenSamples(datasets.video_validation, max_samples=limit)
+    grids = tuple(
+        measured(pipeline.transformer, held_out, setting) for setting in settings_of(held_out)
+    )
+    metrics |= grid_metrics(grids[0], "eval/", by_frame=True)
+    metrics |= grid_metrics(measured(untrained, held_out), "eval/untrained_")
+    metrics |= unigram_metrics(code_counts(datasets.video_train), held_out)
+    for grid in grids[1:]:
+        prefix = f"eval/{SETTING_PREFIX[grid.setting]}"
+        metrics |= grid_metrics(grid, prefix) | gain_metrics(grid, grids[0], prefix)
+        metrics["eval/copy_accuracy"] = copy_accuracy(
+            held_out, batch_size=config.evaluation.batch_size
+        )
+    return metrics, grids
+
+
+def stage_metrics(checkpoint: CheckpointRef) -> dict[str, float]:
+    """Return what the last stage changed, as it and the stage before were measured at their ends.
+
+    Args:
+        checkpoint: Result of the last stage.
+
+    Returns:
+        `eval/before_*` and `eval/after_*` of loss, accuracy, `i2v_*` and `async_*`, both of the
+        same samples and noise, `eval/*_change` and its standard error `eval/*_change_se`; nothing
+        if the stage began from weights of another run or after a stage on images.
+    """
+    metrics = {}
+    for name, value in checkpoint.metrics.items():
+        bare = name.removeprefix("val/")
+        if bare.startswith("before_"):
+            metrics[f"eval/{bare}"] = value
+            after = bare.removeprefix("before_")
+            metrics[f"eval/after_{after}"] = checkpoint.metrics[f"val/{after}"]
+        elif bare.endswith(("_change", "_change_se")):
+            metrics[f"eval/{bare}"] = value
     return metrics
 
 

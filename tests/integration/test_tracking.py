@@ -1,5 +1,6 @@
 """Runs, metrics and the registry in a real MLflow store (SQLite and a local folder)."""
 
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from tasks import tracking
 from tasks.tracking import MetricSink, TrackedRun
@@ -158,6 +160,20 @@ def test_configuration_and_inputs_are_logged_once(uri: str) -> None:
     stored = MlflowClient(uri).get_run(run.run_id)
     assert stored.data.params["release.model_name"] == "ursa"
     assert [entry.dataset.name for entry in stored.inputs.dataset_inputs] == ["tokens"]
+
+
+def test_a_picture_of_a_step_is_logged_once(uri: str) -> None:
+    run = open_run(uri, "pictures", {})
+    drawn = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(drawn, "PNG")
+    for step in (5, 5, 9):
+        tracking.log_picture_step(run, drawn.getvalue(), "loss_by_frame", step)
+    found = MlflowClient(uri).list_artifacts(run.run_id, "images")
+    names = [Path(item.path).name for item in found if item.path.endswith(".png")]
+    assert sorted(name.split("+timestamp")[0] for name in names) == [
+        "loss_by_frame+step+5",
+        "loss_by_frame+step+9",
+    ]
 
 
 def test_unreachable_server_is_named() -> None:

@@ -36,11 +36,14 @@ class PosteriorLoss(NamedTuple):
         loss: Mean, nats, scalar, float32.
         accuracy: In [0, 1], scalar, float32; no gradient.
         token_loss: Nats, shape (B, N), float32, 0 where a token does not count; no gradient.
+        token_right: Whether the likeliest code is the clean one, shape (B, N), bool, False where a
+            token does not count.
     """
 
     loss: Tensor
     accuracy: Tensor
     token_loss: Tensor
+    token_right: Tensor
 
 
 def posterior_loss(logits: Tensor, x_1: Tensor, mask: Tensor | None = None) -> PosteriorLoss:
@@ -54,8 +57,9 @@ def posterior_loss(logits: Tensor, x_1: Tensor, mask: Tensor | None = None) -> P
 
     Returns:
         Mean loss (scalar, nats, float32) and accuracy in [0, 1] over the tokens that count, and
-        token losses, shape (B, N), 0 where they do not. If no token counts, loss and accuracy are
-        0 and so is the gradient: such a batch teaches nothing, instead of NaN to all weights.
+        losses and hits of tokens, shape (B, N), 0 and False where they do not. If no token counts,
+        loss and accuracy are 0 and so is the gradient: such a batch teaches nothing, instead of NaN
+        to all weights.
 
     Raises:
         ConfigError: If shapes do not fit or the mask is not bool.
@@ -68,9 +72,10 @@ def posterior_loss(logits: Tensor, x_1: Tensor, mask: Tensor | None = None) -> P
     if mask is None:
         token_loss = _cross_entropy(logits, x_1)
         size = max(1, x_1.numel())
-        with torch.no_grad():
-            accuracy = (logits.argmax(-1) == x_1).sum() / size
-        return PosteriorLoss(token_loss.sum() / size, accuracy, token_loss.detach())
+        right = logits.argmax(-1) == x_1
+        return PosteriorLoss(
+            token_loss.sum() / size, right.sum() / size, token_loss.detach(), right
+        )
     if mask.shape != x_1.shape or mask.dtype != torch.bool:
         raise ConfigError(
             f"mask must be bool of the shape of x_1, {tuple(x_1.shape)}, "
@@ -78,9 +83,8 @@ def posterior_loss(logits: Tensor, x_1: Tensor, mask: Tensor | None = None) -> P
         )
     token_loss = _cross_entropy(logits, x_1.masked_fill(~mask, _IGNORED))
     count = mask.sum().clamp_min(1)
-    with torch.no_grad():
-        accuracy = ((logits.argmax(-1) == x_1) & mask).sum() / count
-    return PosteriorLoss(token_loss.sum() / count, accuracy, token_loss.detach())
+    right = (logits.argmax(-1) == x_1) & mask
+    return PosteriorLoss(token_loss.sum() / count, right.sum() / count, token_loss.detach(), right)
 
 
 def linear_posterior_loss(
@@ -134,8 +138,9 @@ def linear_posterior_loss(
     loss, losses, right = apply(states, weight, x_1[counted], rows)
     token_loss = torch.zeros(x_1.shape, device=hidden.device)
     token_loss[counted] = losses
-    accuracy = right.sum() / max(1, len(right))
-    return PosteriorLoss(loss, accuracy, token_loss)
+    token_right = torch.zeros_like(counted)
+    token_right[counted] = right
+    return PosteriorLoss(loss, right.sum() / max(1, len(right)), token_loss, token_right)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

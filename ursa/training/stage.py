@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -18,7 +19,14 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from ursa import storage
-from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, StageRequest, TokenizerRef
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    CheckpointRef,
+    GridSetting,
+    LossGrid,
+    StageRequest,
+    TokenizerRef,
+)
 from ursa.config import StageConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
@@ -43,13 +51,26 @@ from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.optim import build_average, build_optimizer
 from ursa.training.schedule import load_codes, path_over
 from ursa.training.start import load_start
-from ursa.training.trainer import OnMetrics, Trainer, loss_by_time
+from ursa.training.trainer import OnMetrics, Trainer
+from ursa.training.validation import (
+    SETTING_PREFIX,
+    change_metrics,
+    copy_accuracy,
+    gain_metrics,
+    grid_metrics,
+    measure_grid,
+    settings_of,
+)
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_SAMPLES = 32
 _CURVE_TIMES = (*(i / 10 for i in range(10)), 0.95, 0.98, 0.99, 0.995, 0.999)
 """Close where the loss falls most, up to the end of what training draws."""
+_VALIDATION_SHARE = 0.1
+"""Of the time of a stage, what validation may take without a warning."""
+_SHORT_S = 600.0
+"""A stage that takes less may spend more of it on validation."""
 _TERMINATED = 143
 """Exit status after SIGTERM."""
 _TAKE_TRIES = 3
@@ -144,6 +165,7 @@ def _train(
     run = _StageRun(request, trainer)
     validation = _Validation(request, trainer)
     metrics: dict[str, float] = {}
+    began = time.perf_counter()
     try:
         first, metrics = run.resume()
         with _Termination() as termination:
@@ -157,6 +179,8 @@ def _train(
                 validated = _is_due(count, config.validate_every, config)
                 if validated:
                     metrics |= validation.measure()
+                if count == config.max_steps:
+                    metrics |= validation.final_metrics()
                 logged = validated or step == 0 or _is_due(count, config.log_every, config)
                 if group.is_main and on_metrics is not None and logged:
                     on_metrics(count, metrics)
@@ -166,7 +190,8 @@ def _train(
                     run.finish()
                     logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
                     raise SystemExit(_TERMINATED)
-        curve = validation.curve()
+        curve, grids = validation.curve(), validation.grids
+        validation.tell_share(time.perf_counter() - began)
         uri = run.finish()
     finally:
         run.close()
@@ -175,8 +200,14 @@ def _train(
         stage=request.stage,
         step=config.max_steps,
         num_samples_seen=trainer.loader.samples_seen(config.max_steps),
-        metrics={key: value for key, value in metrics.items() if not key.endswith("_s")},
+        metrics={
+            # what differs from machine to machine is no part of the result
+            key: value
+            for key, value in metrics.items()
+            if not key.endswith(("_s", "_bytes"))
+        },
         loss_curve=curve,
+        grids=tuple(grid for grid in grids if grid.is_finite),
         fingerprint=stage_fingerprint(request),
         parent_uri=config.init_from or (request.init_from.uri if request.init_from else None),
     )
@@ -526,7 +557,7 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 class _Validation:
-    """Held-out loss by t of the averaged weights; absent where nothing was held out.
+    """Held-out loss and accuracy of the averaged weights; nothing where nothing was held out.
 
     Rank 0 measures alone, or all ranks measure the same if each holds a part of the weights.
     """
@@ -539,36 +570,109 @@ class _Validation:
         self.samples = TokenSamples(dataset, max_samples=limit) if measures else None
         self.request = request
         self.trainer = trainer
+        self.spent_s = 0.0
+        self._newest: LossGrid | None = None
 
     def measure(self) -> dict[str, float]:
+        """Measure the weights of now: one pass over the grid."""
         if self.samples is None:
             return {}
-        losses = self._losses(self.request.config.evaluation.timesteps)
-        named = {f"val/loss_t{t:g}": loss for t, loss in losses.items()}
-        named["val/loss"] = sum(losses.values()) / len(losses)
-        # a record holds finite numbers alone
-        return {name: loss for name, loss in named.items() if math.isfinite(loss)}
+        before_s = self.spent_s
+        self._newest = self._grid()
+        metrics = _finite(grid_metrics(self._newest, "val/", by_frame=True))
+        return metrics | {"val/measure_s": self.spent_s - before_s}
+
+    def final_metrics(self) -> dict[str, float]:
+        """Measure what is too dear for every validation: the other settings, the raw weights.
+
+        Called when the weights are the last of the stage.
+        """
+        if self.samples is None:
+            return {}
+        alone, *others = self.grids
+        raw = self._grid(model=self.trainer.model)
+        metrics = grid_metrics(raw, "val/raw_")
+        for grid in others:
+            prefix = f"val/{SETTING_PREFIX[grid.setting]}"
+            metrics |= grid_metrics(grid, prefix) | gain_metrics(grid, alone, prefix)
+        if others:
+            batch_size = self.request.config.evaluation.batch_size
+            metrics["val/copy_accuracy"] = copy_accuracy(self.samples, batch_size=batch_size)
+        return _finite(metrics | self._change())
+
+    @functools.cached_property
+    def grids(self) -> tuple[LossGrid, ...]:
+        """The averaged weights at the end of the stage in every setting."""
+        if self.samples is None:
+            return ()
+        alone, *others = settings_of(self.samples)
+        # a stage that was killed after its last step has not measured yet
+        return (self._newest or self._grid(alone), *map(self._grid, others))
 
     def curve(self) -> tuple[tuple[float, float], ...]:
         """Return (t, loss): what the entropy clock of a sampler follows."""
-        return tuple(self._losses(_CURVE_TIMES).items()) if self.samples is not None else ()
+        if self.samples is None:
+            return ()
+        known = dict(zip(self.grids[0].timesteps, self.grids[0].loss_by_time, strict=True))
+        missing = [t for t in _CURVE_TIMES if t not in known]
+        grid = self._grid(timesteps=missing)
+        known |= zip(grid.timesteps, grid.loss_by_time, strict=True)
+        return tuple((t, known[t]) for t in _CURVE_TIMES)
 
-    def _losses(self, timesteps: Sequence[float]) -> dict[float, float]:
+    def tell_share(self, whole_s: float) -> None:
+        """Say what part of the time of the stage validation took, and what to do if it is much."""
+        share, stage = self.spent_s / whole_s, self.request.stage
+        logger.info("stage %s: validation took %.1f of %.1f s", stage, self.spent_s, whole_s)
+        if share > _VALIDATION_SHARE and whole_s > _SHORT_S:
+            logger.warning(
+                "stage %s: validation took %.0f%% of the time, more than %.0f%%; raise "
+                "stages.%s.validate_every, or lower evaluation.max_samples to less than %d",
+                stage,
+                100 * share,
+                100 * _VALIDATION_SHARE,
+                stage,
+                min(_VALIDATION_SAMPLES, self.request.config.evaluation.max_samples),
+            )
+
+    def _change(self) -> dict[str, float]:
+        """Return what changed since the stage before, if that had the same samples."""
+        parent, config = self.request.init_from, self.trainer.config
+        if parent is None or config.init_from is not None:
+            return {}
+        before: StageConfig = getattr(self.request.config.stages, parent.stage)
+        is_same = before.modality == config.modality
+        return change_metrics(self.grids, parent.grids, "val/") if is_same else {}
+
+    def _grid(
+        self,
+        setting: GridSetting = "synchronous",
+        *,
+        model: UrsaTransformer | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> LossGrid:
         assert self.samples is not None
+        began = time.perf_counter()
         evaluation = self.request.config.evaluation
-        average = self.trainer.average.module
+        average = model or self.trainer.average.module
         assert isinstance(average, UrsaTransformer)
-        measured = loss_by_time(
+        grid = measure_grid(
             average,
             self.trainer.path,
             self.trainer.text_tokenizer,
             self.samples,
-            timesteps=timesteps,
+            timesteps=timesteps or evaluation.timesteps,
             batch_size=evaluation.batch_size,
             max_prompt_length=self.trainer.max_prompt_length,
             seed=address_seed(self.request.config.seed, "validation"),
+            setting=setting,
         )
-        return {t: loss for t, (loss, _) in measured.items()}
+        self.spent_s += time.perf_counter() - began
+        return grid
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what a record can hold: finite numbers alone."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 class _Termination:

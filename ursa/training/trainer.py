@@ -8,10 +8,12 @@ References:
 
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +21,20 @@ from torch.optim.swa_utils import AveragedModel
 
 from ursa.config import StageConfig
 from ursa.data.addresses import address_seed
-from ursa.data.dataset import TokenBatch, TokenSamples
+from ursa.data.dataset import TokenBatch
 from ursa.data.mixed_loader import MixedLoader
 from ursa.diffusion.loss import linear_posterior_loss
-from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.diffusion.path import MetricPath
 from ursa.diffusion.timesteps import training_times
 from ursa.errors import NonFiniteLossError
+from ursa.model.size import Clip, forward_flops
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
 from ursa.training.blocks import checkpoint_activations, compile_layers
-from ursa.training.distributed import Group, drop_gathered, shard_model, whole
+from ursa.training.distributed import Group, shard_model, whole
 from ursa.training.execution import DEFAULT_EXECUTION, Execution
 from ursa.training.optim import build_average, build_optimizer, learning_rate
+from ursa.training.plan import TRAINING_FORWARDS
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +164,9 @@ class Trainer:
         Returns:
             `train/loss` in nats and `train/accuracy` in [0, 1], means over all ranks,
             `train/grad_norm` before clipping, `train/lr`, `train/step_s` in seconds and the part of
-            it in which this rank waited for its batch, `train/data_wait_s`, `train/tokens_per_s`
-            and `train/samples_seen` over all ranks.
+            it in which this rank waited for its batch, `train/data_wait_s`, `train/tokens_per_s`,
+            `train/model_flops_per_s` and `train/samples_seen` over all ranks, and
+            `train/peak_memory_bytes` of this rank since its process began.
 
         Raises:
             NonFiniteLossError: On a NaN or infinite loss or gradient on any rank, on all of them
@@ -201,8 +206,21 @@ class Trainer:
             "train/step_s": seconds,
             "train/data_wait_s": waited,
             "train/tokens_per_s": tokens / seconds,
+            "train/model_flops_per_s": self._flops(batch) / seconds,
+            "train/peak_memory_bytes": float(peak_memory_bytes()),
             "train/samples_seen": float(self.loader.samples_seen(step + 1)),
         }
+
+    def _flops(self, batch: NoisyBatch) -> int:
+        """Return the operations that a step needs, over all ranks; what is done twice counts once.
+
+        Divided by the peak of the device they are its model FLOPs utilisation (PaLM, arXiv
+        2204.02311, appendix B).
+        """
+        size, frames, rows, columns = batch.x_1.shape
+        clip = Clip((frames, rows, columns), batch.text_ids.shape[1])
+        each = TRAINING_FORWARDS * forward_flops(self.model.config, clip)
+        return each * size * self.group.world_size
 
     def _add_gradients(self, batch: NoisyBatch) -> Tensor:
         """Add up the gradients of the batch, part by part; return mean loss and accuracy."""
@@ -225,6 +243,22 @@ class Trainer:
             (result.loss * weight).backward()
             means.append(torch.stack([result.loss.detach(), result.accuracy]) * weight)
         return torch.stack(means).sum(0)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held at once.
+
+    Returns:
+        Bytes that torch has allocated on the GPU, if it uses one, else resident bytes.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage, which on Linux still counts what the parent held before exec
+        kilobytes = status.read_text("utf-8").partition("VmHWM:")[2].split(maxsplit=1)[0]
+        return 1024 * int(kilobytes)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def make_noisy_batch(
@@ -274,62 +308,3 @@ def make_noisy_batch(
     x_t = path.sample(batch.visual_ids, t, uniform=torch.stack(noises))
     text_ids = text_tokenizer.encode(prompts, max_length=max_prompt_length)
     return NoisyBatch(text_ids=text_ids, x_1=batch.visual_ids, x_t=x_t)
-
-
-@torch.inference_mode()
-def loss_by_time(
-    model: UrsaTransformer,
-    path: MetricPath | MixturePath,
-    text_tokenizer: TextTokenizer,
-    samples: TokenSamples,
-    *,
-    timesteps: Sequence[float],
-    batch_size: int,
-    max_prompt_length: int,
-    seed: int,
-) -> dict[float, tuple[float, float]]:
-    """Measure mean cross-entropy and accuracy at fixed times, the same noise for every model.
-
-    Args:
-        model: The network, left in evaluation mode; with a sharded one all ranks call this.
-        path: The probability path.
-        text_tokenizer: Turns captions into ids.
-        samples: What is measured on.
-        timesteps: Times t in [0, 1).
-        batch_size: Samples at once.
-        max_prompt_length: Ids a prompt.
-        seed: Decides the noise, together with t and the name of the sample.
-
-    Returns:
-        (loss in nats, accuracy in [0, 1]) by t.
-    """
-    model.eval()
-    count = len(samples)
-    result: dict[float, tuple[float, float]] = {}
-    for t in timesteps:
-        totals = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, count, batch_size):
-            batch = samples.batch(range(start, min(start + batch_size, count)))
-            names = batch.sample_ids
-            uniform = torch.stack(
-                [
-                    torch.rand(
-                        batch.visual_ids.shape[1:],
-                        dtype=torch.float64,
-                        generator=torch.Generator().manual_seed(
-                            address_seed(seed, "validation", str(t), name)
-                        ),
-                    )
-                    for name in names
-                ]
-            )
-            x_t = path.sample(batch.visual_ids, torch.tensor(t), uniform=uniform)
-            text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
-            hidden = model.hidden_states(text, x_t)
-            clean = batch.visual_ids.flatten(1)
-            measured = linear_posterior_loss(hidden, model.lm_head.weight, clean)
-            totals += torch.stack([measured.loss, measured.accuracy]).double() * len(names)
-        loss, accuracy = (totals / count).tolist()
-        result[t] = (loss, accuracy)
-    drop_gathered(model)
-    return result

@@ -13,6 +13,7 @@ from ursa.evaluation import (
     evaluate,
     failed_gates,
     sample_metrics,
+    stage_metrics,
     tokenizer_metrics,
     unigram_metrics,
 )
@@ -58,6 +59,12 @@ def test_report_measures_everything_and_shows_samples(
     assert metrics["eval/loss"] < metrics["eval/untrained_loss"]
     assert metrics["eval/chance_accuracy"] == 1 / 60
     assert {"eval/tokenizer_psnr_train", "eval/tokenizer_psnr_validation"} <= metrics.keys()
+    settings = [grid.setting for grid in report.grids]
+    assert settings == ["synchronous", "per_frame", "image_to_video"]
+    assert metrics["eval/i2v_accuracy"] == report.grids[2].mean_accuracy
+    assert {"eval/loss_frame1", "eval/async_loss", "eval/i2v_loss_gain"} <= metrics.keys()
+    assert 0 <= metrics["eval/copy_accuracy"] <= 1
+    assert not [name for name in metrics if "before" in name]
     folder = storage.local_path(report.samples_uri)
     assert set(report.samples) == {
         *(f"{mode}-0.{kind}" for mode in ("t2v", "i2v") for kind in ("mp4", "gif")),
@@ -70,6 +77,18 @@ def test_report_measures_everything_and_shows_samples(
         assert picture.size == (2 * (7 * 24 + 8), 2 * 2 * (16 + 4))
     assert evaluate(*arguments, **options) == report
     assert report.gate_passed == (not report.failed_gates)
+
+
+def test_what_the_last_stage_changed(exported_model):
+    known = {"val/i2v_accuracy": 0.5, "val/before_i2v_accuracy": 0.25, "val/loss": 1.0}
+    known |= {"val/i2v_accuracy_change": 0.25, "val/i2v_accuracy_change_se": 0.1}
+    checkpoint = exported_model.checkpoint.model_copy(update={"metrics": known})
+    assert stage_metrics(checkpoint) == {
+        "eval/before_i2v_accuracy": 0.25,
+        "eval/after_i2v_accuracy": 0.5,
+        "eval/i2v_accuracy_change": 0.25,
+        "eval/i2v_accuracy_change_se": 0.1,
+    }
 
 
 def test_unigram_of_known_counts(tmp_path):

@@ -11,10 +11,11 @@ from ursa import storage
 from ursa.data.mixed_loader import MixedLoader, plan_parts
 from ursa.data.shards import read_shard
 from ursa.errors import ShardFormatError
+from ursa.model.size import Clip, forward_flops
 from ursa.training import stage as stage_module
 from ursa.training.distributed import Group
 from ursa.training.optim import build_average, learning_rate
-from ursa.training.trainer import make_noisy_batch
+from ursa.training.trainer import make_noisy_batch, peak_memory_bytes
 
 
 def build(request, rank=0, world_size=1):
@@ -232,6 +233,17 @@ def test_waiting_for_data_is_measured(make_request, monkeypatch):
         first, second = trainer.step(0), trainer.step(1)
     assert 0.2 <= first["train/data_wait_s"] <= first["train/step_s"]
     assert second["train/data_wait_s"] < 0.2  # the data set is one block and was read at once
+
+
+def test_work_and_memory_of_a_step_are_measured(make_request):
+    request = make_request(max_steps=2)
+    with closing(build(request)) as trainer:
+        metrics = trainer.step(0)
+        clip = Clip((2, 2, 3), trainer.max_prompt_length)
+        flops = 3 * 4 * forward_flops(trainer.model.config, clip)
+    assert metrics["train/model_flops_per_s"] * metrics["train/step_s"] == pytest.approx(flops)
+    held = bytearray(b"1") * 2**26
+    assert len(held) < metrics["train/peak_memory_bytes"] <= peak_memory_bytes() < 2**37
 
 
 @pytest.mark.usefixtures("no_threads_left")
