@@ -312,7 +312,6 @@ def commit_selection(
         num_validation=num_validation,
         rejections={},
         config=tiny_config().selection,
-        seed=0,
         thresholds=(),
         fingerprint=print_,
     )
