@@ -32,6 +32,7 @@ def data_preparation(
     with run_session(source_uri, preset, overrides, context) as run:
         prepared = find_prepared(run)
         if prepared is not None:
+            versions.note_version(run, prepared)
             return prepared
         clips = ingestion.ingest_videos(run)
         clips = annotation.annotate_clips(run, clips)

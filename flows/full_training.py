@@ -7,9 +7,10 @@ from prefect.states import Completed
 from flows.data_preparation import data_preparation
 from flows.model_release import model_release
 from flows.staged_training import staged_training
-from tasks.context import run_session
+from tasks.context import find_prepared, run_session
 from tasks.options import ConfigOverrides
 from tasks.registration import find_version, finish_run, has_new_data
+from tasks.versions import note_version
 from ursa.artifacts import ModelVersion
 from ursa.config import Preset
 
@@ -42,6 +43,9 @@ def full_training(
         if only_new and not has_new_data(run):
             return Completed(name="NoNewData", message=f"no new data at {run.source_uri}")
         version = find_version(run)
+        known = None if version is None else find_prepared(run)
+        if known is not None:
+            note_version(run, known)
         if version is None:
             prepared = data_preparation(source_uri, preset, context=run)
             trained = staged_training(source_uri, preset, context=run, prepared=prepared)

@@ -2,7 +2,7 @@
 
 import ursa
 from tasks import reports, tracking
-from tasks.context import RunContext
+from tasks.context import PreparedData, RunContext
 from tasks.options import announce, step
 from ursa import storage
 from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
@@ -52,6 +52,32 @@ def commit_version(
     reports.dataset_version(version, versions.read_changes(version))
     _publish_card(context, version)
     return version
+
+
+@step(run_name="note data set version")
+def note_version(context: RunContext, prepared: PreparedData) -> DatasetVersion:
+    """Commit the version of prepared data again if another one came since: the source went back.
+
+    Args:
+        context: The run.
+        prepared: Its data, all of which is there.
+
+    Returns:
+        The newest version, which is of these data.
+
+    Raises:
+        ManifestError: If an earlier version is damaged.
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    return versions.commit_version(
+        context.data_uri,
+        context.config,
+        prepared.selection,
+        (prepared.visual_tokenizer, prepared.text_tokenizer),
+        prepared.datasets,
+        code={"ursa": ursa.__version__, **tracking.source_version()},
+    )
 
 
 def _publish_card(context: RunContext, version: DatasetVersion) -> None:

@@ -182,6 +182,11 @@ def what_if(
 
     base: dict[str, Any] = {}
     given = _overrides((*changes, *([f"selection.recipe={recipe}"] if recipe else [])))
+    if others := sorted(set(given) - {"selection"}):
+        raise ConfigError(
+            f"--set {others[0]}...: stored scores are judged again, so only `selection` can be "
+            "tried; other settings need a run"
+        )
     if preset is None:
         _load("tiny", given)  # a mistake is named before anything is read
         record = load_selection(root_uri(root), selection)

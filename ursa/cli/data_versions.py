@@ -80,6 +80,7 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         as_json: Print JSON.
     """
+    import os
     from pathlib import Path
 
     from ursa.data.versions import find_uses
@@ -87,7 +88,8 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
 
     data_uri = root_uri(root)
     is_name = "://" in what or (len(what) == 64 and not Path(what).exists())
-    uri = what if is_name else Path(what).expanduser().absolute().as_uri()
+    # names are compared as they are listed: links are not followed
+    uri = what if is_name else Path(os.path.abspath(Path(what).expanduser())).as_uri()  # noqa: PTH100
     rows: list[dict[str, Any]] = [
         {
             "version": version.number,

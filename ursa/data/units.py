@@ -130,6 +130,9 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
         kept = clips.filter(chosen).sort_by(
             [(name, "ascending") for name in ("source_sha256", "start_s", "clip_id", "source_uri")]
         )
+        # a copy that was not dropped would give the same samples again
+        ids = kept["clip_id"].to_numpy()
+        kept = kept.filter(pa.array(np.append(True, ids[1:] != ids[:-1])[: len(ids)]))
         for bucket, part in _bucket_units(kept, settings):
             key = fingerprint(
                 "token-unit",

@@ -5,6 +5,7 @@ records are numbered and put if absent: of two runs at once one takes a number, 
 that its version is there already or takes the next.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -18,6 +19,7 @@ from ursa.artifacts import (
     SCHEMA_VERSION,
     ClipSelection,
     ClipSet,
+    FailureReason,
     TokenDatasets,
     TokenizerRef,
 )
@@ -277,7 +279,7 @@ def list_versions(root_uri: str) -> list[DatasetVersion]:
         listed = storage.list_files(storage.join(root_uri, "datasets"), with_etag=False)
     except FileNotFoundError:
         return []
-    uris = [item.uri for item in listed if item.uri.endswith(".json")]
+    uris = [item.uri for item in listed if re.search(r"/[0-9]{6}\.json$", item.uri)]
     found = [storage.load_record(uri, DatasetVersion) for uri in uris]
     versions = [version for version in found if version is not None]
     return sorted(versions, key=lambda version: (version.source_uri, version.number))
@@ -316,9 +318,10 @@ def read_changes(version: DatasetVersion) -> list[FileChange]:
 def compare_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[FileChange]:
     """Return in which files two versions differ, by URI.
 
-    A file is what its bytes are: the same bytes under another name are renamed, other bytes under
-    the same name edited. Of bytes that are gone from one name and there under two new ones, the
-    first new name is renamed and the second added.
+    A file is what its bytes are: the same bytes under another name are renamed, also where another
+    file was; other bytes under the same name are edited, or added where the old ones have moved on.
+    Of bytes that are gone from one name and there under two new ones, the first new name is renamed
+    and the second added. Bytes over which others were moved are removed.
 
     Args:
         before: Content by URI.
@@ -328,26 +331,30 @@ def compare_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[F
     for uri, content in sorted(before.items(), reverse=True):
         if after.get(uri) != content:
             left[content].append(uri)
-    changes, moved = [], set()
-    for uri in sorted(after.keys() - before.keys()):
-        content = after[uri]
-        if left[content]:
-            origin = left[content].pop()
-            moved.add(origin)
-            changes.append(FileChange(Change.RENAMED, uri, content, previous_uri=origin))
-        else:
-            changes.append(FileChange(Change.ADDED, uri, content))
-    for uri, content in before.items():
-        now = after.get(uri)
-        if now == content:
+    origins = {
+        uri: left[content].pop()
+        for uri, content in sorted(after.items())
+        if before.get(uri) != content and left[content]
+    }
+    moved = set(origins.values())
+    changes = [
+        FileChange(Change.RENAMED, uri, after[uri], previous_uri=origin)
+        for uri, origin in origins.items()
+    ]
+    for uri, content in after.items():
+        known = before.get(uri)
+        if known == content or uri in origins:
             continue
-        if now is None:
-            if uri not in moved:
-                changes.append(FileChange(Change.REMOVED, uri, content))
-        elif uri in moved:  # its bytes have moved on, and other ones have come in their place
-            changes.append(FileChange(Change.ADDED, uri, now))
+        if known is None or uri in moved:
+            changes.append(FileChange(Change.ADDED, uri, content))
         else:
-            changes.append(FileChange(Change.EDITED, uri, now, previous_content=content))
+            changes.append(FileChange(Change.EDITED, uri, content, previous_content=known))
+    edited = {item.source_uri for item in changes if item.change == Change.EDITED}
+    changes += [
+        FileChange(Change.REMOVED, uri, content)
+        for uri, content in before.items()
+        if after.get(uri) != content and uri not in moved | edited
+    ]
     return sorted(changes, key=lambda item: (item.source_uri, item.change))
 
 
@@ -378,7 +385,7 @@ def list_source_files(clips: ClipSet) -> list[dict[str, Any]]:
     rows += [
         {
             "source_uri": video.source.uri,
-            "content": video.source_sha256 or f"etag:{video.source.etag}",
+            "content": video.source_sha256 or _content_of(video.source.etag),
             "status": str(video.failure),
             "num_clips": 0,
         }
@@ -412,6 +419,8 @@ def find_kept_tokenizer(
         StorageError: If the store refuses or does not answer.
     """
     growth: float | None = getattr(config, kind).refit_growth
+    if growth == 1:
+        return None
     settings = _tokenizer_settings(data_config(config), kind)
     found: TokenizerRef | None = None
     num_clips = 0
@@ -444,8 +453,8 @@ def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, 
 
     Args:
         root_uri: The data root.
-        what: URI of the file as listed, or its sha256. All content that ever was at a URI counts,
-            under any name.
+        what: URI of the file as listed, of a tar file for all of its members, or a sha256. All
+            content that ever was at a URI counts, under any name.
 
     Returns:
         Version and row of `FILE_SCHEMA`, by source and number.
@@ -459,9 +468,11 @@ def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, 
         (version, read_table(version.files_uri, FILE_SCHEMA, version.num_files))
         for version in list_versions(root_uri)
     ]
-    contents = {what}
+    contents = {what, what.lower()}
     for _, table in tables:
-        contents |= set(table.filter(pc.equal(table["source_uri"], what))["content"].to_pylist())
+        names = table["source_uri"]
+        own = pc.or_(pc.equal(names, what), pc.starts_with(names, f"{what}#"))
+        contents |= set(table.filter(own)["content"].to_pylist())
     wanted = pa.array(sorted(contents))
     return [
         (version, row)
@@ -471,7 +482,14 @@ def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, 
 
 
 def _contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    return {row["source_uri"]: row["content"] for row in rows}
+    # what a manifest names but nobody found is no file
+    missing = FailureReason.MISSING
+    return {row["source_uri"]: row["content"] for row in rows if row["status"] != missing}
+
+
+def _content_of(etag: str) -> str:
+    """Return the content that an etag stands for: of local files it is the sha256."""
+    return etag if re.fullmatch(r"[0-9a-f]{64}", etag) else f"etag:{etag}"
 
 
 def _folder_uri(root_uri: str, source_uri: str) -> str:
@@ -489,7 +507,7 @@ def _numbers(folder_uri: str) -> list[int]:
     except FileNotFoundError:
         return []
     names = [item.uri.rpartition("/")[2] for item in listed]
-    return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+    return sorted(int(name[:6]) for name in names if re.fullmatch(r"[0-9]{6}\.json", name))
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

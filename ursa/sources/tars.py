@@ -36,6 +36,8 @@ _HEADER_ERRORS = (
 )
 _BUFFER_BYTES = 256 << 10
 _BLOCK_BYTES = 512
+_END_LIMIT_BYTES = 64 << 20
+"""How far after the end mark is looked."""
 _TEXT_SUFFIXES = (".txt", ".json")
 
 
@@ -100,6 +102,8 @@ def _read_index(tar: storage.StoredFile) -> TarIndex:
                 names.add(info.name)
     except _HEADER_ERRORS as error:
         damage = f"damaged after {len(members)} videos: {str(error) or type(error).__name__}"
+    if not members and not damage:
+        damage = "it holds no member that may be a video"
     return TarIndex(tuple(members), texts, damage)
 
 
@@ -119,6 +123,19 @@ def _headers(file: "_HeaderReader", num_bytes: int) -> Iterator[tarfile.TarInfo]
         rest = file.read_at(tar.offset, _BLOCK_BYTES)
         if any(rest) or (rest and len(rest) < _BLOCK_BYTES):
             raise tarfile.ReadError(f"no header at byte {tar.offset}")
+        if not rest:
+            raise tarfile.ReadError(f"it ends at byte {num_bytes} without an end mark: cut off?")
+        _check_end(file, tar.offset, num_bytes)
+
+
+def _check_end(file: "_HeaderReader", end: int, num_bytes: int) -> None:
+    """Refuse anything but zeros after the end mark: tar files joined as they are, or a hole."""
+    for start in range(end, min(num_bytes, end + _END_LIMIT_BYTES), _BUFFER_BYTES):
+        if any(file.read_at(start, min(_BUFFER_BYTES, num_bytes - start))):
+            raise tarfile.ReadError(
+                f"there is more after the end mark at byte {end}, which is not read: a hole, or "
+                "tar files joined without `tar --concatenate`"
+            )
 
 
 def _judged(info: tarfile.TarInfo, tar_bytes: int, names: set[str]) -> TarMember:

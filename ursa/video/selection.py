@@ -215,7 +215,8 @@ def _relative_thresholds(
     for key, rule in rules:
         values = values_of(rule)
         ordered = np.sort(values[np.isfinite(values)])
-        if not len(ordered):
+        if not len(ordered):  # no number follows, but clips that were not measured are rejected
+            yield _threshold(key, rule, None, None, is_relative=True)
             continue
         least, greatest = _percentile_limits(rule, ordered)
         if least is not None or greatest is not None:
@@ -267,7 +268,8 @@ def _reject(reasons: np.ndarray, values: np.ndarray, limit: Threshold) -> None:
     is_open = _is_open(reasons)
     plain = _PLAIN_REASONS.get(limit.key)
     name = score_key(limit.scorer, limit.score)
-    if limit.score not in _ONLY_WHERE_IT_MOVES:
+    is_built_in = limit.score in SCORES and limit.scorer == SCORES[limit.score].scorer
+    if not (is_built_in and limit.score in _ONLY_WHERE_IT_MOVES):
         missing = RejectReason.NOT_MEASURED if plain else f"{RejectReason.NOT_MEASURED}:{name}"
         reasons[is_open & ~np.isfinite(values)] = missing
     if limit.least is not None:

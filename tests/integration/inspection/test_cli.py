@@ -85,7 +85,7 @@ def test_recipes_are_listed_and_tried(root, ursa):
 def test_thresholds_that_are_not_set_are_those_of_the_selection(root, ursa):
     """The root was not made by a preset as it is."""
     assert "0 clips more, 0 clips less" in ursa("what-if", root.uri)[1]
-    out = ursa("what-if", root.uri, "--set", "seed=3")[1]
+    out = ursa("what-if", root.uri, "--set", "selection.split_seed=3")[1]
     assert "0 clips more, 0 clips less" in out
 
 

@@ -25,6 +25,31 @@ FILES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("UVWXYZ"))
                 FileChange(Change.RENAMED, "b", "X", previous_uri="a"),
             ],
         ),
+        # a chain, a swap, and one moved over another
+        (
+            {"a": "X", "b": "Y"},
+            {"b": "X", "c": "Y"},
+            [
+                FileChange(Change.RENAMED, "b", "X", previous_uri="a"),
+                FileChange(Change.RENAMED, "c", "Y", previous_uri="b"),
+            ],
+        ),
+        (
+            {"a": "X", "b": "Y"},
+            {"a": "Y", "b": "X"},
+            [
+                FileChange(Change.RENAMED, "a", "Y", previous_uri="b"),
+                FileChange(Change.RENAMED, "b", "X", previous_uri="a"),
+            ],
+        ),
+        (
+            {"a": "X", "b": "Y"},
+            {"b": "X"},
+            [
+                FileChange(Change.REMOVED, "b", "Y"),
+                FileChange(Change.RENAMED, "b", "X", previous_uri="a"),
+            ],
+        ),
         # two copies, of which one is renamed
         (
             {"a": "X", "b": "X"},
@@ -39,22 +64,24 @@ def test_changes_are_named(before, after, changes):
 
 @given(FILES, FILES)
 def test_changes_lead_from_one_version_to_the_other(before, after):
-    files = dict(before)
     changes = compare_files(before, after)
+    kept = {uri: content for uri, content in before.items() if after.get(uri) == content}
+    new = [item for item in changes if item.change != Change.REMOVED]
+    assert {**kept, **{item.source_uri: item.content for item in new}} == after
+    assert len(kept) + len(new) == len(after), "a file is named twice"
+    # and each old file is kept, moved, edited or removed, once
+    origins = [item.previous_uri for item in changes if item.change == Change.RENAMED]
+    edited = [item.source_uri for item in changes if item.change == Change.EDITED]
+    removed = [item.source_uri for item in changes if item.change == Change.REMOVED]
+    assert sorted([*kept, *origins, *edited, *removed]) == sorted(before)
     for item in changes:
-        if item.change == Change.REMOVED:
-            assert files.pop(item.source_uri) == item.content
-        elif item.change == Change.RENAMED:
-            assert files.get(item.previous_uri) == item.content
-    for item in changes:
-        if item.change == Change.RENAMED and item.previous_uri not in after:
-            del files[item.previous_uri]
-        if item.change != Change.REMOVED:
-            files[item.source_uri] = item.content
-    assert files == after
-    # nothing is called new that was there
-    kept = {uri for uri in before if after.get(uri) == before[uri]}
-    assert not kept & {item.source_uri for item in changes}
+        if item.change == Change.RENAMED:
+            assert before[item.previous_uri] == item.content
+        elif item.change == Change.EDITED:
+            assert before[item.source_uri] == item.previous_content != item.content
+    # nothing is called new that was there and is nowhere now
+    added = {item.content for item in changes if item.change in {Change.ADDED, Change.EDITED}}
+    assert not added & {item.content for item in changes if item.change == Change.REMOVED}
 
 
 @given(

@@ -121,9 +121,22 @@ def test_a_cut_tar_gives_what_is_whole_and_a_reason_for_the_rest(tmp_path, cut):
     assert good == (["a.mp4"] if cut > 2048 else [])
 
 
-def test_a_tar_without_its_last_blocks_is_whole(tmp_path):
-    path = write_tar(tmp_path / "s.tar", GOOD, end=False)
-    assert index_of(path).damage == ""
+def test_a_tar_without_an_end_mark_may_be_cut_off(tmp_path):
+    whole, cut = (write_tar(tmp_path / f"{end}.tar", GOOD, end=end) for end in (True, False))
+    assert index_of(cut).members == index_of(whole).members
+    assert "ends at byte 7680 without an end mark" in index_of(cut).damage
+
+
+def test_what_comes_after_the_end_mark_is_not_lost_in_silence(tmp_path):
+    one = write_tar(tmp_path / "1.tar", [member("a.mp4", b"a" * 600)]).read_bytes()
+    two = write_tar(tmp_path / "2.tar", [member("b.mp4", b"b" * 600)]).read_bytes()
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(one + bytes(9 * 512) + two)
+    index = index_of(joined)
+    assert [item.name for item in index.members] == ["a.mp4"]
+    assert "there is more after the end mark at byte 1536" in index.damage
+    joined.write_bytes(one + bytes(40 * 512))
+    assert index_of(joined).damage == ""
 
 
 def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
@@ -139,12 +152,11 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
 @pytest.mark.parametrize(
     "data", [b"", b"x" * 100, b"\0" * 512, b"no tar" * 1000, b"\x1f\x8b" * 999]
 )
-def test_what_is_no_tar_is_one_failure_or_nothing(tmp_path, data):
+def test_what_is_no_tar_or_empty_is_one_failure(tmp_path, data):
     (tmp_path / "s.tar").write_bytes(data)
     index = index_of(tmp_path / "s.tar")
     assert index.members == ()
-    # a block of zeros is the end of an empty one
-    assert bool(index.damage) == (data != b"\0" * 512)
+    assert index.damage
 
 
 @pytest.mark.timeout(20)
