@@ -29,13 +29,10 @@ def test_samples_of_a_data_root_are_counted(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("name", "level"),
-    [*((name, "none") for name in bench.CASES), ("deep", "mlp"), ("deep", "layer")],
-)
-def test_memory_and_time_of_training(name, level):
-    measured = bench.measure(name, 1, level)
-    plan = bench.predict(name, 1, time.process_time, level)
+@pytest.mark.parametrize("name", bench.CASES)
+def test_memory_and_time_of_training(name):
+    measured = bench.measure(name, 1)
+    plan = bench.predict(name, 1, time.process_time)
     assert plan.memory.total_bytes == pytest.approx(measured.peak_bytes, rel=0.25)
     # of the processor: other processes do not count, but they share its caches
     assert 0.6 < plan.step_s / measured.processor_s < 1.6
