@@ -389,7 +389,7 @@ MUTANTS = (
     Mutant("a put overwrites a model record", "release", _unconditional_put),
     Mutant("a taken name is an error", "tokenization", _taken_is_an_error),
     Mutant("the loser keeps its own record", "tokenization", _loser_keeps_its_own),
-    Mutant("look, then write", "ingestion", _look_then_write),
+    Mutant("look, then write", "tokenization", _look_then_write),
     Mutant("a lost answer is taken for not written", "ingestion", _no_repetition),
     Mutant("calls are repeated for ten minutes", "ingestion", _endless_repetition),
     Mutant("errors of the client come through", "ingestion", _raw_errors),
