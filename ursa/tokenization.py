@@ -8,9 +8,8 @@ video, training and validation). A unit that was committed is never done again, 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,16 +45,13 @@ from ursa.data.units import (
 )
 from ursa.errors import FailureBudgetExceeded, ServiceError, StorageError, UrsaError
 from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
-from ursa.video.decode import FrameSize, read_frames_at
+from ursa.video.decode import FrameSize, ReadFrames, read_frames_at
 from ursa.video.reader import ClipReader
 from ursa.video.variants import ZOOM, vary
 
 logger = logging.getLogger(__name__)
 
 _BATCH_WINDOWS = 8
-
-ReadFrames = Callable[[Path, Sequence[int], Sequence[FrameSize]], list[np.ndarray]]
-"""`ursa.video.decode.read_frames_at`, or the same in another process."""
 Rows = dict[Modality, list[dict[str, Any]]]
 """Rows of `token_schema` by modality."""
 

@@ -45,7 +45,8 @@ from ursa.data.clips import (
 )
 from ursa.errors import FailureBudgetExceeded, UrsaError, VideoDecodeError
 from ursa.video.captions import clean_caption
-from ursa.video.decode import read_frames
+from ursa.video.decode import FrameSize, ReadFrames, read_frames_at
+from ursa.video.reader import ClipReader
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ class ClipAnnotator:
         self._scorer = scorer
         self._measure = measure
         self._output_uri = output_uri
+        # a clip on which the decoder crashes or hangs is a failure of this clip
+        self._reader = ClipReader()
 
     def __call__(self, unit: AnnotationUnit) -> AnnotatedUnit:
         """Look at the clips of a unit and commit each result as soon as it is there.
@@ -168,7 +171,7 @@ class ClipAnnotator:
                     results[key] = known
                     continue
                 try:
-                    frames = read_pictures(clip, self._scorer.config)
+                    frames = read_pictures(clip, self._scorer.config, self._reader.read)
                 except AnnotationError as error:
                     failed.append(self._failure(clip, error))
                 else:
@@ -189,7 +192,7 @@ class ClipAnnotator:
             found = _checked(self._measure(SeenClip(frames, clip.caption)))
         except UrsaError:
             raise
-        except (ValueError, RuntimeError, ArithmeticError) as error:  # as libraries of models do
+        except Exception as error:  # what a library of models raises says nothing of other clips
             raise CrashedError(f"{type(error).__name__}: {error}") from error
         record = Annotation(
             scorer_fingerprint=self._scorer.fingerprint,
@@ -214,12 +217,15 @@ class ClipAnnotator:
         )
 
 
-def read_pictures(clip: Clip, config: CaptionerConfig | ScorerConfig) -> np.ndarray:
+def read_pictures(
+    clip: Clip, config: CaptionerConfig | ScorerConfig, read: ReadFrames = read_frames_at
+) -> np.ndarray:
     """Return frames of a clip, each from the middle of an equal part of it, none cut off.
 
     Args:
         clip: A clip whose file must have the hash that is known of it.
         config: Number of frames and their largest side.
+        read: Reads frames of a local file.
 
     Returns:
         RGB frames, shape (T, H, W, 3), uint8; fewer than asked for of a clip with fewer.
@@ -238,12 +244,11 @@ def read_pictures(clip: Clip, config: CaptionerConfig | ScorerConfig) -> np.ndar
                     f"{clip.media_uri} is damaged: its bytes do not have the hash of the clip; run "
                     "`ursa data repair`"
                 )
-            return read_frames(
-                path,
-                indices,
-                height_px=max(1, round(clip.info.height_px * scale)),
-                width_px=max(1, round(clip.info.width_px * scale)),
+            size = FrameSize(
+                max(1, round(clip.info.height_px * scale)),
+                max(1, round(clip.info.width_px * scale)),
             )
+            return read(path, indices, [size])[0]
     except (VideoDecodeError, FileNotFoundError) as error:
         raise UnreadableError(f"{clip.media_uri} cannot be read ({error})") from error
 

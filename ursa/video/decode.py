@@ -8,7 +8,7 @@ in the calling process, with one thread. Where decord has no wheel, PyAV reads s
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,10 @@ class FrameSize(NamedTuple):
 
     height_px: int
     width_px: int
+
+
+ReadFrames = Callable[[Path, Sequence[int], Sequence[FrameSize]], list[np.ndarray]]
+"""What `read_frames_at` and `ClipReader.read` are."""
 
 
 class _WrongShapeError(Exception):
