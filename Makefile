@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check test test-unit test-slow bench bench-data bench-toy \
+.PHONY: help setup run up down status deploy check test test-unit test-faults test-slow bench bench-data bench-toy \
   bench-steps bench-plan
 
 help: ## list the commands
@@ -53,12 +53,15 @@ check: setup ## format, lint, layers, types, docstrings
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: test-unit ## everything but slow and GPU tests
+test: test-unit test-faults ## everything but slow and GPU tests
 	$(BIN)/pytest tests/integration tests/e2e -m "not slow and not gpu"
 
-test-unit: setup ## unit, property, parity and fault tests, on all processors
-	$(BIN)/pytest tests/unit tests/property tests/parity tests/faults -m "not slow and not gpu" \
+test-unit: setup ## unit, property and parity tests, on all processors
+	$(BIN)/pytest tests/unit tests/property tests/parity -m "not slow and not gpu" \
 	  -n auto --maxprocesses 8 --dist loadfile
+
+test-faults: setup ## faults at every operation of the store, in memory, on all processors
+	$(BIN)/pytest tests/faults -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup ## the slow ones
 	$(BIN)/pytest -m "slow and not gpu"
