@@ -111,8 +111,8 @@ def test_plan_of_a_size_a_preset_and_a_model(model):
         ),
         (
             ("--workers", 2),
-            "--set, --stage, --workers, --gpu, --memory, --flops, --utilisation and "
-            "--data are for training; name a preset with --preset",
+            "--set, --stage, --workers, --gpu, --memory, --flops, --utilisation, --strategy, "
+            "--activation-checkpointing and --data are for training; name a preset with --preset",
         ),
         (("--preset", "tiny", "--memory", 0), "--memory must be positive and finite, got 0"),
         (("--num-frames", 50), "--num-frames must be 1 + 4k, got 50; the nearest are 49 and 53"),
