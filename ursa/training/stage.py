@@ -590,8 +590,10 @@ class _Validation:
         if self.samples is None:
             return {}
         alone, *others = self.grids
-        raw = self._grid(model=self.trainer.model)
-        metrics = grid_metrics(raw, "val/raw_")
+        metrics: dict[str, float] = {}
+        if not self.trainer.is_sharded or self.trainer.config.precision == "float32":
+            # else layers are gathered in bfloat16: no comparison with the average in float32
+            metrics = grid_metrics(self._grid(model=self.trainer.model), "val/raw_")
         for grid in others:
             prefix = f"val/{SETTING_PREFIX[grid.setting]}"
             metrics |= grid_metrics(grid, prefix) | gain_metrics(grid, alone, prefix)
