@@ -109,7 +109,8 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
     """Yield the units of a recipe, one at a time: training clips first.
 
     Clips are ordered by content and divided where their ids say so. A clip that comes or goes
-    changes the unit it is in and hardly another; a renamed file changes none.
+    changes the unit it is in and hardly another; a renamed file changes none, unless its caption
+    is made of its name.
 
     Args:
         recipe: What decides the data set.
