@@ -107,7 +107,10 @@ def _shared(parts: Sequence[tuple[TokenDataset, int]], share: float) -> list[Par
 
 
 def step_parts(shares: Sequence[float], num_steps: int) -> np.ndarray:
-    """Return which part each step takes: evenly spread, the same for any number of steps before.
+    """Return which part each step takes: one step of each first, then evenly spread.
+
+    The first steps leave out no part, however small its share. Fewer steps are the beginning of
+    more.
 
     Args:
         shares: Share of steps of each part, positive, adding up to 1.
@@ -115,8 +118,7 @@ def step_parts(shares: Sequence[float], num_steps: int) -> np.ndarray:
 
     Returns:
         Numbers of parts, shape (num_steps,), int64. After n steps each part has been taken its
-        share of n times, to within one where there are two parts, and to within about the number
-        of parts otherwise.
+        share of n times, to within the number of parts.
     """
     taken = np.zeros(len(shares))
     wanted = np.asarray(shares, float)
@@ -124,8 +126,9 @@ def step_parts(shares: Sequence[float], num_steps: int) -> np.ndarray:
     if len(shares) == 1:
         return parts
     for step in range(num_steps):
-        # the one that is furthest behind; of several the first
-        part = int(np.argmax(np.round(wanted * (step + 1) - taken, 9)))
+        # after one of each, the one that is furthest behind; of several the first
+        behind = np.round(wanted * (step + 1) - taken, 9)
+        part = step if step < len(shares) else int(np.argmax(behind))
         taken[part] += 1
         parts[step] = part
     return parts
