@@ -313,7 +313,7 @@ def commit_prepared(context: RunContext, prepared: PreparedData) -> PreparedData
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    if _lacks_for_now(prepared.selection.clips):
+    if _lacks_for_now(prepared.selection.clips, prepared.datasets):
         return prepared
     return storage.commit_record(context.prepared_uri, prepared)
 
@@ -338,9 +338,21 @@ def find_trained(context: RunContext) -> TrainedModel | None:
     return found
 
 
-def _lacks_for_now(clips: ClipSet) -> bool:
-    """Whether the next run is to look again at files or clips that failed."""
-    return ingestion.has_unstable_failures(clips) or has_failures(clips)
+def lacks_for_now(trained: TrainedModel) -> bool:
+    """Whether the next run is to look again at files or clips that failed.
+
+    Args:
+        trained: The outcome of the training part.
+    """
+    return _lacks_for_now(trained.selection.clips, trained.request.datasets)
+
+
+def _lacks_for_now(clips: ClipSet, datasets: TokenDatasets) -> bool:
+    return (
+        ingestion.has_unstable_failures(clips)
+        or has_failures(clips)
+        or datasets.num_unavailable_clips > 0
+    )
 
 
 def _checkpoint_exists(checkpoint: CheckpointRef) -> bool:
@@ -364,6 +376,6 @@ def commit_trained(context: RunContext, trained: TrainedModel) -> TrainedModel:
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    if _lacks_for_now(trained.selection.clips):
+    if lacks_for_now(trained):
         return trained
     return storage.commit_record(context.trained_uri, trained)

@@ -6,9 +6,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from tasks import reports, tracking
-from tasks.context import RunContext, TrainedModel
+from tasks.context import RunContext, TrainedModel, lacks_for_now
 from tasks.options import announce, step
-from ursa import ingestion, storage
+from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
 
 
@@ -77,9 +77,7 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
         {
             # a run that lacks files only for now is not found again: the next one looks at them
             "ursa.run_fingerprint": (
-                "unfinished"
-                if ingestion.has_unstable_failures(trained.selection.clips)
-                else context.release_fingerprint
+                "unfinished" if lacks_for_now(trained) else context.release_fingerprint
             ),
             "ursa.source_uri": context.source_uri,
             "ursa.source_fingerprint": context.source_fingerprint,

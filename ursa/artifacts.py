@@ -302,6 +302,9 @@ class TokenDatasets(FrozenModel):
     video_validation: TokenDataset
     extra_buckets: tuple[TokenDataset, ...]
     num_failed_clips: int
+    num_unavailable_clips: int = Field(
+        0, description="failed clips that could not be read for now; the next run tries them again"
+    )
     num_short_clips: int = Field(description="kept clips that gave images alone")
     fingerprint: str
 

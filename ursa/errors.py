@@ -4,6 +4,7 @@ UrsaError
 ├── ConfigError               an unknown key or a value out of range (also a ValueError)
 ├── DataError                 the data cannot be used as they are
 │   ├── VideoDecodeError      one file cannot be read
+│   │   └── ClipUnavailableError  not now: missing, damaged, no memory or time; transient
 │   ├── ShardFormatError      a shard is damaged or of another schema
 │   ├── ManifestError         missing, incomplete, or of another schema version
 │   └── FailureBudgetExceeded too many inputs failed
@@ -40,6 +41,12 @@ class DataError(UrsaError):
 
 class VideoDecodeError(DataError):
     """One video or image file cannot be read."""
+
+
+class ClipUnavailableError(VideoDecodeError):
+    """A clip cannot be read for now: missing or damaged in the store, or no time or memory."""
+
+    transient: ClassVar[bool] = True
 
 
 class ShardFormatError(DataError):

@@ -28,6 +28,7 @@ from ursa.artifacts import (
 from ursa.config import RunConfig, TokenizationConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.buckets import bucket_settings, sample_sizes
+from ursa.data.clips import local_clip
 from ursa.data.shards import shard_bytes, write_shard
 from ursa.data.units import (
     MODALITIES,
@@ -167,7 +168,8 @@ class ClipTokenizer:
             unit: A unit of the plan.
 
         Returns:
-            The committed record.
+            The record. It is not committed if a clip could not be read for now, since another
+            attempt may fare better.
 
         Raises:
             StorageError: If the store does not answer; a clip that cannot be read is not an
@@ -186,10 +188,15 @@ class ClipTokenizer:
                 found = encode_clip(clip, unit.split, reading.result(), self._tokenizer, settings)
             except (StorageError, ServiceError):
                 raise
-            except (UrsaError, FileNotFoundError) as error:
+            except UrsaError as error:
                 logger.warning("clip %s of %s: %s", clip.clip_id, clip.source_uri, error)
                 failed.append(
-                    FailedClip(clip_id=clip.clip_id, source_uri=clip.source_uri, detail=str(error))
+                    FailedClip(
+                        clip_id=clip.clip_id,
+                        source_uri=clip.source_uri,
+                        detail=str(error),
+                        transient=error.transient,
+                    )
                 )
                 continue
             num_too_short += not found["video"]
@@ -205,18 +212,16 @@ class ClipTokenizer:
             else None
             for modality in MODALITIES
         }
-        return storage.commit_record(
-            unit.record_uri,
-            TokenizedUnit(
-                key=unit.key,
-                split=unit.split,
-                image=shards["image"],
-                video=shards["video"],
-                num_clips=len(unit.clips),
-                num_too_short=num_too_short,
-                failed=tuple(failed),
-            ),
+        record = TokenizedUnit(
+            key=unit.key,
+            split=unit.split,
+            image=shards["image"],
+            video=shards["video"],
+            num_clips=len(unit.clips),
+            num_too_short=num_too_short,
+            failed=tuple(failed),
         )
+        return record if record.is_partial else storage.commit_record(unit.record_uri, record)
 
     def remake(self, unit: TokenizationUnit, record: TokenizedUnit | None) -> dict[Modality, bytes]:
         """Return the shards of a committed unit again, as bytes; nothing is written.
@@ -230,8 +235,7 @@ class ClipTokenizer:
             may differ from those that the record names.
 
         Raises:
-            VideoDecodeError: If a clip cannot be read.
-            FileNotFoundError: If a clip is missing.
+            VideoDecodeError: If a clip cannot be read, or is missing or damaged.
             StorageError: If the store refuses or does not answer.
             ServiceError: If no process that decodes can be started.
         """
@@ -287,8 +291,8 @@ def read_clip(
         read: Reads frames of a local file.
 
     Raises:
-        VideoDecodeError: If the clip cannot be read.
-        FileNotFoundError: If the clip is missing.
+        VideoDecodeError: If the clip cannot be read; ClipUnavailableError if it is missing, damaged
+            or cannot be read for now.
         StorageError: If the store refuses or does not answer.
     """
     samples = clip_samples(clip, settings)
@@ -296,7 +300,7 @@ def read_clip(
     sizes = [FrameSize(settings.height_px, settings.width_px)]
     if any(num_variants(modality, split, settings) for modality in MODALITIES):
         sizes.append(FrameSize(ZOOM * settings.height_px, ZOOM * settings.width_px))
-    with storage.local_copy(clip.media_uri) as path:
+    with local_clip(clip) as path:
         # one pass over the clip: samples overlap, and random access costs a seek a sample
         frames = read(path, wanted, sizes)
     place = {index: position for position, index in enumerate(wanted)}
@@ -359,7 +363,9 @@ def commit_tokens(
         output_uri: Root of all data of the run.
 
     Returns:
-        The committed data sets; of several committers all get the first one's.
+        The committed data sets; of several committers all get the first one's. Where clips could
+        not be read for now they have a fingerprint of their own, so that the next plan tries these
+        again.
 
     Raises:
         FailureBudgetExceeded: If more clips failed than `tokenization.max_failed_fraction`.
@@ -376,7 +382,10 @@ def commit_tokens(
             f"{len(failed)} of {num_clips} clips could not be tokenized, more than tokenization."
             f"max_failed_fraction {settings.max_failed_fraction:g} allows: {named}"
         )
-    manifest_uri = _root(output_uri, plan.fingerprint, "manifest.json")
+    partial = tuple(unit for unit in ordered if unit.is_partial)
+    recipe = plan.recipe.model_copy(update={"partial_units": partial})
+    print_ = recipe.fingerprint
+    manifest_uri = _root(output_uri, print_, "manifest.json")
     datasets = [
         _dataset(
             (modality, split, bucket),
@@ -384,20 +393,21 @@ def commit_tokens(
             visual_tokenizer,
             config,
             manifest_uri,
-            plan.fingerprint,
+            print_,
         )
         for bucket in range(len(sample_sizes(settings)))
         for modality in MODALITIES
         for split in SPLITS
     ]
-    storage.commit_record(_root(output_uri, plan.fingerprint, RECIPE_NAME), plan.recipe)
+    storage.commit_record(_root(output_uri, print_, RECIPE_NAME), recipe)
     return storage.commit_record(
         manifest_uri,
         TokenDatasets(
             manifest_uri=manifest_uri,
             num_failed_clips=len(failed),
+            num_unavailable_clips=sum(clip.transient for clip in failed),
             num_short_clips=sum(unit.num_too_short for unit in ordered),
-            fingerprint=plan.fingerprint,
+            fingerprint=print_,
             extra_buckets=tuple(part for part in datasets if part.bucket > 0),
             **{f"{part.modality}_{part.split}": part for part in datasets if part.bucket == 0},
         ),

@@ -24,7 +24,6 @@ class AnnotationFailure(StrEnum):
     """Why a clip has no result of a scorer."""
 
     UNREADABLE = "unreadable"
-    DAMAGED = "damaged"
     NO_ANSWER = "no_answer"
     BAD_ANSWER = "bad_answer"
     NOT_FINITE = "not_finite"
@@ -44,15 +43,9 @@ class NoAnswerError(AnnotationError):
 
 
 class UnreadableError(AnnotationError):
-    """The file of a clip is missing or cannot be read."""
+    """The file of a clip is missing, is not the one that was committed or cannot be read."""
 
     reason = AnnotationFailure.UNREADABLE
-
-
-class DamagedError(AnnotationError):
-    """The file of a clip is not the one that was committed."""
-
-    reason = AnnotationFailure.DAMAGED
 
 
 class NotFiniteError(AnnotationError):

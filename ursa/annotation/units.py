@@ -24,7 +24,6 @@ from ursa.annotation.records import (
     AnnotationReport,
     AnnotationUnit,
     CrashedError,
-    DamagedError,
     FailedAnnotation,
     Measure,
     Measurement,
@@ -40,6 +39,7 @@ from ursa.data.clips import (
     FAILURE_SCHEMA,
     clip_row,
     failure_row,
+    local_clip,
     put_table,
     read_failures,
 )
@@ -238,18 +238,13 @@ def read_pictures(
     indices = [int((part + 0.5) * clip.info.num_frames / count) for part in range(count)]
     scale = min(1.0, config.max_side_px / max(clip.info.height_px, clip.info.width_px))
     try:
-        with storage.local_copy(clip.media_uri) as path:
-            if storage.sha256_file(path) != clip.media_sha256:
-                raise DamagedError(
-                    f"{clip.media_uri} is damaged: its bytes do not have the hash of the clip; run "
-                    "`ursa data repair`"
-                )
+        with local_clip(clip) as path:
             size = FrameSize(
                 max(1, round(clip.info.height_px * scale)),
                 max(1, round(clip.info.width_px * scale)),
             )
             return read(path, indices, [size])[0]
-    except (VideoDecodeError, FileNotFoundError) as error:
+    except VideoDecodeError as error:
         raise UnreadableError(f"{clip.media_uri} cannot be read ({error})") from error
 
 

@@ -4,9 +4,11 @@ Clips are written by `ursa.ingestion`; readers are the fitting of the tokenizers
 evaluation.
 """
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from ursa.artifacts import (
     VideoInfo,
 )
 from ursa.config import TokenizationConfig
-from ursa.errors import ShardFormatError
+from ursa.errors import ClipUnavailableError, ShardFormatError
 
 _VERSION_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
 _INFO_FIELDS = (
@@ -399,3 +401,29 @@ def _clip_of(row: dict[str, Any]) -> Clip:
 
 def _extra_scores(pairs: list[dict[str, Any]]) -> dict[str, float]:
     return {pair["name"]: pair["value"] for pair in pairs}
+
+
+@contextlib.contextmanager
+def local_clip(clip: Clip) -> Iterator[Path]:
+    """Yield a local path of a clip's file, after a look at its hash.
+
+    Args:
+        clip: A normalised clip.
+
+    Yields:
+        The path; it must not be written to.
+
+    Raises:
+        ClipUnavailableError: If the file is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    try:
+        with storage.local_copy(clip.media_uri) as path:
+            if storage.sha256_file(path) != clip.media_sha256:
+                raise ClipUnavailableError(
+                    f"{clip.media_uri} is damaged: its bytes do not have the hash of the clip; run "
+                    "`ursa data repair`"
+                )
+            yield path
+    except FileNotFoundError:
+        raise ClipUnavailableError(f"{clip.media_uri} is missing; run `ursa data repair`") from None

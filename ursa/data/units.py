@@ -52,15 +52,21 @@ class TokenizationUnit(FrozenModel):
 
 
 class FailedClip(FrozenModel):
-    """A clip that could not be tokenized, and why."""
+    """A clip that could not be tokenized, and why.
+
+    Attributes:
+        transient: Whether another attempt may fare better: its file was missing or damaged, or
+            time or memory ran out.
+    """
 
     clip_id: str
     source_uri: str
     detail: str
+    transient: bool = False
 
 
 class TokenizedUnit(FrozenModel):
-    """What became of a unit, committed."""
+    """What became of a unit; committed unless it is partial."""
 
     key: str
     split: Split
@@ -78,24 +84,38 @@ class TokenizedUnit(FrozenModel):
         """
         return self.image if modality == "image" else self.video
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether a clip is missing only for now."""
+        return any(clip.transient for clip in self.failed)
+
 
 class TokenizationRecipe(FrozenModel):
-    """Everything that decides a token data set, committed beside its manifest."""
+    """Everything that decides a token data set, committed beside its manifest.
+
+    Attributes:
+        partial_units: Units that lack clips only for now; they have no record of their own.
+    """
 
     selection: ClipSelection
     visual_tokenizer: TokenizerRef
     settings: TokenizationConfig
+    partial_units: tuple[TokenizedUnit, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the data set."""
-        return fingerprint(
+        lacking = [
+            clip.clip_id for unit in self.partial_units for clip in unit.failed if clip.transient
+        ]
+        whole = fingerprint(
             "tokens",
             SCHEMA_VERSION,
             self.selection.fingerprint,
             self.visual_tokenizer.fingerprint,
             self.settings,
         )
+        return fingerprint("tokens-without", whole, sorted(lacking)) if lacking else whole
 
 
 class Sample(NamedTuple):

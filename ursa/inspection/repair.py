@@ -227,7 +227,7 @@ def _remake_shards(
         for unit in iter_units(recipe, root_uri):
             parts = by_key.pop(unit.key[:KEY_DIGITS], [])
             if parts:
-                yield from _remake_unit(unit, parts, tokenizer, lost)
+                yield from _remake_unit(unit, parts, recipe, tokenizer, lost)
     except StorageError:
         raise
     except UrsaError as error:  # the clips or the tokenizer cannot be read
@@ -240,10 +240,14 @@ def _remake_shards(
 
 
 def _remake_unit(
-    unit: TokenizationUnit, shards: Sequence[ShardInfo], tokenizer: ClipTokenizer, lost: set[str]
+    unit: TokenizationUnit,
+    shards: Sequence[ShardInfo],
+    recipe: TokenizationRecipe,
+    tokenizer: ClipTokenizer,
+    lost: set[str],
 ) -> Iterator[Repair]:
     missing = sorted(lost & {clip.media_uri for clip in unit.clips})
-    record = load_unit_record(unit)
+    record = load_unit_record(unit, recipe)
     known = record if isinstance(record, TokenizedUnit) else None
     failed = {clip.clip_id for clip in known.failed} if known else set()
     if any(clip.media_uri in missing and clip.clip_id not in failed for clip in unit.clips):
@@ -254,7 +258,7 @@ def _remake_unit(
         made = tokenizer.remake(unit, known)
     except StorageError:
         raise
-    except (UrsaError, FileNotFoundError) as error:
+    except UrsaError as error:
         yield from (_not_done(shard.uri, f"its clips cannot be read: {error}") for shard in shards)
         return
     found = {hashlib.sha256(data).hexdigest(): data for data in made.values()}

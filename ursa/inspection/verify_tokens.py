@@ -75,17 +75,19 @@ def shard_key(shard: ShardInfo) -> str:
     return shard.uri.rpartition("/")[2].split("-")[1]
 
 
-def load_unit_record(unit: TokenizationUnit) -> TokenizedUnit | str:
+def load_unit_record(unit: TokenizationUnit, recipe: TokenizationRecipe) -> TokenizedUnit | str:
     """Return the record of a unit, or what is wrong with it.
 
     Args:
         unit: The unit.
+        recipe: The recipe of its data set, which holds the records of partial units.
 
     Raises:
         StorageError: If the store refuses or does not answer.
     """
+    partial = {record.key: record for record in recipe.partial_units}
     try:
-        record = storage.load_record(unit.record_uri, TokenizedUnit)
+        record = partial.get(unit.key) or storage.load_record(unit.record_uri, TokenizedUnit)
     except ManifestError as error:
         return str(error)
     if record is None:
@@ -166,7 +168,7 @@ class _TokenSet:
         num_failed = num_short = 0
         try:
             for unit in iter_units(recipe, self._tally.root_uri):
-                record = load_unit_record(unit)
+                record = load_unit_record(unit, recipe)
                 if isinstance(record, str):
                     hint = "delete it; a run that needs it makes it again, training does not"
                     self._tally.add(ProblemKind.UNIT_RECORD, unit.record_uri, record, hint)

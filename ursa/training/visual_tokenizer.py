@@ -23,7 +23,7 @@ from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, StageConfig, VisualTokenizerConfig, fingerprint
 from ursa.data.addresses import address_seed
-from ursa.data.clips import clip_windows, read_selection
+from ursa.data.clips import clip_windows, local_clip, read_selection
 from ursa.errors import (
     CheckpointError,
     ConfigError,
@@ -395,7 +395,7 @@ def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
             parts = [indices for _, indices in group]
             wanted = sorted({index for indices in parts for index in indices})
             try:
-                with storage.local_copy(clip.media_uri) as path:
+                with local_clip(clip) as path:
                     (frames,) = reader.read(path, wanted, [FrameSize(*shape[1:3])])
             except VideoDecodeError as error:
                 logger.warning("left out of the fit: %s", error)

@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 import cv2
 import numpy as np
 
-from ursa.errors import ServiceError, VideoDecodeError
+from ursa.errors import ClipUnavailableError, ServiceError, VideoDecodeError
 from ursa.video.decode import FrameSize, read_frames_at
 from ursa.video.sandbox import child_command, child_environment, last_words, limit_process
 
@@ -42,8 +42,18 @@ _LEAST_WAIT_S = 0.01
 _READY = b"ready\n"
 
 
+# what a decoder dies of by itself, on our own clips each time; others end it from outside
+_CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
+)
+
+
 class _ChildFailedError(Exception):
     """The child did not answer."""
+
+
+class _ChildCrashedError(_ChildFailedError):
+    """The decoder has crashed."""
 
 
 class ClipReader:
@@ -78,8 +88,10 @@ class ClipReader:
             One array a size: RGB frames, shape (T, height_px, width_px, 3), uint8.
 
         Raises:
-            VideoDecodeError: If the file cannot be read or has no such frame, or if the child died
-                or took too long each of `ATTEMPTS` times; says how.
+            VideoDecodeError: If the file cannot be read or has no such frame, or if the decoder
+                crashed each of `ATTEMPTS` times; says how.
+            ClipUnavailableError: If it took too long, was killed or had not the memory; another
+                time may be better.
             ServiceError: If no child can be started.
         """
         request = {
@@ -87,7 +99,7 @@ class ClipReader:
             "indices": [int(index) for index in indices],
             "sizes": [list(size) for size in sizes],
         }
-        reason = ""
+        failures: list[_ChildFailedError] = []
         with self._in_use:
             for _ in range(ATTEMPTS):
                 if self._child is None:
@@ -95,7 +107,7 @@ class ClipReader:
                 try:
                     frames = self._child.ask(request, time.monotonic() + self._deadline_s)
                 except _ChildFailedError as error:
-                    reason = f"{error} in each of {ATTEMPTS} attempts"
+                    failures.append(error)
                     self._close()
                 except VideoDecodeError:
                     raise
@@ -106,7 +118,9 @@ class ClipReader:
                     if self._child.num_clips >= CLIPS_PER_CHILD:
                         self._close()
                     return frames
-        raise VideoDecodeError(f"{path}: the decoder {reason}")
+        is_to_blame = all(isinstance(failure, _ChildCrashedError) for failure in failures)
+        kind = VideoDecodeError if is_to_blame else ClipUnavailableError
+        raise kind(f"{path}: the decoder {failures[-1]} in each of {ATTEMPTS} attempts")
 
     def close(self) -> None:
         """End the child; a later `read` starts another one."""
@@ -169,7 +183,8 @@ class _Child:
         self.num_clips += 1
         answer = json.loads(self._line(deadline_s))
         if "error" in answer:
-            raise VideoDecodeError(answer["error"])
+            kind = ClipUnavailableError if answer["transient"] else VideoDecodeError
+            raise kind(answer["error"])
         results = [np.empty(shape, np.uint8) for shape in answer["shapes"]]
         for frames in results:
             self._fill(frames.data.cast("B"), deadline_s)
@@ -211,7 +226,8 @@ class _Child:
         self._stderr.seek(0)
         words = last_words(self._stderr.read()[-4096:])
         if code < 0:
-            return _ChildFailedError(f"died with {signal.Signals(-code).name} ({words})")
+            kind = _ChildCrashedError if -code in _CRASHES else _ChildFailedError
+            return kind(f"died with {signal.Signals(-code).name} ({words})")
         return _ChildFailedError(f"ended with exit code {code} ({words})")
 
 
@@ -238,10 +254,11 @@ def main() -> None:
                     [FrameSize(*size) for size in request["sizes"]],
                 )
             except (VideoDecodeError, MemoryError, cv2.error) as error:
-                reason = str(error)
-                if isinstance(error, MemoryError):
+                reason, is_short = str(error), isinstance(error, MemoryError)
+                if is_short:
                     reason = f"{request['path']}: needs more memory than allowed ({error})"
-                connection.sendall(json.dumps({"error": reason}).encode() + b"\n")
+                answer = {"error": reason, "transient": is_short}
+                connection.sendall(json.dumps(answer).encode() + b"\n")
                 continue
             shapes = {"shapes": [each.shape for each in frames]}
             connection.sendall(json.dumps(shapes).encode() + b"\n")

@@ -8,6 +8,7 @@ from ursa import storage
 from ursa.data.units import TokenizedUnit
 from ursa.errors import UrsaError
 from ursa.inspection.repair import repair_root
+from ursa.inspection.root import read_recipe
 from ursa.inspection.verify import verify_root
 
 
@@ -128,3 +129,26 @@ def test_two_repairs_at_once_are_harmless(root):
     assert failed == []
     assert not any(thread.is_alive() for thread in threads)
     assert hashes(root) == before
+
+
+def test_a_data_set_without_a_clip_that_was_away_is_whole_in_itself(root):
+    """Its unit has no record of its own, so the next run makes it again with the clip."""
+    values = {**root.config.tokenization.model_dump(), "max_failed_fraction": 0.9, "fps": 6.0}
+    config = data_roots.root_config(tokenization=values)
+    tokenizer = read_recipe(root.datasets).visual_tokenizer
+    lost = root.media()[0]
+    content = lost.read_bytes()
+    lost.unlink()
+    without = data_roots.prepare(root.source, root.uri, config, tokenizer).datasets
+    assert without.num_unavailable_clips == 1
+    lost.write_bytes(content)
+    assert verify_root(root.uri, with_media=True).problems == ()
+    shards = {storage.local_path(s.uri) for part in without.parts() for s in part.shards}
+    before = {path: path.read_bytes() for path in shards}
+    for path in shards:
+        path.unlink()
+    assert repair_root(root.uri).num_left == 0
+    assert {path: path.read_bytes() for path in shards} == before
+    whole = data_roots.prepare(root.source, root.uri, config, tokenizer).datasets
+    assert whole.num_unavailable_clips == 0
+    assert verify_root(root.uri, with_media=True).problems == ()

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,32 @@ def test_a_clip_that_cannot_be_read_is_named_not_lost(clips, tokenizer_ref, tmp_
     datasets = run(selection, tokenizer_ref, str(tmp_path / "out"), lenient)
     assert datasets.num_failed_clips == 1
     assert set(TokenSamples(datasets.video_train).clip_ids) == {c.clip_id for c in clips[:2]}
+
+
+@pytest.mark.parametrize("content", [None, b"other bytes"], ids=["missing", "damaged"])
+def test_a_clip_that_is_away_is_tried_again(clips, tokenizer_ref, tmp_path, content):
+    """Its unit is not done, and the data set without it is not the one that has it."""
+    path = tmp_path / "away.mp4"
+    shutil.copy(storage.local_path(clips[0].media_uri), path)
+    away = factories.clip_of(path, caption="away", info=clips[0].info, index=7)
+    config = factories.tiny_config({"tokenization": {"max_failed_fraction": 0.5}})
+    selection = factories.commit_selection(str(tmp_path / "s"), [*clips[:2], away])
+    uri = str(tmp_path / "out")
+    kept = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    without = run(selection, tokenizer_ref, uri, config)
+    assert (without.num_failed_clips, without.num_unavailable_clips) == (1, 1)
+    assert run(selection, tokenizer_ref, uri, config) == without
+    path.write_bytes(kept)
+    whole = run(selection, tokenizer_ref, uri, config)
+    assert (whole.num_failed_clips, whole.num_unavailable_clips) == (0, 0)
+    assert whole.fingerprint != without.fingerprint
+    assert set(TokenSamples(whole.video_train).clip_ids) == {
+        clip.clip_id for clip in (*clips[:2], away)
+    }
+    assert plan_tokenization(selection, tokenizer_ref, config, output_uri=uri).committed == whole
 
 
 def test_a_failed_budget_holds_after_a_restart(clips, tokenizer_ref, tmp_path):
