@@ -50,12 +50,14 @@ class SourceListing(FrozenModel):
         manifest_uri: Where the record itself is.
         source_uri: The source, absolute.
         sources: Its files, sorted by URI.
+        notes_digest: Hash of captions and licences.
         fingerprint: Hash of files and captions.
     """
 
     manifest_uri: str
     source_uri: str
     sources: tuple[SourceVideo, ...]
+    notes_digest: str
     fingerprint: str
 
 
@@ -186,11 +188,9 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
         hash_cache=platformdirs.user_cache_path("ursa") / "hashes.sqlite",
     )
     storage.check_store(settings.data_uri)
+    notes_digest = ingestion.notes_digest(uri, sources)
     source_fingerprint = fingerprint(
-        SCHEMA_VERSION,
-        uri,
-        [item.model_dump(mode="json") for item in sources],
-        ingestion.notes_digest(uri, sources),
+        SCHEMA_VERSION, uri, [item.model_dump(mode="json") for item in sources], notes_digest
     )
     sources_uri = settings.uri("sources", source_fingerprint[:32], "manifest.json")
     storage.commit_record(
@@ -199,6 +199,7 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
             manifest_uri=sources_uri,
             source_uri=uri,
             sources=sources,
+            notes_digest=notes_digest,
             fingerprint=source_fingerprint,
         ),
     )

@@ -11,7 +11,7 @@ from ursa import ingestion, storage
 from ursa.artifacts import ClipSelection, ClipSet, IngestedVideo, TokenizerRef
 from ursa.data import versions
 from ursa.data.clips import read_failures, read_selection
-from ursa.errors import ManifestError
+from ursa.errors import DataError, ManifestError
 
 Unit = TypeVar("Unit")
 
@@ -28,6 +28,7 @@ def ingest_videos(context: RunContext) -> ClipSet:
 
     Raises:
         ManifestError: If the record of the source's files is gone or damaged.
+        DataError: If captions or licences were edited since the run began.
         FailureBudgetExceeded: If too large a share of the files failed.
         DataError: If there is no clip at all.
         ServiceError: If Ray cannot be started or reached.
@@ -38,6 +39,11 @@ def ingest_videos(context: RunContext) -> ClipSet:
         raise ManifestError(f"{context.sources_uri} is gone; run again")
     config = context.config.ingestion
     plan = ingestion.plan_ingestion(context.source_uri, listing.sources, context.data_uri, config)
+    if plan.notes.digest() != listing.notes_digest:
+        raise DataError(
+            f"captions or licences at {context.source_uri} were edited while the run began; run it "
+            "again"
+        )
     if plan.committed is not None:
         return plan.committed
     new: list[IngestedVideo] = []
@@ -54,7 +60,7 @@ def ingest_videos(context: RunContext) -> ClipSet:
                 on_progress=advance,
             )
     clips = ingestion.commit_clips(
-        context.source_uri, (*plan.done, *new), context.data_uri, plan.fingerprint, config
+        context.source_uri, (*plan.done, *new), context.data_uri, plan, config
     )
     announce(
         "%d clips from %d files, %d files quarantined",

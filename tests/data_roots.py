@@ -79,7 +79,7 @@ def prepare(source: Path, uri: str, config: RunConfig, tokenizer: TokenizerRef) 
     plan = ingestion.plan_ingestion(str(source), files, uri, config.ingestion)
     new = [ingestion.ingest_video(file, uri, config.ingestion) for file in plan.todo]
     clips = plan.committed or ingestion.commit_clips(
-        str(source), (*plan.done, *new), uri, plan.fingerprint, config.ingestion
+        str(source), (*plan.done, *new), uri, plan, config.ingestion
     )
     selection = ingestion.select_clips(clips, config.selection, output_uri=uri)
     units = plan_tokenization(selection, tokenizer, config, output_uri=uri)

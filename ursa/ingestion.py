@@ -61,12 +61,18 @@ _MAX_NAMED = 5
 
 
 class IngestPlan(NamedTuple):
-    """What is finished and what is still to do for a source."""
+    """What is finished and what is still to do for a source.
+
+    Attributes:
+        fingerprint: Of the set of clips.
+        notes: Captions and licences, read once: the fingerprint holds for these.
+    """
 
     committed: ClipSet | None
     done: tuple[IngestedVideo, ...]
     todo: tuple[SourceVideo, ...]
     fingerprint: str
+    notes: SourceNotes
 
 
 def notes_digest(source_uri: str, sources: Sequence[SourceVideo]) -> str:
@@ -123,7 +129,7 @@ def plan_ingestion(
         _set_uri(output_uri, plan_fingerprint, "manifest.json"), ClipSet
     )
     if committed is not None:
-        return IngestPlan(committed, (), (), plan_fingerprint)
+        return IngestPlan(committed, (), (), plan_fingerprint, notes)
     try:
         units_uri = storage.join(output_uri, "clips", "units", _unit_fingerprint(config)[:16])
         present = {
@@ -147,7 +153,7 @@ def plan_ingestion(
             todo.append(source)
         else:
             done.append(_rebind(unit, source))
-    return IngestPlan(None, tuple(done), tuple(todo), plan_fingerprint)
+    return IngestPlan(None, tuple(done), tuple(todo), plan_fingerprint, notes)
 
 
 def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) -> IngestedVideo:
@@ -213,7 +219,7 @@ def commit_clips(
     source_uri: str,
     videos: Sequence[IngestedVideo],
     output_uri: str,
-    plan_fingerprint: str,
+    plan: IngestPlan,
     config: IngestionConfig,
 ) -> ClipSet:
     """Join the results of all files to one committed set of clips, with captions.
@@ -222,8 +228,8 @@ def commit_clips(
         source_uri: Where the files are.
         videos: One result for each file of the plan, in any order.
         output_uri: Root of all intermediate data.
-        plan_fingerprint: `IngestPlan.fingerprint`. A set in which files timed out, ran out of
-            memory or crashed gets another one, so that the next plan tries them again.
+        plan: The plan whose `todo` has been done. A set in which files timed out, ran out of
+            memory or crashed gets another fingerprint, so that the next plan tries them again.
         config: Holds the failure budget.
 
     Returns:
@@ -242,21 +248,19 @@ def commit_clips(
         for video in failed
         if video.failure in _UNSTABLE_FAILURES
     ]
+    key = plan.fingerprint
     if unstable:  # a set of its own name, so that a plan looks at these files again
-        plan_fingerprint = fingerprint("clips-without", plan_fingerprint, sorted(unstable))
-    notes = SourceNotes.read(source_uri, [video.source for video in ordered])
-    notes.warn_about_unused_rows()
-    clips = [notes.applied_to(clip) for video in ordered for clip in video.clips]
-    clips_uri = put_table(
-        _set_uri(output_uri, plan_fingerprint), "clips", CLIP_SCHEMA, map(clip_row, clips)
-    )
+        key = fingerprint("clips-without", key, sorted(unstable))
+    plan.notes.warn_about_unused_rows()
+    clips = [plan.notes.applied_to(clip) for video in ordered for clip in video.clips]
+    clips_uri = put_table(_set_uri(output_uri, key), "clips", CLIP_SCHEMA, map(clip_row, clips))
     put_table(
-        _set_uri(output_uri, plan_fingerprint),
+        _set_uri(output_uri, key),
         "failures",
         FAILURE_SCHEMA,
         map(failure_row, failed),
     )
-    manifest_uri = _set_uri(output_uri, plan_fingerprint, "manifest.json")
+    manifest_uri = _set_uri(output_uri, key, "manifest.json")
     return storage.commit_record(
         manifest_uri,
         ClipSet(
@@ -269,7 +273,7 @@ def commit_clips(
             num_dropped_shots=sum(video.num_dropped_shots for video in ordered),
             failures=_counts(video.failure for video in failed if video.failure is not None),
             config=config,
-            fingerprint=plan_fingerprint,
+            fingerprint=key,
         ),
     )
 

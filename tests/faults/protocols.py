@@ -335,9 +335,7 @@ def ingest(source_uri: str, sources: Sequence[SourceVideo]) -> ClipSelection:
     clips = plan.committed
     if clips is None:
         todo = [ingestion.ingest_video(source, ROOT, INGESTION) for source in plan.todo]
-        clips = ingestion.commit_clips(
-            source_uri, [*plan.done, *todo], ROOT, plan.fingerprint, INGESTION
-        )
+        clips = ingestion.commit_clips(source_uri, [*plan.done, *todo], ROOT, plan, INGESTION)
     return ingestion.select_clips(clips, SELECTION, output_uri=ROOT)
 
 

@@ -84,7 +84,7 @@ class Root:
             return plan.committed
         work = functools.partial(ingestion.ingest_video, output_uri=self.uri, config=config)
         videos = [*plan.done, *map(work, plan.todo)]
-        return ingestion.commit_clips(str(self.source), videos, self.uri, plan.fingerprint, config)
+        return ingestion.commit_clips(str(self.source), videos, self.uri, plan, config)
 
     def annotate(self, config, clips=None):
         """Run the step; `looked_at` says how many clips each scorer was given."""

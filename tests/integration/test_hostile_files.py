@@ -142,7 +142,7 @@ def test_a_folder_of_trouble_loses_no_file(tmp_path):
     sources = discover_videos(str(source))
     plan = plan_ingestion(str(source), sources, output, config)
     videos = [ingest_video(item, output, config) for item in plan.todo]
-    clips = commit_clips(str(source), videos, output, plan.fingerprint, config)
+    clips = commit_clips(str(source), videos, output, plan, config)
     assert clips.num_videos == len(names) + 2 + 9
     assert clips.failures == {
         FailureReason.EMPTY_FILE: 1,

@@ -30,7 +30,7 @@ def ingest(source, output, config=CONFIG):
     if plan.committed:
         return plan.committed
     videos = [*plan.done, *(ingest_video(video, str(output), config) for video in plan.todo)]
-    return commit_clips(str(source), videos, str(output), plan.fingerprint, config)
+    return commit_clips(str(source), videos, str(output), plan, config)
 
 
 def selection_config(**changes):
@@ -133,7 +133,7 @@ def test_changed_captions_make_another_set_from_the_same_units(ingested, caplog)
         assert plan.fingerprint != clips.fingerprint
         assert plan.todo == ()
         with caplog.at_level(logging.WARNING, "ursa"):
-            other = commit_clips(str(source), plan.done, str(output), plan.fingerprint, CONFIG)
+            other = commit_clips(str(source), plan.done, str(output), plan, CONFIG)
         assert "gone.mp4" in caplog.text
     finally:
         sidecar.unlink()
@@ -220,10 +220,31 @@ def test_a_set_without_files_that_failed_for_now_is_not_final(tmp_path):
     video = ingest_video(source, data, CONFIG)
     other = video.model_copy(update={"clips": (), "failure": FailureReason.OUT_OF_MEMORY})
     config = CONFIG.model_copy(update={"max_failed_fraction": 0.9})
-    torn = commit_clips(root, [video, other], data, plan.fingerprint, config)
+    torn = commit_clips(root, [video, other], data, plan, config)
     assert has_unstable_failures(torn)
     bad = video.model_copy(update={"clips": (), "failure": FailureReason.NOT_A_VIDEO})
-    assert not has_unstable_failures(commit_clips(root, [video, bad], data, "f" * 64, config))
+    assert not has_unstable_failures(
+        commit_clips(root, [video, bad], data, plan._replace(fingerprint="f" * 64), config)
+    )
+
+
+def test_captions_are_those_of_the_plan(tmp_path):
+    """What is edited while files are ingested belongs to the next plan."""
+    source = tmp_path / "in"
+    source.mkdir()
+    media.save_video(source / "a.mp4", media.panning(30, step=2, height=72), 24.0)
+    (source / "a.txt").write_text("before")
+    root, data = str(source), str(tmp_path / "data")
+    sources = discover_videos(root)
+    plan = plan_ingestion(root, sources, data, CONFIG)
+    videos = [ingest_video(video, data, CONFIG) for video in plan.todo]
+    (source / "a.txt").unlink()
+    (clip,) = read_clips(commit_clips(root, videos, data, plan, CONFIG))
+    assert (clip.caption, clip.caption_source) == ("before", "sidecar")
+    after = plan_ingestion(root, sources, data, CONFIG)
+    assert (after.committed, after.todo) == (None, ())
+    (clip,) = read_clips(commit_clips(root, after.done, data, after, CONFIG))
+    assert clip.caption_source == "template"
 
 
 def test_timeout_is_not_kept_as_done(tmp_path):
@@ -247,10 +268,10 @@ def test_set_without_a_file_that_timed_out_is_not_the_last_word(tmp_path):
     good, other = (ingest_video(source, data, CONFIG) for source in sources)
     hurried = other.model_copy(update={"clips": (), "failure": FailureReason.TIMEOUT})
     config = CONFIG.model_copy(update={"max_failed_fraction": 0.9})
-    first = commit_clips(root, [good, hurried], data, plan.fingerprint, config)
+    first = commit_clips(root, [good, hurried], data, plan, config)
     again = plan_ingestion(root, sources, data, CONFIG)
     assert again.committed is None
-    second = commit_clips(root, again.done, data, again.fingerprint, config)
+    second = commit_clips(root, again.done, data, again, config)
     assert (first.num_failed, second.num_failed) == (1, 0)
     assert first.fingerprint != second.fingerprint
 

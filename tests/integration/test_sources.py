@@ -30,7 +30,7 @@ def ingest(source, output, config=CONFIG):
     new = [ingest_video(video, str(output), config) for video in plan.todo]
     # a clip that is made again is written again
     written = [path for path in media_uri.glob("*") if started.get(path) != path.stat().st_mtime_ns]
-    clips = commit_clips(str(source), [*plan.done, *new], str(output), plan.fingerprint, config)
+    clips = commit_clips(str(source), [*plan.done, *new], str(output), plan, config)
     return clips, len(written)
 
 

@@ -47,7 +47,7 @@ def ingest(source_uri, output):
     sources = discover_videos(source_uri)
     plan = plan_ingestion(source_uri, sources, str(output), CONFIG)
     new = [ingest_video(video, str(output), CONFIG) for video in plan.todo]
-    return commit_clips(source_uri, [*plan.done, *new], str(output), plan.fingerprint, CONFIG)
+    return commit_clips(source_uri, [*plan.done, *new], str(output), plan, CONFIG)
 
 
 def tar_of(members):

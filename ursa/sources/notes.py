@@ -1,5 +1,6 @@
 """What people have written about the videos of a source: captions, licences, attributions."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -70,18 +71,18 @@ class SourceNotes:
         files = {relative_name(source_uri, item.uri): item for item in listed}
         caption_file = files.get(CAPTION_FILE_NAME)
         if caption_file is not None and caption_file.num_bytes <= CAPTION_FILE_LIMIT_BYTES:
-            self._read_caption_file(caption_file.uri, names)
+            # what is removed after it was listed is not there
+            with contextlib.suppress(FileNotFoundError):
+                self._read_caption_file(caption_file.uri, names)
         for name, uri in names.items():
             if self._sources[uri].offset_bytes is None:
-                self._add_beside(
-                    uri,
-                    {
-                        beside: parse_text_beside(beside, storage.read_bytes(files[beside].uri))
-                        for beside in names_beside(name)
-                        if beside in files and 0 < files[beside].num_bytes <= SIDECAR_LIMIT_BYTES
-                    },
-                    name,
-                )
+                texts: dict[str, Notes] = {}
+                for beside in names_beside(name):
+                    if beside in files and 0 < files[beside].num_bytes <= SIDECAR_LIMIT_BYTES:
+                        with contextlib.suppress(FileNotFoundError):
+                            content = storage.read_bytes(files[beside].uri)
+                            texts[beside] = parse_text_beside(beside, content)
+                self._add_beside(uri, texts, name)
 
     def _read_caption_file(self, uri: str, names: Mapping[str, str]) -> None:
         parsed, bad_lines = parse_caption_rows(storage.read_bytes(uri))

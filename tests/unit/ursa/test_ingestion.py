@@ -21,7 +21,7 @@ def test_source_without_clips_is_an_error(tmp_path):
     plan = plan_ingestion(str(source), discover_videos(str(source)), data, CONFIG)
     videos = [ingest_video(video, data, CONFIG) for video in plan.todo]
     with pytest.raises(DataError, match=r"no clip in 1 files.*1 not_a_video"):
-        commit_clips(str(source), videos, data, plan.fingerprint, CONFIG)
+        commit_clips(str(source), videos, data, plan, CONFIG)
 
 
 def test_missing_or_empty_source_says_what_to_do(tmp_path):
