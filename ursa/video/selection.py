@@ -108,18 +108,24 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
     )
     for item in relative:
         _reject(reasons, values_of(item.scorer, item.score), item)
-    passing = np.flatnonzero(_is_open(reasons)).tolist()
-    clusters = np.arange(len(passing))
+    # what percentiles and shares reject changes as clips come; what shows the same must not, or a
+    # group would fall apart and a source that was trained on be held out
+    shown = [clips[place] for place in np.flatnonzero(is_passing).tolist()]
+    clusters = np.arange(len(shown))
     if config.max_duplicate_distance is not None:
-        shown = [clips[place] for place in passing]
         hashes = [clip.scores.perceptual_hash for clip in shown]
         likeness = find_likeness(hashes, config.max_duplicate_distance)
-        order = sorted(range(len(shown)), key=lambda place: _preference(shown[place]))
+        is_left = _is_open(reasons)[is_passing]
+        order = sorted(
+            np.flatnonzero(is_left).tolist(), key=lambda place: _preference(shown[place])
+        )
         repeats = sorted(drop_repeats(likeness, order))
-        reasons[[passing[place] for place in repeats]] = RejectReason.NEAR_DUPLICATE
+        reasons[np.flatnonzero(is_passing)[repeats]] = RejectReason.NEAR_DUPLICATE
         clusters = find_clusters(likeness)
+    kept = {clips[place].source_sha256 for place in np.flatnonzero(_is_open(reasons)).tolist()}
     # of dropped copies too: their sources show the same
-    groups = _joined_sources([clips[place].source_sha256 for place in passing], clusters)
+    joined = _joined_sources([clip.source_sha256 for clip in shown], clusters)
+    groups = [group for group in joined if group & kept]
     held_out = choose_validation_sources(groups, config.validation_fraction, seed=config.split_seed)
     verdicts = [None if reason is None else str(reason) for reason in reasons.tolist()]
     splits: list[Split | None] = [

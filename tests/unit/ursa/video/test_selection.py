@@ -492,3 +492,32 @@ def test_small_sets():
     assert choose_validation_sources([{"a", "b"}], 0.5, seed=0) == frozenset()
     assert len(choose_validation_sources(groups_of("a", "b"), 1e-9, seed=0)) == 1
     assert len(choose_validation_sources(groups_of("a", "b", "c"), 1.0, seed=0)) == 2
+
+
+def test_a_clip_that_a_percentile_drops_still_joins_its_sources():
+    """Percentiles move as clips come: who is held out must not change with them."""
+    names = [f"{k:064x}" for k in range(60)]
+    clips = [shown(f"{k:02}", pictures(k), source=name) for k, name in enumerate(names)]
+    splits = judge_clips(clips, only(validation_fraction=0.3)).splits
+    place, other = splits.index("validation"), splits.index("train")
+    copy = shown("copy", pictures(place), source=names[other], sharpness=1.0)
+    rule = {"scorer": "laplacian-variance-clip-size", "score": "sharpness", "least_percentile": 5}
+    config = only(validation_fraction=0.3, max_duplicate_distance=4, rules=[rule])
+    judged = judge_clips([*clips, copy], config)
+    assert judged.reasons[-1] == "too_low:laplacian-variance-clip-size/sharpness"
+    assert judged.splits[place] == judged.splits[other] == "train"
+
+
+def test_what_is_held_out_has_clips():
+    """A source whose clips a percentile drops is not the one that is held out of a few."""
+    names = [f"{k:064x}" for k in range(3)]
+    rule = {"scorer": "laplacian-variance-clip-size", "score": "sharpness", "least_percentile": 40}
+    config = only(validation_fraction=1e-9, rules=[rule])
+    for blurred in range(3):
+        clips = [
+            shown(str(k), pictures(k), source=name, sharpness=1.0 if k == blurred else 100.0)
+            for k, name in enumerate(names)
+        ]
+        judged = judge_clips(clips, config)
+        assert judged.reasons[blurred] is not None
+        assert sorted(split for split in judged.splits if split) == ["train", "validation"]
