@@ -29,8 +29,9 @@ from ursa.artifacts import (
 )
 from ursa.config import RunConfig, fingerprint
 from ursa.data.addresses import address_seed
-from ursa.data.clips import clip_windows, read_selection
+from ursa.data.clips import clip_windows, local_clip, read_selection
 from ursa.data.dataset import TokenSamples, code_counts, spread
+from ursa.errors import VideoDecodeError
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import UrsaTransformer, build_transformer
 from ursa.tokenizers.visual import psnr_db
@@ -43,7 +44,8 @@ from ursa.training.validation import (
     measure_grid,
     settings_of,
 )
-from ursa.video.decode import read_frames, write_gif, write_video
+from ursa.video.decode import FrameSize, ReadFrames, read_frames_at, write_gif, write_video
+from ursa.video.reader import ClipReader
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +125,9 @@ def evaluate(
     metrics, grids = held_out_metrics(pipeline, datasets, config)
     metrics |= stage_metrics(model.checkpoint)
     selected = read_selection(selection)
-    metrics |= tokenizer_metrics(pipeline, selected, config)
-    samples = draw_samples(pipeline, selected, config)
+    with ClipReader() as reader:
+        metrics |= tokenizer_metrics(pipeline, selected, config, reader.read)
+        samples = draw_samples(pipeline, selected, config, reader.read)
     metrics |= sample_metrics(samples)
     samples_uri = storage.unique_place(folder_uri, "samples")
     files = _write_samples(samples, samples_uri, fps=config.tokenization.fps)
@@ -260,7 +263,10 @@ def unigram_metrics(train_counts: np.ndarray, held_out: TokenSamples) -> dict[st
 
 
 def tokenizer_metrics(
-    pipeline: UrsaPipeline, selected: Sequence[SelectedClip], config: RunConfig
+    pipeline: UrsaPipeline,
+    selected: Sequence[SelectedClip],
+    config: RunConfig,
+    read: ReadFrames = read_frames_at,
 ) -> dict[str, float]:
     """Return the reconstruction quality of the visual tokenizer by split.
 
@@ -268,13 +274,14 @@ def tokenizer_metrics(
         pipeline: Holds the tokenizer.
         selected: Clips; at most 32 windows of each split, evenly spread, are measured.
         config: The run; `tokenization` matters.
+        read: Reads frames of a local file.
 
     Returns:
         PSNR in dB: `eval/tokenizer_psnr_train`, `eval/tokenizer_psnr_validation`; a split without
-        windows is absent.
+        windows that can be read is absent.
 
     Raises:
-        VideoDecodeError: If a clip cannot be read.
+        StorageError: If the store refuses or does not answer.
     """
     metrics = {}
     for split in ("train", "validation"):
@@ -286,14 +293,21 @@ def tokenizer_metrics(
         ]
         if windows:
             chosen = [windows[place] for place in spread(len(windows), _PSNR_WINDOWS)]
-            real = np.stack([_read(item, indices, config) for item, indices in chosen])
+            found = [_read(item, indices, config, read) for item, indices in chosen]
+            readable = [frames for frames in found if frames is not None]
+            if not readable:
+                continue
+            real = np.stack(readable)
             decoded = pipeline.visual_tokenizer.decode(pipeline.visual_tokenizer.encode(real))
             metrics[f"eval/tokenizer_psnr_{split}"] = psnr_db(real, decoded)
     return metrics
 
 
 def draw_samples(
-    pipeline: UrsaPipeline, selected: Sequence[SelectedClip], config: RunConfig
+    pipeline: UrsaPipeline,
+    selected: Sequence[SelectedClip],
+    config: RunConfig,
+    read: ReadFrames = read_frames_at,
 ) -> list[Sample]:
     """Sample training captions from noise, and again from a given first frame.
 
@@ -304,14 +318,15 @@ def draw_samples(
         pipeline: The model.
         selected: Clips; the most frequent training captions are taken.
         config: The run; `evaluation.sampling`, `tokenization` and the seed matter.
+        read: Reads frames of a local file.
 
     Returns:
         Two samples a caption, from noise first.
 
     Raises:
-        VideoDecodeError: If a clip cannot be read.
+        StorageError: If the store refuses or does not answer.
     """
-    prompts = _frequent_captions(selected, config)
+    prompts = _frequent_captions(selected, config, read)
     noise_shape = (
         1 + (config.tokenization.num_frames - 1) // pipeline.visual_tokenizer.temporal_stride,
         config.tokenization.height_px // pipeline.visual_tokenizer.spatial_stride,
@@ -431,32 +446,42 @@ def strip(samples: Sequence[Sample]) -> Image.Image:
 
 
 def _frequent_captions(
-    selected: Sequence[SelectedClip], config: RunConfig
+    selected: Sequence[SelectedClip], config: RunConfig, read: ReadFrames
 ) -> list[tuple[str, np.ndarray]]:
-    """Return the captions with most training samples, each with the frames of its middle one."""
+    """Return the captions with most training samples, each with the frames of its middle one.
+
+    A sample that cannot be read gives way to the next one.
+    """
     windows: dict[str, list[tuple[SelectedClip, list[int]]]] = {}
     for item in selected:
         if item.split == "train":
             for _, indices in clip_windows(item.clip, config.tokenization):
                 windows.setdefault(item.clip.caption or "", []).append((item, indices))
     frequency = Counter({caption: len(found) for caption, found in windows.items()})
-    chosen = [
-        caption for caption, _ in sorted(frequency.items(), key=lambda entry: (-entry[1], entry[0]))
-    ][: config.evaluation.sampling.num_prompts]
-    return [
-        (caption, _read(*windows[caption][len(windows[caption]) // 2], config))
-        for caption in chosen
-    ]
+    found: list[tuple[str, np.ndarray]] = []
+    for caption, _ in sorted(frequency.items(), key=lambda entry: (-entry[1], entry[0])):
+        middle = len(windows[caption]) // 2
+        for item, indices in (*windows[caption][middle:], *windows[caption][:middle]):
+            frames = _read(item, indices, config, read)
+            if frames is not None:
+                found.append((caption, frames))
+                break
+        if len(found) == config.evaluation.sampling.num_prompts:
+            break
+    return found
 
 
-def _read(item: SelectedClip, indices: Sequence[int], config: RunConfig) -> np.ndarray:
-    with storage.local_copy(item.clip.media_uri) as path:
-        return read_frames(
-            path,
-            indices,
-            height_px=config.tokenization.height_px,
-            width_px=config.tokenization.width_px,
-        )
+def _read(
+    item: SelectedClip, indices: Sequence[int], config: RunConfig, read: ReadFrames
+) -> np.ndarray | None:
+    """Return frames of a clip; None if it cannot be read, as tokenization may have found too."""
+    size = FrameSize(config.tokenization.height_px, config.tokenization.width_px)
+    try:
+        with local_clip(item.clip) as path:
+            return read(path, indices, [size])[0]
+    except VideoDecodeError as error:
+        logger.warning("left out of the evaluation: %s", error)
+        return None
 
 
 def _write_samples(samples: Sequence[Sample], samples_uri: str, *, fps: float) -> tuple[str, ...]:

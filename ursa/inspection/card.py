@@ -20,6 +20,8 @@ from ursa.inspection.examples import choose_examples, read_strip, verdict_of
 from ursa.inspection.pictures import data_url, jpeg, score_histograms
 from ursa.inspection.root import load_selection
 from ursa.inspection.stats import DataStats, data_stats, resolutions
+from ursa.video.decode import ReadFrames
+from ursa.video.reader import ClipReader
 
 DURATION_EDGES_S = (1.0, 2.0, 4.0, 8.0)
 NUM_KEPT_EXAMPLES = 8
@@ -238,16 +240,18 @@ def _rejected(selection: ClipSelection) -> list[SelectedClip]:
 def _examples(examples: Sequence[SelectedClip]) -> str:
     if not examples:
         return "<p>None.</p>"
-    return f'<div class="grid">{"".join(_example(item) for item in examples)}</div>'
+    with ClipReader() as reader:
+        figures = [_example(item, reader.read) for item in examples]
+    return f'<div class="grid">{"".join(figures)}</div>'
 
 
-def _example(item: SelectedClip) -> str:
+def _example(item: SelectedClip, read: ReadFrames) -> str:
     clip = item.clip
     try:
-        url = data_url(jpeg(read_strip(clip)), "jpeg")
+        url = data_url(jpeg(read_strip(clip, read)), "jpeg")
         picture = f'<img alt="frames of the clip" src="{url}">'
     except DataError:
-        picture = '<div class="none">the clip is missing or damaged</div>'
+        picture = '<div class="none">the clip is missing, damaged or not to be decoded</div>'
     scores = ", ".join(
         f"{name} {value:,.0f}" if abs(value) >= 100 else f"{name} {value:.3g}"
         for name, value in (clip.scores.model_dump() | clip.extra_scores).items()

@@ -1,8 +1,8 @@
 """Example clips to look at: whole, or as a strip of frames."""
 
-import hashlib
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from ursa import storage
 from ursa.artifacts import Clip, ClipSelection, RejectReason, SelectedClip
-from ursa.data.clips import clips_of, read_selection_tables
-from ursa.errors import ConfigError, DataError, VideoDecodeError, name_hint
-from ursa.video.decode import read_frames
+from ursa.data.clips import clips_of, local_clip, read_selection_tables
+from ursa.errors import ConfigError, DataError, name_hint
+from ursa.video.decode import FrameSize, ReadFrames, read_frames_at
+from ursa.video.reader import ClipReader
 
 STRIP_FRAMES = 4
 STRIP_HEIGHT_PX = 90
@@ -77,6 +77,7 @@ def write_examples(
     """
     paths = []
     rows = []
+    reader = ClipReader()
     for item in examples:
         # a name from a table is not trusted to be one
         name = re.sub(r"[^0-9A-Za-z_-]", "_", item.clip.clip_id)
@@ -85,9 +86,10 @@ def write_examples(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if as_strips:
-                Image.fromarray(read_strip(item.clip)).save(path)
+                Image.fromarray(read_strip(item.clip, reader.read)).save(path)
             else:
-                path.write_bytes(_read_media(item.clip))
+                with local_clip(item.clip) as media:
+                    shutil.copyfile(media, path)
         except OSError as error:
             raise DataError(f"{path} cannot be written ({error}); choose another folder") from error
         paths.append(path)
@@ -107,12 +109,17 @@ def verdict_of(item: SelectedClip) -> str:
 
 
 def read_strip(
-    clip: Clip, *, num_frames: int = STRIP_FRAMES, height_px: int = STRIP_HEIGHT_PX
+    clip: Clip,
+    read: ReadFrames = read_frames_at,
+    *,
+    num_frames: int = STRIP_FRAMES,
+    height_px: int = STRIP_HEIGHT_PX,
 ) -> np.ndarray:
     """Return frames of a clip side by side, evenly spread from the first to the last.
 
     Args:
         clip: A normalised clip.
+        read: Reads frames of a local file.
         num_frames: How many at most.
         height_px: Height of the strip.
 
@@ -127,20 +134,6 @@ def read_strip(
     width_px = max(1, round(height_px * info.width_px / info.height_px))
     places = np.linspace(0, info.num_frames - 1, min(num_frames, info.num_frames))
     indices = [round(place) for place in places.tolist()]
-    with storage.scratch_directory("strip") as folder:
-        path = folder / "clip.mp4"
-        path.write_bytes(_read_media(clip))
-        frames = read_frames(path, indices, height_px=height_px, width_px=width_px)
+    with local_clip(clip) as path:
+        (frames,) = read(path, indices, [FrameSize(height_px, width_px)])
     return np.concatenate(list(frames), axis=1)
-
-
-def _read_media(clip: Clip) -> bytes:
-    """Return the bytes of a clip; only our own clips, proved by their hash, are decoded here."""
-    hint = "`ursa data repair` makes it again"
-    try:
-        data = storage.read_bytes(clip.media_uri)
-    except FileNotFoundError as error:
-        raise VideoDecodeError(f"{clip.media_uri} is missing; {hint}") from error
-    if hashlib.sha256(data).hexdigest() != clip.media_sha256:
-        raise VideoDecodeError(f"{clip.media_uri} is damaged; {hint}")
-    return data

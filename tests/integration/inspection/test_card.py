@@ -63,7 +63,7 @@ def test_missing_clips_are_said(root):
     for path in root.media():
         path.unlink()
     text = Elements(data_card(root.uri)).text
-    assert text.count("the clip is missing or damaged") == 5
+    assert text.count("the clip is missing, damaged or not to be decoded") == 5
 
 
 def test_the_card_shows_the_thresholds_of_the_record(root):

@@ -10,6 +10,7 @@ from ursa.artifacts import SelectedClip
 from ursa.data.clips import clip_windows
 from ursa.evaluation import (
     Sample,
+    draw_samples,
     evaluate,
     failed_gates,
     sample_metrics,
@@ -18,7 +19,7 @@ from ursa.evaluation import (
     unigram_metrics,
 )
 from ursa.generation import UrsaPipeline
-from ursa.video.decode import read_frames, video_info
+from ursa.video.decode import read_frames_at, video_info
 
 CONFIG = factories.tiny_config()
 TIMES = CONFIG.evaluation.timesteps
@@ -163,22 +164,47 @@ def test_clips_of_one_frame_have_no_flicker():
     }
 
 
-def test_at_most_32_windows_of_a_split_are_reconstructed(exported_model, tmp_path, monkeypatch):
+def test_at_most_32_windows_of_a_split_are_reconstructed(exported_model, tmp_path):
     frames = media.panning(60, step=1, height=48, width=64)
     path = media.save_video(tmp_path / "long.mp4", frames, 12.0)
     clip = factories.clip_of(path, caption="a", info=video_info(path))
     config = factories.tiny_config({"tokenization": {"window_stride_s": 0.09}})
     windows = [indices for _, indices in clip_windows(clip, config.tokenization)]
     assert 32 < len(windows) < 64
-    read = []
-    monkeypatch.setattr(
-        "ursa.evaluation.read_frames",
-        lambda path, indices, **sizes: read.append(indices) or read_frames(path, indices, **sizes),
-    )
+    asked = []
+
+    def read(path, indices, sizes):
+        asked.append(indices)
+        return read_frames_at(path, indices, sizes)
+
     pipeline = UrsaPipeline.from_pretrained(exported_model.directory_uri)
     selected = [SelectedClip(clip=clip, kept=True, reason=None, split="train")]
-    assert list(tokenizer_metrics(pipeline, selected, config)) == ["eval/tokenizer_psnr_train"]
-    places = [windows.index(indices) for indices in read]
+    found = tokenizer_metrics(pipeline, selected, config, read)
+    assert list(found) == ["eval/tokenizer_psnr_train"]
+    places = [windows.index(indices) for indices in asked]
     assert len(places) == 32
     assert set(np.diff(places)) == {1, 2}
     assert places[-1] >= len(windows) - 2
+
+
+def test_clips_that_cannot_be_read_are_left_out(exported_model, tmp_path):
+    """A failure that tokenization allowed does not end the run here."""
+    config = factories.tiny_config()
+    frames = media.panning(60, step=1, height=48, width=64)
+    good = media.save_video(tmp_path / "good.mp4", frames, 12.0)
+    info = video_info(good)
+    lost = media.save_video(tmp_path / "lost.mp4", frames, 12.0)
+    clips = [
+        factories.clip_of(path, caption="a", info=info, index=index)
+        for index, path in enumerate((good, lost))
+    ]
+    lost.unlink()
+    pipeline = UrsaPipeline.from_pretrained(exported_model.directory_uri)
+    both, alone = (
+        [SelectedClip(clip=clip, kept=True, reason=None, split="train") for clip in part]
+        for part in (clips, clips[1:])
+    )
+    assert list(tokenizer_metrics(pipeline, both, config)) == ["eval/tokenizer_psnr_train"]
+    assert {sample.prompt for sample in draw_samples(pipeline, both, config)} == {"a"}
+    assert tokenizer_metrics(pipeline, alone, config) == {}
+    assert draw_samples(pipeline, alone, config) == []
