@@ -76,7 +76,7 @@ def test_names_from_a_table_stay_in_the_folder(root, tmp_path):
 def test_a_damaged_clip_is_never_decoded(root, tmp_path):
     (item,) = choose_examples(root.selection, 1, reason="too_dark")
     data_roots.flip_bit(storage.local_path(item.clip.media_uri), 300, 5)
-    with pytest.raises(VideoDecodeError, match="is damaged: .*; run `ursa data repair`"):
+    with pytest.raises(VideoDecodeError, match=r"is damaged: .*; run `ursa data repair`"):
         write_examples([item], tmp_path, as_strips=True)
     storage.remove_file(item.clip.media_uri)
     with pytest.raises(VideoDecodeError, match="is missing"):
