@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 
 from tests import browser, data_roots
+from ursa.data.clips import read_selection
 from ursa.ingestion import select_clips
-from ursa.inspection.card import data_card, escape
+from ursa.inspection.card import MOTION_SHARES, data_card, escape
 from ursa.inspection.pictures import score_histograms
 
 STRUCTURE = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "div", "p", "br"}
@@ -44,7 +45,7 @@ def test_texts_of_users_stay_texts(root):
 def test_the_card_loads_nothing(root):
     elements = Elements(data_card(root.uri))
     sources = [attrs["src"] for tag, attrs in elements.found if tag == "img"]
-    assert len(sources) == 1 + 5
+    assert len(sources) == 1 + 5 + len(MOTION_SHARES)
     assert all(source.startswith("data:image/") for source in sources)
     assert not any({"href", "onload", "onerror"} & set(attrs) for _, attrs in elements.found)
     assert "url(" not in elements.text
@@ -59,11 +60,22 @@ def test_the_card_shows_counts_reasons_and_tokens(root):
     assert data_card(root.uri) == data_card(root.uri)
 
 
+def test_the_card_shows_what_a_motion_prompt_means(root):
+    """From the stillest kept clip to the fastest."""
+    text = Elements(data_card(root.uri)).text
+    kept = [
+        item.clip.scores.motion_px_per_s for item in read_selection(root.selection) if item.kept
+    ]
+    for motion in (min(kept), max(kept)):
+        assert f"motion={motion:.1f}, ..." in text
+
+
 def test_missing_clips_are_said(root):
     for path in root.media():
         path.unlink()
     text = Elements(data_card(root.uri)).text
-    assert text.count("the clip is missing, damaged or not to be decoded") == 5
+    number = 5 + len(MOTION_SHARES)
+    assert text.count("the clip is missing, damaged or not to be decoded") == number
 
 
 def test_the_card_shows_the_thresholds_of_the_record(root):
@@ -104,6 +116,6 @@ def test_a_browser_shows_all_pictures_and_runs_nothing(root, tmp_path):
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert driver.get_log("browser") == []
-    assert len(widths) == 6
+    assert len(widths) == 6 + len(MOTION_SHARES)
     assert min(widths) >= 480
     assert overflow == 0
