@@ -54,7 +54,8 @@ check: setup ## format, lint, layers, types, docstrings
 	$(BIN)/mypy
 
 test: test-unit test-faults ## everything but slow and GPU tests
-	$(BIN)/pytest tests/integration tests/e2e -m "not slow and not gpu"
+	$(BIN)/pytest tests/integration -m "not slow and not gpu" -n auto --maxprocesses 2 --dist loadfile
+	$(BIN)/pytest tests/e2e -m "not slow and not gpu"
 
 test-unit: setup ## unit, property and parity tests, on all processors
 	$(BIN)/pytest tests/unit tests/property tests/parity -m "not slow and not gpu" \

@@ -245,7 +245,7 @@ def read_pictures(
             )
             return read(path, indices, [size])[0]
     except VideoDecodeError as error:
-        raise UnreadableError(f"{clip.media_uri} cannot be read ({error})") from error
+        raise UnreadableError(str(error)) from error
 
 
 def apply_annotations(
