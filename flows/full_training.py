@@ -9,7 +9,8 @@ from flows.model_release import model_release
 from flows.staged_training import staged_training
 from tasks.context import find_prepared, run_session
 from tasks.options import ConfigOverrides
-from tasks.registration import find_version, finish_run, has_new_data
+from tasks.registration import find_version, finish_run
+from tasks.retraining import NewData, look_for_new_data
 from tasks.versions import note_version
 from ursa.artifacts import ModelVersion
 from ursa.config import Preset
@@ -31,7 +32,8 @@ def full_training(
         source_uri: Directory, `s3://` prefix, manifest or tar file with videos (docs/sources.md).
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
-        only_new: End as `NoNewData` when the newest version was made from the same files.
+        only_new: End as `NoNewData` when there are too few new files since the newest version; else
+            go on from the champion, as `retraining` says.
 
     Returns:
         Final state, named `Completed`, `NothingChanged` or `NoNewData`.
@@ -39,9 +41,10 @@ def full_training(
     Raises:
         UrsaError: The first error of a task that did not go away.
     """
-    with run_session(source_uri, preset, overrides) as run:
-        if only_new and not has_new_data(run):
-            return Completed(name="NoNewData", message=f"no new data at {run.source_uri}")
+    new = look_for_new_data(source_uri, preset, overrides) if only_new else NewData()
+    if new.refusal is not None:
+        return Completed(name="NoNewData", message=new.refusal)
+    with run_session(source_uri, preset, overrides, start=new.start) as run:
         version = find_version(run)
         known = None if version is None else find_prepared(run)
         if known is not None:

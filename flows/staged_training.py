@@ -13,6 +13,7 @@ from tasks.context import (
     run_session,
 )
 from tasks.options import ConfigOverrides
+from tasks.retraining import training_config
 from tasks.training import fit_schedule, stage_request, train_stage
 from ursa.artifacts import CheckpointRef
 from ursa.config import Preset
@@ -51,8 +52,9 @@ def staged_training(
             prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
         fit_schedule(run, prepared)
         checkpoint: CheckpointRef | None = None
-        for stage in run.config.stages.needed():
-            request = stage_request(run, prepared, stage, checkpoint)
+        config = training_config(run, prepared)
+        for stage in config.stages.needed():
+            request = stage_request(run, prepared, stage, checkpoint, config)
             checkpoint = train_stage(run, request)
         assert checkpoint is not None
         return commit_trained(

@@ -61,6 +61,22 @@ class SourceListing(FrozenModel):
     fingerprint: str
 
 
+class Start(FrozenModel):
+    """The registered version that a retraining goes on from.
+
+    Attributes:
+        model_uri: `models:/<name>/<version>`.
+        directory_uri: Its model directory.
+        tokens_uri: Manifest of the token data sets that it was trained on.
+        network: Its `network_fingerprint`.
+    """
+
+    model_uri: str
+    directory_uri: str
+    tokens_uri: str
+    network: str
+
+
 class RunContext(FrozenModel):
     """What all steps of a run share.
 
@@ -71,7 +87,8 @@ class RunContext(FrozenModel):
         config: Preset and overrides, merged.
         sources_uri: Record of the source's files, a `SourceListing`.
         source_fingerprint: Hash of files and captions of the source.
-        fingerprint: Hash of configuration and source.
+        start: What a retraining goes on from; None trains all stages.
+        fingerprint: Hash of configuration, source and start.
         run: Parent run in the tracking server.
     """
 
@@ -81,6 +98,7 @@ class RunContext(FrozenModel):
     config: RunConfig
     sources_uri: str
     source_fingerprint: str
+    start: Start | None
     fingerprint: str
     run: TrackedRun
 
@@ -157,13 +175,16 @@ def with_registered_starts(config: RunConfig, tracking_uri: str) -> RunConfig:
 
 
 @step(run_name="check and start", retries=1)
-def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None) -> RunContext:
+def start_run(
+    source_uri: str, preset: Preset, overrides: ConfigOverrides | None, start: Start | None = None
+) -> RunContext:
     """Check configuration, services, store and source; open the run in the tracking server.
 
     Args:
         source_uri: As `ursa.sources.listing.discover_videos` takes it.
         preset: Name of a preset.
         overrides: Values to change in it; None changes none.
+        start: The version that a retraining goes on from.
 
     Returns:
         What all steps of the run share.
@@ -175,35 +196,16 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
         StorageError: If the store cannot be used.
     """
     settings = RuntimeSettings.from_env()
-    given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
-    config = load_config(preset, given)
+    config = given_config(preset, overrides)
     check_scorers(config.annotation)
     check_rules(config.selection, score_keys(config.annotation))  # before hours of work
     tracking.check_service(settings.mlflow_tracking_uri)
     config = with_registered_starts(config, settings.mlflow_tracking_uri)
-    uri = absolute_uri(source_uri)
-    sources = discover_videos(
-        uri,
-        allow_https=config.ingestion.allow_https,
-        hash_cache=platformdirs.user_cache_path("ursa") / "hashes.sqlite",
-    )
+    listing = list_source(source_uri, config, settings)
+    uri, sources, source_fingerprint = listing.source_uri, listing.sources, listing.fingerprint
     storage.check_store(settings.data_uri)
-    notes_digest = ingestion.notes_digest(uri, sources)
-    source_fingerprint = fingerprint(
-        SCHEMA_VERSION, uri, [item.model_dump(mode="json") for item in sources], notes_digest
-    )
-    sources_uri = settings.uri("sources", source_fingerprint[:32], "manifest.json")
-    storage.commit_record(
-        sources_uri,
-        SourceListing(
-            manifest_uri=sources_uri,
-            source_uri=uri,
-            sources=sources,
-            notes_digest=notes_digest,
-            fingerprint=source_fingerprint,
-        ),
-    )
-    run_fingerprint = fingerprint(config, source_fingerprint)
+    storage.commit_record(listing.manifest_uri, listing)
+    run_fingerprint = fingerprint(config, source_fingerprint, *([start] if start else []))
     run = tracking.open_run(
         settings.mlflow_tracking_uri,
         f"{preset} {Path(uri).name} {run_fingerprint[:8]}",
@@ -226,11 +228,67 @@ def start_run(source_uri: str, preset: Preset, overrides: ConfigOverrides | None
         data_uri=settings.data_uri,
         preset=preset,
         config=config,
-        sources_uri=sources_uri,
+        sources_uri=listing.manifest_uri,
         source_fingerprint=source_fingerprint,
+        start=start,
         fingerprint=run_fingerprint,
         run=run,
     )
+
+
+def given_config(preset: Preset, overrides: ConfigOverrides | None) -> RunConfig:
+    """Return the configuration of a preset and what is changed in it.
+
+    Args:
+        preset: Name of a preset.
+        overrides: Values to change in it; None changes none.
+
+    Raises:
+        ConfigError: If a key or a value is refused.
+    """
+    given = overrides.model_dump(mode="json", exclude_unset=True) if overrides else {}
+    return load_config(preset, given)
+
+
+def list_source(source_uri: str, config: RunConfig, settings: RuntimeSettings) -> SourceListing:
+    """Return what is at a source now; nothing is written.
+
+    Args:
+        source_uri: As `ursa.sources.listing.discover_videos` takes it.
+        config: The run.
+        settings: Where data are.
+
+    Raises:
+        DataError: If the source does not exist or holds no video.
+        StorageError: If the store cannot be used.
+    """
+    uri = absolute_uri(source_uri)
+    sources = discover_videos(
+        uri,
+        allow_https=config.ingestion.allow_https,
+        hash_cache=platformdirs.user_cache_path("ursa") / "hashes.sqlite",
+    )
+    notes_digest = ingestion.notes_digest(uri, sources)
+    key = fingerprint(
+        SCHEMA_VERSION, uri, [item.model_dump(mode="json") for item in sources], notes_digest
+    )
+    return SourceListing(
+        manifest_uri=sources_uri(key, settings),
+        source_uri=uri,
+        sources=sources,
+        notes_digest=notes_digest,
+        fingerprint=key,
+    )
+
+
+def sources_uri(source_fingerprint: str, settings: RuntimeSettings) -> str:
+    """Return where the record of a source's files is.
+
+    Args:
+        source_fingerprint: Hash of files and captions.
+        settings: Where data are.
+    """
+    return settings.uri("sources", source_fingerprint[:32], "manifest.json")
 
 
 @contextlib.contextmanager
@@ -239,6 +297,7 @@ def run_session(
     preset: Preset,
     overrides: ConfigOverrides | None,
     context: RunContext | None = None,
+    start: Start | None = None,
 ) -> Iterator[RunContext]:
     """Yield the context of a flow: the given one of the larger flow, or a new one.
 
@@ -249,6 +308,7 @@ def run_session(
         preset: Name of a preset.
         overrides: Values to change in it; None changes none.
         context: That of the larger flow; then the other arguments are not read.
+        start: The version that a retraining goes on from.
 
     Yields:
         The context.
@@ -261,7 +321,7 @@ def run_session(
         return
     show_library_logs()
     try:
-        mine = start_run(source_uri, preset, overrides)
+        mine = start_run(source_uri, preset, overrides, start)
         try:
             yield mine
         except BaseException as error:

@@ -8,6 +8,7 @@ from prefect.states import Completed
 from tasks import reports, tracking
 from tasks.context import RunContext, TrainedModel, lacks_for_now
 from tasks.options import announce, step
+from tasks.retraining import NETWORK_TAG, network_fingerprint, started_from
 from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
 
@@ -31,25 +32,6 @@ def find_version(context: RunContext) -> ModelVersion | None:
         "ursa.run_fingerprint",
         context.release_fingerprint,
     )
-
-
-@step(run_name="is there anything new")
-def has_new_data(context: RunContext) -> bool:
-    """Whether the source differs from the one of the newest registered version.
-
-    Args:
-        context: The run.
-
-    Returns:
-        True also if there is no version yet.
-
-    Raises:
-        ServiceError: If the tracking server does not answer.
-    """
-    newest = tracking.newest_version_tags(
-        context.run.tracking_uri, context.config.release.model_name
-    )
-    return newest.get("ursa.source_fingerprint") != context.source_fingerprint
 
 
 @step(run_name="register model")
@@ -88,6 +70,10 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
             "ursa.tokens": datasets.manifest_uri,
             "ursa.tokens_fingerprint": datasets.fingerprint,
             "ursa.checkpoint": trained.checkpoint.uri,
+            NETWORK_TAG: network_fingerprint(
+                context.config, trained.request.visual_tokenizer, trained.request.text_tokenizer
+            ),
+            **started_from(context, trained),
             **tracking.source_version(),
         },
     )

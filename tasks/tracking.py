@@ -691,6 +691,23 @@ def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
         return dict(newest.tags) if newest else {}
 
 
+def champion_version(tracking_uri: str, name: str) -> tuple[str, dict[str, str]] | None:
+    """Return number and tags of the champion; None when there is none.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with _service(tracking_uri) as client:
+        for item in client.search_model_versions(f"name = '{name}'"):
+            if "champion" in _aliases(client, name, item.version):
+                return str(item.version), dict(item.tags)
+    return None
+
+
 def registered_directory(tracking_uri: str, model_uri: str) -> str:
     """Return where the model directory of a registered version is.
 

@@ -7,16 +7,21 @@ from prefect.settings import get_current_settings
 from tasks import cluster, reports, stage_worker, tracking
 from tasks.context import PreparedData, RunContext
 from tasks.options import announce, step
+from tasks.retraining import known_tokens
 from tasks.settings import RuntimeSettings
 from ursa.artifacts import CheckpointRef, StageRequest
-from ursa.config import StageName
+from ursa.config import RunConfig, StageName
 
 LOSS_PICTURE = "loss_by_frame"
 """Series of pictures of the held-out loss by time and latent frame."""
 
 
 def stage_request(
-    context: RunContext, prepared: PreparedData, stage: StageName, init_from: CheckpointRef | None
+    context: RunContext,
+    prepared: PreparedData,
+    stage: StageName,
+    init_from: CheckpointRef | None,
+    config: RunConfig,
 ) -> StageRequest:
     """Put together everything that decides a stage.
 
@@ -25,17 +30,19 @@ def stage_request(
         prepared: The outcome of its data part.
         stage: Name of the stage.
         init_from: Checkpoint that it starts from; None starts anew.
+        config: The run, as `training_config` says.
 
     Returns:
         The request.
     """
     return StageRequest(
         stage=stage,
-        config=context.config,
+        config=config,
         datasets=prepared.datasets,
         visual_tokenizer=prepared.visual_tokenizer,
         text_tokenizer=prepared.text_tokenizer,
         init_from=init_from,
+        known=known_tokens(context),
         output_uri=context.data_uri,
     )
 

@@ -5,12 +5,20 @@ Every record is JSON (pydantic, frozen, unknown keys refused). A step's output e
 """
 
 import math
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Literal
 
 from pydantic import Field
 
-from ursa.config import FrozenModel, IngestionConfig, RunConfig, SelectionConfig, StageName
+from ursa.config import (
+    FrozenModel,
+    IngestionConfig,
+    RunConfig,
+    SelectionConfig,
+    StageName,
+    fingerprint,
+)
 
 SCHEMA_VERSION = 3
 """Version of every manifest and Parquet schema; a reader refuses another one."""
@@ -291,6 +299,23 @@ class TokenDataset(FrozenModel):
     schema_version: int
     fingerprint: str
 
+    def with_shards(self, shards: Iterable[ShardInfo]) -> "TokenDataset":
+        """Return the data set of some of its shards.
+
+        Args:
+            shards: Which, in their order.
+        """
+        chosen = tuple(shards)
+        num_samples = sum(shard.num_samples for shard in chosen)
+        return self.model_copy(
+            update={
+                "shards": chosen,
+                "num_samples": num_samples,
+                "num_tokens": num_samples * math.prod(self.latent_shape),
+                "fingerprint": fingerprint(self.fingerprint, [shard.sha256 for shard in chosen]),
+            }
+        )
+
 
 class TokenDatasets(FrozenModel):
     """The token data sets of a run: four of the main size, and four of each further bucket."""
@@ -402,6 +427,9 @@ class StageRequest(FrozenModel):
     visual_tokenizer: TokenizerRef
     text_tokenizer: TokenizerRef
     init_from: CheckpointRef | None
+    known: TokenDatasets | None = Field(
+        None, description="what the weights it starts from were trained on, for `new_fraction`"
+    )
     output_uri: str
 
 

@@ -521,6 +521,12 @@ class StageConfig(ConfigSection):
     image_fraction: float = Field(
         ge=0, lt=1, description="share of steps on images in a stage on videos"
     )
+    new_fraction: float | None = Field(
+        gt=0,
+        le=1,
+        description="in a retraining: share of steps on shards that the model it starts from was "
+        "not trained on, the rest replays the others; None treats all alike",
+    )
     global_batch_size: int = Field(
         gt=0,
         description="samples a step over all workers; of other sizes a multiple or a whole part, "
@@ -605,6 +611,21 @@ class ReleaseConfig(ConfigSection):
     max_regression: float = Field(ge=0, description="nats by which the champion may be missed")
 
 
+class RetrainingConfig(ConfigSection):
+    """When and how a run with `only_new` trains: from the champion, in one stage."""
+
+    min_new_files: int = Field(
+        gt=0, description="with fewer files of new content at the source a run ends as NoNewData"
+    )
+    start: Literal["champion", "scratch"] = Field(
+        description="champion: async_finetune goes on from the champion, with the values below, "
+        "where it has the same network and tokenizers; scratch: all stages"
+    )
+    max_steps: int = Field(gt=0, description="optimizer steps from the champion")
+    learning_rate: float = Field(gt=0)
+    new_fraction: float | None = Field(gt=0, le=1, description="as stages.*.new_fraction")
+
+
 class RunConfig(ConfigSection):
     """Everything that decides the result of a run."""
 
@@ -618,6 +639,7 @@ class RunConfig(ConfigSection):
     model: ModelConfig
     path: PathConfig
     stages: StagesConfig
+    retraining: RetrainingConfig
     evaluation: EvaluationConfig
     release: ReleaseConfig
 

@@ -386,6 +386,7 @@ def test_the_task(root, models, captioner, launcher, monkeypatch, request):
             config=CONFIG.model_copy(update={"annotation": annotation}),
             sources_uri="",
             source_fingerprint="",
+            start=None,
             fingerprint="",
             run=TrackedRun(tracking_uri="", experiment_id="", run_id="", spool_uri=""),
         )

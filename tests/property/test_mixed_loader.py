@@ -139,3 +139,34 @@ def test_images_among_videos_have_their_share_of_the_steps(folder):
 def test_nothing_at_all_is_an_error_that_says_what_to_do(folder):
     with pytest.raises(DataExhaustedError, match="no train video samples; loosen"):
         plan_parts([dataset_of(folder, 0, 0)], batch_size=4)
+
+
+def test_new_samples_have_their_share_and_old_ones_are_replayed(folder):
+    """Of 20 shards 4 are new: half of the steps are theirs, and every sample comes."""
+    whole = dataset_of(folder, 0, 100)
+    known = whole.with_shards(whole.shards[4:])
+    parts = plan_parts([whole], batch_size=4, known=[known], new_share=0.5)
+    assert [part.dataset.num_samples for part in parts] == [20, 80]
+    assert [part.share for part in parts] == [0.5, 0.5]
+    loader = MixedLoader(parts, num_main_tokens=12, num_steps=40, seed=3)
+    seen = Counter(name for step in range(40) for name in loader.batch(step).sample_ids)
+    loader.close()
+    new = {f"video-0-{number:03d}" for number in range(20)}
+    assert sum(seen[name] for name in new) == 80
+    assert len(seen) == 100
+    assert max(seen.values()) == 4
+
+
+@pytest.mark.parametrize("known_from", [0, 20])
+def test_where_nothing_or_everything_is_new_all_are_taken_alike(folder, known_from):
+    whole = dataset_of(folder, 0, 100)
+    known = whole.with_shards(whole.shards[known_from:])
+    (part,) = plan_parts([whole], batch_size=4, known=[known], new_share=0.5)
+    assert (part.dataset, part.share) == (whole, 1.0)
+
+
+def test_a_share_of_one_replays_nothing(folder):
+    whole = dataset_of(folder, 0, 100)
+    known = whole.with_shards(whole.shards[4:])
+    (part,) = plan_parts([whole], batch_size=4, known=[known], new_share=1.0)
+    assert (part.dataset.num_samples, part.share) == (20, 1.0)

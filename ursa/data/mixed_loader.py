@@ -7,7 +7,7 @@ samples than a batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +41,8 @@ def plan_parts(
     *,
     batch_size: int,
     image_share: float = 0.0,
+    known: Collection[TokenDataset] = (),
+    new_share: float | None = None,
 ) -> list[Part]:
     """Return the data sets that have samples, with the batch size and share of steps of each.
 
@@ -53,6 +55,9 @@ def plan_parts(
         images: Data sets of images that a stage on videos sees as well.
         batch_size: Samples a step of the main size.
         image_share: Share of steps on `images`, in [0, 1); 0 without any.
+        known: Data sets that the weights were trained on before.
+        new_share: Share of the other steps on shards of none of these, in (0, 1]; None, or where
+            all shards are new or none is, treats all alike.
 
     Returns:
         At least one part; the shares add up to 1.
@@ -63,7 +68,7 @@ def plan_parts(
     num_tokens = batch_size * math.prod(videos_or_images[0].latent_shape)
     own = _with_samples(videos_or_images, batch_size, num_tokens)
     if image_share == 0:
-        return _shared(own, 1.0)
+        return _split_shared(own, 1.0, known, new_share)
     # as many images a step as there are samples: an image has fewer tokens than a video
     others = [(dataset, batch_size) for dataset in images if dataset.num_samples]
     if not others:
@@ -71,7 +76,10 @@ def plan_parts(
             f"{videos_or_images[0].manifest_uri}: no image samples, though image_fraction is "
             f"{image_share:g}; set it to 0 or add videos"
         )
-    return [*_shared(own, 1 - image_share), *_shared(others, image_share)]
+    return [
+        *_split_shared(own, 1 - image_share, known, new_share),
+        *_shared(others, image_share),
+    ]
 
 
 def _with_samples(
@@ -96,6 +104,30 @@ def _batch_size(main: int, wanted: float) -> int:
     if wanted >= main:
         return main * int(wanted / main)
     return max(size for size in range(1, main + 1) if main % size == 0 and size <= max(wanted, 1))
+
+
+def _split_shared(
+    parts: Sequence[tuple[TokenDataset, int]],
+    share: float,
+    known: Collection[TokenDataset],
+    new_share: float | None,
+) -> list[Part]:
+    """Share steps among the parts, new shards apart from those that are replayed."""
+    seen = {shard.sha256 for dataset in known for shard in dataset.shards}
+    if new_share is None or not seen:
+        return _shared(parts, share)
+    fresh: list[tuple[TokenDataset, int]] = []
+    replayed: list[tuple[TokenDataset, int]] = []
+    for dataset, size in parts:
+        for half, is_known in ((fresh, False), (replayed, True)):
+            own = [shard for shard in dataset.shards if (shard.sha256 in seen) == is_known]
+            if own:
+                half.append((dataset.with_shards(own), size))
+    if not fresh or not replayed:
+        return _shared(parts, share)
+    if new_share == 1:
+        return _shared(fresh, share)
+    return [*_shared(fresh, share * new_share), *_shared(replayed, share * (1 - new_share))]
 
 
 def _shared(parts: Sequence[tuple[TokenDataset, int]], share: float) -> list[Part]:

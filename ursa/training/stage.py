@@ -102,6 +102,7 @@ def stage_fingerprint(request: StageRequest) -> str:
         request.text_tokenizer.fingerprint,
         # with a start of its own the stage before decides nothing
         request.init_from.fingerprint if request.init_from and not stage.init_from else None,
+        *([request.known.fingerprint] if request.known and stage.new_fraction else ()),
     )
 
 
@@ -369,6 +370,8 @@ def stage_loader(request: StageRequest) -> MixedLoader:
             request.datasets.of("image", "train") if stage.image_fraction else (),
             batch_size=stage.global_batch_size,
             image_share=stage.image_fraction,
+            known=request.known.of(stage.modality, "train") if request.known else (),
+            new_share=stage.new_fraction,
         ),
         num_main_tokens=math.prod(main.latent_shape),
         num_steps=stage.max_steps,

@@ -320,6 +320,7 @@ def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
         timestep_shift=1.0,
         scale_shift=False,
         image_fraction=0.0,
+        new_fraction=None,
         max_steps=settings.max_steps,
         global_batch_size=settings.batch_size,
         gradient_accumulation_steps=1,
