@@ -1,0 +1,63 @@
+"""New clips at the source: one stage goes on from the champion, and nothing new ends at once."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import running_services
+from tests.running_services import ROOT, TINY, Running, changed, run_arguments, versions
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+NAME = "retrained"
+FIRST, NEW = ("tree_hand.mp4", "cardboard_box.mp4"), ("city_night.mp4",)
+OVERRIDES = changed(
+    {"release": {"model_name": NAME}, "retraining": {"max_steps": 2}},
+    TINY,
+)
+
+
+def run(services: Running, source: Path, *more: str) -> dict[str, Any]:
+    done = services.script(*run_arguments(source, OVERRIDES, *more))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+    return services.flow_run(done.stdout)
+
+
+def add(source: Path, *names: str) -> None:
+    for name in names:
+        shutil.copy(ROOT / "tests" / "data" / "videos" / name, source)
+
+
+def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
+    services, source = running_services.start(), tmp_path / "videos"
+    source.mkdir()
+    add(source, *FIRST)
+    run(services, source)
+    (first,) = versions(services, NAME)
+    services.ask(
+        f"{services.mlflow_url}/api/2.0/mlflow/registered-models/alias",
+        {"name": NAME, "alias": "champion", "version": first["version"]},
+    )
+
+    add(source, *NEW)
+    state = run(services, source, "--param only_new=true")["state"]
+    assert (state["type"], state["name"]) == ("COMPLETED", "Completed")
+    newest = max(versions(services, NAME), key=lambda item: int(item["version"]))
+    tags = {item["key"]: item["value"] for item in newest["tags"]}
+    assert tags["ursa.started_from"] == f"models:/{NAME}/{first['version']}"
+    version = json.loads(Path(tags["ursa.dataset_version"]).read_text())["record"]
+    assert version["changes"] == {"added": 1, "renamed": 0, "edited": 0, "removed": 0}
+    checkpoints = services.folder / "data" / "checkpoints"
+    stages = {path.name for path in checkpoints.glob("*/*") if path.is_dir()}
+    assert stages, "there are checkpoints"
+
+    begin_s = time.monotonic()
+    state = run(services, source, "--param only_new=true")["state"]
+    took_s = time.monotonic() - begin_s
+    assert (state["name"], state["message"]) == ("NoNewData", f"no new data at {source}")
+    assert took_s < 20, "the command with its start"
+    assert len(versions(services, NAME)) == 2
