@@ -5,10 +5,16 @@ import multiprocessing.util
 import os
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks.tracking import MetricSink, TrackedRun
+from tasks.tracking import (
+    PROBE_LIMIT_S,
+    MetricSink,
+    TrackedRun,
+    check_service,
+    log_stage_samples,
+)
 from ursa.artifacts import StageRequest
 from ursa.config import StageConfig
 from ursa.training.execution import Execution
@@ -63,18 +69,52 @@ class StageProgress:
         urllib.request.urlopen(call, timeout=5).close()  # noqa: S310
 
 
+class StageSamples:
+    """Logs the samples that a stage has drawn, beside its progress."""
+
+    def __init__(self, run: TrackedRun, samples_uri: str, progress: StageProgress) -> None:
+        """Keep where samples are and where they go.
+
+        Args:
+            run: The run of the stage.
+            samples_uri: Where its samples are.
+            progress: Told of every step first.
+        """
+        self._run = run
+        self._samples_uri = samples_uri
+        self._progress = progress
+        self._seen: set[str] = set()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report a step and log what is there and not logged yet.
+
+        Args:
+            step: Steps done, from 1.
+            metrics: Of that step.
+
+        Raises:
+            OSError: If the progress is not taken.
+            UrsaError: If the tracking server or the store does not answer.
+        """
+        self._progress(step, metrics)
+        check_service(self._run.tracking_uri, timeout_s=PROBE_LIMIT_S)
+        log_stage_samples(self._run, self._samples_uri, self._seen)
+
+
 class LocalSink:
     """Sends metrics from whichever local process calls it first; survives pickling."""
 
-    def __init__(self, run: TrackedRun, progress: StageProgress) -> None:
+    def __init__(
+        self, run: TrackedRun, on_step: Callable[[int, Mapping[str, float]], None]
+    ) -> None:
         """Keep what a sink takes; it is opened by the first call.
 
         Args:
             run: Where metrics go.
-            progress: Where the progress goes.
+            on_step: Takes progress and samples.
         """
         self._run = run
-        self._progress = progress
+        self._on_step = on_step
         self._sink: MetricSink | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +128,7 @@ class LocalSink:
             metrics: Values by name.
         """
         if self._sink is None:
-            self._sink = MetricSink(self._run, on_step=self._progress).__enter__()
+            self._sink = MetricSink(self._run, on_step=self._on_step).__enter__()
             # child processes of multiprocessing run finalizers, not `atexit`
             multiprocessing.util.Finalize(None, self.close, exitpriority=10)
         self._sink(step, metrics)
@@ -110,7 +150,7 @@ def run_stage(arguments: dict[str, Any]) -> None:
     Raises:
         UrsaError: What `ursa.training.stage.train_stage` raises.
     """
-    from ursa.training.stage import train_stage  # noqa: PLC0415  (torch)
+    from ursa.training.stage import samples_uri, train_stage  # noqa: PLC0415  (torch)
 
     request = StageRequest.model_validate_json(arguments["request"])
     execution = Execution.model_validate_json(arguments["execution"])
@@ -120,5 +160,6 @@ def run_stage(arguments: dict[str, Any]) -> None:
     run = TrackedRun.model_validate_json(arguments["run"])
     stage: StageConfig = getattr(request.config.stages, request.stage)
     progress = StageProgress(arguments["progress_url"], stage.max_steps)
-    with MetricSink(run, on_step=progress) as sink:
+    on_step = StageSamples(run, samples_uri(request), progress)
+    with MetricSink(run, on_step=on_step) as sink:
         train_stage(request, execution=execution, on_metrics=sink)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tasks import spool
 from ursa import storage
-from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
+from ursa.artifacts import SAMPLES_PICTURE, EvalReport, ExportedModel, ModelVersion
 from ursa.config import FrozenModel, RunConfig, fingerprint
 from ursa.errors import ConfigError, RegistrationError, ServiceError, UrsaError
 
@@ -467,6 +467,33 @@ def log_picture_step(run: TrackedRun, picture: bytes, key: str, step: int) -> No
         path = Path(folder) / key
         path.write_bytes(picture)
         log_image_step(run, str(path), key, step)
+
+
+def log_stage_samples(run: TrackedRun, samples_uri: str, seen: set[str]) -> None:
+    """Log samples of a stage: pictures with a slider over the steps, and clips that play.
+
+    Args:
+        run: The run of the stage.
+        samples_uri: Where its samples are, a folder a step.
+        seen: Folders that are logged; those that are logged now come in.
+
+    Raises:
+        ServiceError: If the server does not answer.
+        StorageError: If the store refuses or does not answer.
+    """
+    try:
+        listed = [item.uri for item in storage.list_files(samples_uri, with_etag=False)]
+    except FileNotFoundError:
+        return
+    for picture_uri in sorted(uri for uri in listed if uri.endswith(f"/{SAMPLES_PICTURE}")):
+        folder_uri = picture_uri.rpartition("/")[0]
+        if folder_uri in seen:
+            continue
+        name = folder_uri.rpartition("/")[2]
+        clips = [uri for uri in listed if uri.startswith(f"{folder_uri}/") and uri != picture_uri]
+        log_image_step(run, picture_uri, "samples", int(name.rpartition("-")[2]))
+        log_files(run, folder_uri, [uri.rpartition("/")[2] for uri in clips], f"samples/{name}")
+        seen.add(folder_uri)
 
 
 def artifact_url(run: TrackedRun, path: str) -> str:

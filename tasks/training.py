@@ -125,6 +125,7 @@ def train_stage(context: RunContext, request: StageRequest) -> CheckpointRef:
         announce("stage %s: %s", request.stage, run.url)
         if checkpoint is None:
             checkpoint = _train(request, run, name)
+        tracking.log_stage_samples(run, stage.samples_uri(request), set())
         if checkpoint.grids:
             tracking.log_picture_step(
                 run, validation.picture(checkpoint.grids), LOSS_PICTURE, checkpoint.step
@@ -160,7 +161,8 @@ def _train(request: StageRequest, run: tracking.TrackedRun, name: str) -> Checkp
     else:
         config = getattr(request.config.stages, request.stage)
         progress = stage_worker.StageProgress(progress_url, config.max_steps)
-        sink = stage_worker.LocalSink(run, progress)
+        samples = stage_worker.StageSamples(run, stage.samples_uri(request), progress)
+        sink = stage_worker.LocalSink(run, samples)
         try:
             checkpoint = stage.launch_local(
                 request,

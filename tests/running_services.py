@@ -50,6 +50,7 @@ TINY: dict[str, Any] = {
             "checkpoint_every": 2,
             "validate_every": 2,
             "log_every": 1,
+            "sample_every": 2,
         }
         for name in ("image_pretrain", "video_pretrain", "async_finetune")
     },

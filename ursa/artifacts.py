@@ -283,6 +283,10 @@ class ShardInfo(FrozenModel):
     sha256: str
 
 
+SAMPLES_PICTURE = "samples.png"
+"""The last file that a stage writes of the samples of a step."""
+
+
 class TokenDataset(FrozenModel):
     """Token shards of one modality, split and size, committed; the manifest lists the shards."""
 

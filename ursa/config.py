@@ -550,6 +550,9 @@ class StageConfig(ConfigSection):
     checkpoint_every: int = Field(gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(gt=0)
     validate_every: int = Field(gt=0, description="steps between validations")
+    sample_every: int | None = Field(
+        gt=0, description="steps between samples of fixed prompts and seeds; None draws none"
+    )
     log_every: int = Field(gt=0, description="steps between metrics")
 
     @model_validator(mode="after")

@@ -4,9 +4,10 @@ from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
 from ursa.config import fingerprint
 from ursa.data.dataset import motion_scores
-from ursa.generation import SampleDefaults, UrsaPipeline
+from ursa.generation import UrsaPipeline
 from ursa.tokenizers.text import load_text_tokenizer
 from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.training.samples import sample_defaults
 from ursa.training.schedule import scheduler_config
 from ursa.training.stage import load_average
 
@@ -41,7 +42,6 @@ def export_model(
     done = storage.load_record(manifest_uri, ExportedModel)
     if done is not None:
         return done
-    samples = request.config.tokenization
     motion = motion_scores(request.datasets.video_train)
     with (
         storage.local_directory(request.visual_tokenizer.directory_uri) as visual,
@@ -53,19 +53,10 @@ def export_model(
             scheduler=scheduler_config(request, shift=sampling.timestep_shift),
             visual_tokenizer=load_visual_tokenizer(visual),
             text_tokenizer=load_text_tokenizer(text),
-            defaults=SampleDefaults(
-                height=samples.height_px,
-                width=samples.width_px,
-                num_frames=samples.num_frames,
-                fps=samples.fps,
-                num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale,
-                guidance_trunc=sampling.guidance_trunc,
-                temperature=sampling.temperature,
-                flow_shift=sampling.timestep_shift,
+            defaults=sample_defaults(
+                request.config,
                 motion_score=sorted(motion)[len(motion) // 2] if motion else None,
                 loss_curve=checkpoint.loss_curve,
-                max_prompt_length=request.config.text_tokenizer.max_prompt_length,
             ),
         )
         pipeline.save_pretrained(scratch, codebook_file=False)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,27 @@ def test_tracking_has_a_parent_with_a_child_a_step(finished: Finished) -> None:
             f"&run_id={by_stage[stage]['info']['run_id']}"
         )
         assert [item["step"] for item in history["metrics"]] == [1, 2, 3, 4]
+
+
+def test_stages_show_samples_at_intervals(finished: Finished) -> None:
+    """Pictures under one key with the steps as a slider, and clips of stages on videos."""
+    services = finished.services
+    for stage in STAGES:
+        (run,) = mlflow_runs(
+            services, f"tags.`ursa.stage` = '{stage}' and tags.`ursa.fingerprint` != ''"
+        )
+        run_id = run["info"]["run_id"]
+
+        def files(path: str, run_id: str = run_id) -> set[str]:
+            listed = services.ask(
+                f"{services.mlflow_url}/api/2.0/mlflow/artifacts/list?run_id={run_id}&path={path}"
+            )
+            return {Path(item["path"]).name for item in listed.get("files", [])}
+
+        pictures = {name for name in files("images") if name.startswith("samples")}
+        assert {re.split(r"[+%]", name)[2] for name in pictures} == {"2", "4"}
+        clips = set() if stage == "image-pretrain" else {"0.mp4"}
+        assert files("samples/step-00000004") == clips
 
 
 def test_second_run_does_nothing(finished: Finished) -> None:

@@ -9,13 +9,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import factories
 from tests.warm import Fault, Outcome, Trace, Warm, trace, warm_process
-from ursa.artifacts import StageRequest
+from ursa import storage
+from ursa.artifacts import SAMPLES_PICTURE, StageRequest
 from ursa.training import stage as stage_module
 from ursa.training.checkpoint import latest_checkpoint, load_checkpoint
 from ursa.training.distributed import Group, local_part
 from ursa.training.execution import Execution
 from ursa.training.guard import SkippedSteps
-from ursa.training.stage import _stage_uri, stage_fingerprint
+from ursa.training.samples import step_folder
+from ursa.training.stage import _stage_uri, samples_uri, stage_fingerprint
 
 SETTINGS = {
     "max_steps": 10,
@@ -25,6 +27,7 @@ SETTINGS = {
     "ema_decay": 0.9,
     "validate_every": 5,
     "max_grad_norm": 0.5,
+    "sample_every": 5,
 }
 MODES = {
     "alone": {},
@@ -100,6 +103,14 @@ def test_sharded_learns_what_replicated_learns(straight, mode):
         sharded.checkpoint.loss_curve, other.checkpoint.loss_curve, strict=True
     ):
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_all_ranks_draw_samples_of_shards_together(make_case):
+    """Each holds a part of the weights: no rank draws alone, and one writes."""
+    case = make_case(max_steps=5)
+    case.finished("fsdp")
+    folder = storage.local_path(step_folder(samples_uri(case.request), 5))
+    assert {path.name for path in folder.iterdir()} == {"0.mp4", "1.mp4", SAMPLES_PICTURE}
 
 
 @pytest.mark.parametrize("before", MODES)

@@ -49,6 +49,7 @@ from ursa.training.distributed import Group, current_group
 from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, Execution
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.optim import build_average, build_optimizer
+from ursa.training.samples import StageSamples
 from ursa.training.schedule import load_codes, path_over
 from ursa.training.start import load_start
 from ursa.training.trainer import OnMetrics, Trainer
@@ -103,6 +104,17 @@ def stage_fingerprint(request: StageRequest) -> str:
         # with a start of its own the stage before decides nothing
         request.init_from.fingerprint if request.init_from and not stage.init_from else None,
         *([request.known.fingerprint] if request.known and stage.new_fraction else ()),
+    )
+
+
+def samples_uri(request: StageRequest) -> str:
+    """Return where the samples that are drawn at intervals of a stage are.
+
+    Args:
+        request: The stage.
+    """
+    return storage.join(
+        request.output_uri, "samples", request.stage, stage_fingerprint(request)[:32]
     )
 
 
@@ -165,6 +177,7 @@ def _train(
     config = trainer.config
     run = _StageRun(request, trainer)
     validation = _Validation(request, trainer)
+    samples = StageSamples(request, trainer, samples_uri(request))
     metrics: dict[str, float] = {}
     began = time.perf_counter()
     try:
@@ -182,6 +195,8 @@ def _train(
                     metrics |= validation.measure()
                 if count == config.max_steps:
                     metrics |= validation.final_metrics()
+                if samples.is_due(count):
+                    samples.draw(count)
                 logged = validated or step == 0 or _is_due(count, config.log_every, config)
                 if group.is_main and on_metrics is not None and logged:
                     on_metrics(count, metrics)

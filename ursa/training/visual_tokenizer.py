@@ -321,6 +321,7 @@ def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
         scale_shift=False,
         image_fraction=0.0,
         new_fraction=None,
+        sample_every=None,
         max_steps=settings.max_steps,
         global_batch_size=settings.batch_size,
         gradient_accumulation_steps=1,
