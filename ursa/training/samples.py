@@ -1,6 +1,7 @@
 """Samples of fixed prompts and seeds at intervals of a stage: what the averaged weights show."""
 
 import io
+import logging
 from collections import Counter
 from functools import cached_property
 
@@ -15,10 +16,13 @@ from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
 from ursa.generation import SampleDefaults, UrsaPipeline
 from ursa.model.transformer import UrsaTransformer
-from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
+from ursa.training.checkpoint import gathered_copy, not_finite
 from ursa.training.schedule import scheduler_config
 from ursa.training.trainer import Trainer
 from ursa.video.encode import write_video
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = 5
 _ZOOM = 2
@@ -62,8 +66,8 @@ class StageSamples:
     """Draws the most frequent captions of the training samples, each with a seed of its own.
 
     The seeds are those of the evaluation, so that a caption that is in both shows one development.
-    Nothing that training draws depends on it. Rank 0 draws alone, or all ranks draw the same if
-    each holds a part of the weights; rank 0 writes.
+    Nothing that training draws depends on it. Rank 0 draws; where each rank holds a part of the
+    weights it gathers the average first, 4 bytes a parameter.
     """
 
     def __init__(self, request: StageRequest, trainer: Trainer, samples_uri: str) -> None:
@@ -88,7 +92,7 @@ class StageSamples:
         return every is not None and step % every == 0 and step <= self._stage.max_steps
 
     def draw(self, step: int) -> None:
-        """Draw, and write picture and clips; on all ranks.
+        """Draw, and write picture and clips; all ranks call this.
 
         Args:
             step: Steps done.
@@ -99,11 +103,25 @@ class StageSamples:
             StorageError: If the store refuses or does not answer.
         """
         is_main = self._trainer.group.is_main
-        if not (is_main or self._trainer.is_sharded):
+        average = self._trainer.average.module
+        assert isinstance(average, UrsaTransformer)
+        if self._trainer.is_sharded:
+            state = gathered_copy(average.state_dict(), keep=is_main)
+            if is_main:
+                average = UrsaTransformer(average.config)
+                average.load_state_dict(state)
+        if not is_main:
             return
+        if not_finite(average.state_dict()):
+            # the stage goes back when it finds that out; see `ursa.training.guard`
+            logger.warning("no samples of step %d: the averaged weights are not finite", step)
+            return
+        self._write(average, step)
+
+    def _write(self, average: UrsaTransformer, step: int) -> None:
         prompts, config = self._prompts, self._request.config
         is_image = self._stage.modality == "image"
-        found = self._pipeline(
+        found = self._pipeline(average)(
             prompts,
             num_frames=1 if is_image else None,
             generator=[
@@ -112,8 +130,6 @@ class StageSamples:
             ],
             output_type="np",
         ).frames
-        if not is_main:
-            return
         clips = [np.asarray(frames) for frames in found]
         with storage.scratch_directory("samples") as folder:
             if not is_image:
@@ -136,17 +152,17 @@ class StageSamples:
         return ordered[: evaluation.sampling.num_prompts]
 
     @cached_property
-    def _pipeline(self) -> UrsaPipeline:
+    def _visual_tokenizer(self) -> AutoencoderTokenizer:
+        with storage.local_directory(self._request.visual_tokenizer.directory_uri) as folder:
+            return load_visual_tokenizer(folder)
+
+    def _pipeline(self, average: UrsaTransformer) -> UrsaPipeline:
         request = self._request
-        average = self._trainer.average.module
-        assert isinstance(average, UrsaTransformer)
         sampling = request.config.evaluation.sampling
-        with storage.local_directory(request.visual_tokenizer.directory_uri) as folder:
-            visual = load_visual_tokenizer(folder)
         pipeline = UrsaPipeline(
             transformer=average,
             scheduler=scheduler_config(request, shift=sampling.timestep_shift),
-            visual_tokenizer=visual,
+            visual_tokenizer=self._visual_tokenizer,
             text_tokenizer=self._trainer.text_tokenizer,
             defaults=sample_defaults(request.config),
         )
