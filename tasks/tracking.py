@@ -839,6 +839,7 @@ def register_version(
         "ursa.failed_gates": ", ".join(report.failed_gates),
         "ursa.metrics": json.dumps(report.metrics),
         "ursa.evaluation": report.manifest_uri,
+        "ursa.model_directory": report.model.directory_uri,
     }
     with _service(run.tracking_uri) as client:
         versions = _versions(client, name, "ursa.registration_key", key)
