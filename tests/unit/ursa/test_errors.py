@@ -20,9 +20,9 @@ def test_errors_survive_pickling(kind):
     assert error.transient is kind.transient
 
 
-def test_only_services_and_stores_may_be_tried_again():
+def test_only_services_stores_and_clips_may_be_tried_again():
     transient = {kind.__name__ for kind in CLASSES if kind.transient}
-    assert transient == {"StorageError", "ServiceError"}
+    assert transient == {"StorageError", "ServiceError", "ClipUnavailableError"}
 
 
 def test_config_error_is_a_value_error():
