@@ -10,6 +10,7 @@ References:
 """
 
 import base64
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from ursa.errors import ConfigError, ServiceError
 from ursa.video.captions import clean_caption
 
 KEY_VARIABLE = "URSA_CAPTIONER_API_KEY"
+_HTML_NAMES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "apos"}
 _CONNECT_S = 10.0
 _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _REFUSED = frozenset({401, 403, 404, 405})
@@ -119,8 +121,7 @@ class ChatCaptioner:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise NoAnswerError(f"the answer broke off ({type(error).__name__})") from error
-        if _key():  # a server may repeat it, in errors above all
-            data = data.replace(_key().encode(), b"***")
+        data = masked(data, _key())  # a server may repeat it, in errors above all
         self._check(response.status, data)
         return answer_text(data)
 
@@ -223,6 +224,38 @@ def parse_captions(text: str) -> Captions:
             "if it is cut off, raise captioner.max_tokens"
         ) from error
     return found
+
+
+def masked(data: bytes, key: str) -> bytes:
+    """Return a text without a key, also where it is escaped as in JSON, URLs or HTML, or twice so.
+
+    Args:
+        data: Any text, from anybody.
+        key: Printable ASCII text; an empty one is nowhere.
+    """
+    return _key_pattern(key).sub(b"***", data) if key else data
+
+
+@functools.lru_cache(maxsize=1)
+def _key_pattern(key: str) -> re.Pattern[bytes]:
+    """Return a pattern of a key in which each character may be written in any way.
+
+    Repetitions are bounded, so that no answer takes long to search.
+    """
+    characters = []
+    for character in key:
+        code = ord(character)
+        forms = [
+            rf"\\{{1,8}}u00{code:02x}",
+            rf"%(?:25){{0,3}}{code:02x}",
+            rf"&(?:amp;){{0,3}}#0{{0,5}}{code};",
+            rf"&(?:amp;){{0,3}}#x0{{0,5}}{code:x};",
+            *([rf"&(?:amp;){{0,3}}{_HTML_NAMES[character]};"] if character in _HTML_NAMES else []),
+            *([r"\+"] if character == " " else []),
+            rf"\\{{0,8}}{re.escape(character)}",  # JSON in JSON has several backslashes
+        ]
+        characters.append(f"(?:{'|'.join(forms)})")
+    return re.compile("".join(characters).encode(), re.IGNORECASE)
 
 
 def check_key() -> None:

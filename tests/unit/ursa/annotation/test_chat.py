@@ -1,12 +1,15 @@
+import html
 import json
 import logging
 import socket
+import time
+from urllib.parse import quote, quote_plus
 
 import numpy as np
 import pytest
 
 from tests.chat_server import Answer, running_chat_server, said, text_said
-from ursa.annotation.chat import KEY_VARIABLE, ChatCaptioner, check_key, parse_captions
+from ursa.annotation.chat import KEY_VARIABLE, ChatCaptioner, check_key, masked, parse_captions
 from ursa.annotation.records import AnnotationError, AnnotationFailure, SeenClip
 from ursa.config import UrlCaptionerConfig
 from ursa.errors import ConfigError, ServiceError
@@ -77,6 +80,59 @@ def test_the_key_is_sent_and_shown_nowhere(server, monkeypatch, caplog):
     assert "status 401: bad key ***" in str(refused.value)
     assert CANARY not in str(refused.value) + caplog.text
     assert CANARY not in repr(vars(config(server)))
+
+
+HARD_KEY = "sk+\"q\\u/<&>'=a b%~\u007b9"
+
+
+def escaped(key):
+    """A key as servers and proxies may write it into an error."""
+    as_json = json.dumps(key)[1:-1]
+    return {
+        "plain": key,
+        "json": as_json,
+        "json twice": json.dumps(as_json)[1:-1],
+        "json with slashes": as_json.replace("/", "\\/"),
+        "json of Go": as_json.replace("<", "\\u003c")
+        .replace(">", "\\u003E")
+        .replace("&", "\\u0026"),
+        "json, all escaped": "".join(f"\\u{ord(character):04x}" for character in key),
+        "url": quote(key, safe=""),
+        "url, slashes kept": quote(key),
+        "url of a form": quote_plus(key),
+        "url, lower case": quote(key, safe="").lower(),
+        "url twice": quote(quote(key, safe=""), safe=""),
+        "html": html.escape(key),
+        "html, numbers": "".join(f"&#{ord(character)};" for character in key),
+        "html of html": html.escape(html.escape(key)),
+        "url in json": json.dumps(quote(key))[1:-1],
+    }
+
+
+@pytest.mark.parametrize("key", [CANARY, HARD_KEY])
+@pytest.mark.parametrize("form", escaped(""))
+def test_the_key_is_masked_in_every_form(server, monkeypatch, caplog, key, form):
+    shown = escaped(key)[form]
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    server.answer = lambda *_: Answer(401, f"bad key '{shown}', said twice: {shown}!".encode())
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError) as refused:
+        ask(server)
+    assert "bad key '***', said twice: ***!" in str(refused.value)
+    assert shown not in str(refused.value) + caplog.text
+
+
+def test_a_masked_answer_is_still_one(server, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, HARD_KEY)
+    server.answer = lambda *_: said(f"the key is {HARD_KEY}.", "a longer one")
+    assert ask(server).caption == "the key is ***."
+
+
+@pytest.mark.parametrize("filler", [b"\\", b"%25", b"&amp;", b"s", b"sk", b"&#0"])
+def test_no_answer_takes_long_to_mask(filler):
+    data = filler * ((1 << 20) // len(filler))
+    started = time.process_time()
+    assert masked(data, HARD_KEY) == data
+    assert time.process_time() - started < 2
 
 
 def test_a_key_that_cannot_be_sent_is_refused_unseen(monkeypatch):
