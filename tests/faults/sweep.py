@@ -1,10 +1,13 @@
-"""All single faults and all pairs of faults of a protocol."""
+"""All single faults and all pairs of faults of a protocol.
+
+Each protocol is swept in a file of its own, so that all processors have their share of the work.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from tests.faults.memory_store import FAULTS, HARD_FAULTS
+from tests.faults.memory_store import FAULTS, HARD_FAULTS, UNWINDING_FAULTS
 from tests.faults.protocols import Outcome, Scenario, clean_run, run_to_end
 
 
@@ -64,3 +67,30 @@ def _cases(
                     if int((number + 1) * share) > int(number * share):
                         pair = single | {later: other}
                         yield pair, run_to_end(scenario, pair, clean)
+
+
+def check_any_one_or_two_faults(
+    scenario: Scenario,
+    *,
+    share: float,
+    second: Mapping[str, tuple[str, ...]] = UNWINDING_FAULTS,
+) -> None:
+    """Assert that no single fault and no pair does harm, among 1,000 cases and more.
+
+    Args:
+        scenario: The protocol.
+        share: Of the pairs that are run each time; the slow test runs them all.
+        second: Kinds of second faults: the hard ones, and those that make a run clean up.
+    """
+    clean = clean_run(scenario).store
+    assert scenario.problems(clean.copy()) == []
+    swept = sweep(scenario, second=second, share=share)
+    assert swept.violations == {}
+    assert swept.num_cases >= 1000, swept.num_cases
+
+
+def check_any_two_faults_of_all_kinds(scenario: Scenario) -> None:
+    """Assert that no pair of faults does harm, of whatever kinds."""
+    swept = sweep(scenario, second=FAULTS)
+    assert swept.violations == {}
+    assert swept.num_cases >= 5000

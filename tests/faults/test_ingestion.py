@@ -1,48 +1,28 @@
-"""Every single fault and every pair of faults at every operation, in memory."""
+"""Faults while foreign files become clips."""
 
 import contextlib
 
 import pytest
 
 from tests.faults import memory_store, protocols
-from tests.faults.protocols import SCENARIOS
-from tests.faults.sweep import sweep
+from tests.faults.sweep import check_any_one_or_two_faults, check_any_two_faults_of_all_kinds
 from ursa import ingestion
 from ursa.artifacts import SourceVideo
 from ursa.errors import UrsaError
 
 pytestmark = pytest.mark.usefixtures("fast_files")
-SECOND = {"ingestion": memory_store.HARD_FAULTS}
-"""Second faults of pairs; of the others those as well that make a run clean up."""
-SHARE = {
-    "ingestion": 0.7,
-    "tokenization": 0.72,
-    "versions": 0.46,
-    "training": 0.68,
-    "release": 0.68,
-}
-"""Of the pairs that are run each time, the slow test runs them all: 1,000 cases are left."""
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_any_one_or_two_faults_are_harmless(name, tmp_path, monkeypatch, tiny_data):
-    second = SECOND.get(name, memory_store.UNWINDING_FAULTS)
-    scenario = SCENARIOS[name](tmp_path, monkeypatch, tiny_data)
-    clean = protocols.clean_run(scenario).store
-    assert scenario.problems(clean.copy()) == []
-    swept = sweep(scenario, second=second, share=SHARE[name])
-    assert swept.violations == {}
-    assert swept.num_cases >= 1000, swept.num_cases
+def test_any_one_or_two_faults_are_harmless(tmp_path, monkeypatch, tiny_data):
+    scenario = protocols.ingestion_scenario(tmp_path, monkeypatch, tiny_data)
+    check_any_one_or_two_faults(scenario, share=0.7, second=memory_store.HARD_FAULTS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_any_two_faults_of_all_kinds_are_harmless(name, tmp_path, monkeypatch, tiny_data):
-    scenario = SCENARIOS[name](tmp_path, monkeypatch, tiny_data)
-    swept = sweep(scenario, second=memory_store.FAULTS)
-    assert swept.violations == {}
-    assert swept.num_cases >= 5000
+def test_any_two_faults_of_all_kinds_are_harmless(tmp_path, monkeypatch, tiny_data):
+    scenario = protocols.ingestion_scenario(tmp_path, monkeypatch, tiny_data)
+    check_any_two_faults_of_all_kinds(scenario)
 
 
 def test_a_part_of_an_object_is_never_kept_as_the_whole(monkeypatch, tmp_path):
