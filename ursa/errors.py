@@ -6,7 +6,8 @@ UrsaError
 │   ├── VideoDecodeError      one file cannot be read
 │   │   └── ClipUnavailableError  not now: missing, damaged, no memory or time; transient
 │   ├── ShardFormatError      a shard is damaged or of another schema
-│   ├── ManifestError         missing, incomplete, or of another schema version
+│   ├── ManifestError         missing, incomplete or damaged
+│   │   └── SchemaVersionError whole, but of another schema version
 │   └── FailureBudgetExceeded too many inputs failed
 ├── StorageError              the store did not answer; transient
 │   └── StorageConfigurationError  no such bucket, no permission, disk full; not transient
@@ -54,7 +55,11 @@ class ShardFormatError(DataError):
 
 
 class ManifestError(DataError):
-    """A manifest is missing, incomplete or of another schema version."""
+    """A manifest is missing, incomplete, damaged or of another schema version."""
+
+
+class SchemaVersionError(ManifestError):
+    """A manifest is whole, but another version of the program wrote it."""
 
 
 class FailureBudgetExceeded(DataError):  # noqa: N818  (reads as a sentence)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import tenacity
 from pydantic import ValidationError
@@ -29,7 +29,12 @@ from safetensors import SafetensorError
 
 from ursa.artifacts import SCHEMA_VERSION
 from ursa.config import FrozenModel
-from ursa.errors import ManifestError, StorageConfigurationError, StorageError
+from ursa.errors import (
+    ManifestError,
+    SchemaVersionError,
+    StorageConfigurationError,
+    StorageError,
+)
 
 ANSWER_DEADLINE_S = 30.0
 """Of one request, beside the time that its bytes take; s3fs alone would wait for ever."""
@@ -44,11 +49,15 @@ call gives up within 120 s."""
 UNREACHABLE_BUDGET_S = 10.0
 """So long a call is repeated while nobody takes the connection: the address may be wrong."""
 MANIFEST_LIMIT_BYTES = 64 << 20
+NUM_READS = 3
+"""So often a record is read before it counts as damaged: the answer of a store may be cut off."""
 _RANGE_BYTES = 16 << 20
 _PARALLEL_READS = 16
 _PART_BYTES = 50 << 20
 """s3fs divides larger transfers into parts."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_HASH = "0" * 64
+"""Stands in a record where its hash will be, while that is computed."""
 
 Record = TypeVar("Record", bound=FrozenModel)
 
@@ -84,6 +93,55 @@ def is_remote(uri: str) -> bool:
         True for `s3://` alone.
     """
     return uri.startswith("s3://")
+
+
+def absolute_uri(uri: str) -> str:
+    """Return the one spelling of all that name the same place.
+
+    Of local files that is the absolute path without `.`, `..`, a slash at its end or `file://`;
+    links are followed only where a `..` after them depends on it. Of objects, slashes around the
+    key are dropped: listings leave them out as well. Of addresses, scheme and host are in lower
+    case and the usual port is left out.
+
+    Args:
+        uri: Any URI, or a local path; `~` is expanded.
+
+    Returns:
+        An absolute URI or path.
+    """
+    scheme, is_uri, rest = uri.partition("://")
+    if is_uri and scheme.lower() == "s3":
+        bucket, _, key = rest.partition("/")
+        return f"s3://{bucket}/{key.strip('/')}".rstrip("/") if bucket else uri
+    if is_uri and scheme.lower() == "https":
+        return _plain_address(uri)
+    if not is_uri:
+        return _plain_path(os.path.expanduser(uri))  # noqa: PTH111  (a Path ends at an unknown user)
+    if scheme.lower() != "file":
+        return uri
+    path = _plain_path(str(local_path(f"file://{rest.removeprefix('localhost')}")))
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # no text, so no path in a record either
+        return Path(path).as_uri()
+    return path
+
+
+def _plain_path(path: str) -> str:
+    plain = os.path.abspath(path)  # noqa: PTH100  (`resolve` would follow all links)
+    if ".." in path.split("/") and os.path.realpath(path) != os.path.realpath(plain):
+        plain = os.path.realpath(path)  # a link comes before the dot-dot
+    return f"/{plain.lstrip('/')}"
+
+
+def _plain_address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url  # it is refused where it is fetched
+    user, at, host = parts.netloc.rpartition("@")
+    netloc = f"{user}{at}{host.lower().removesuffix(':443')}"
+    return parts._replace(scheme="https", netloc=netloc, path=parts.path or "/").geturl()
 
 
 def local_path(uri: str) -> Path:
@@ -594,9 +652,30 @@ def load_record(uri: str, kind: type[Record]) -> Record | None:
         data = read_bytes(uri)
     except FileNotFoundError:
         return None
-    if len(data) > MANIFEST_LIMIT_BYTES:
-        raise ManifestError(f"{uri}: {len(data)} bytes, expected at most {MANIFEST_LIMIT_BYTES}")
-    return _parse_record(uri, data, kind)
+    return parse_record(uri, data, kind)
+
+
+def load_lasting(uri: str, kind: type[Record]) -> Record | None:
+    """Read a committed record; one that looks damaged is read `NUM_READS` times.
+
+    For those who go on without a damaged record, or remove it: an answer that was cut off, or a
+    bit that flipped on the way, must not be taken for damage.
+
+    Args:
+        uri: The manifest.
+        kind: Class of the record.
+
+    Returns:
+        The record; None when it was never committed.
+
+    Raises:
+        ManifestError: If it is damaged each time, of another class or another schema version.
+        StorageError: If the store refuses or does not answer.
+    """
+    for _ in range(NUM_READS - 1):
+        with contextlib.suppress(ManifestError):
+            return load_record(uri, kind)
+    return load_record(uri, kind)
 
 
 def load_records(uris: Sequence[str], kind: type[Record]) -> list[Record | None]:
@@ -636,10 +715,12 @@ def commit_record(uri: str, record: Record) -> Record:
     envelope = _Envelope(
         schema_version=SCHEMA_VERSION,
         kind=type(record).__name__,
+        sha256=_NO_HASH,
         record=record.model_dump(mode="json"),
     )
-    data = put_if_absent(uri, envelope.model_dump_json(indent=1).encode())
-    return _parse_record(uri, data, type(record))
+    data = envelope.model_dump_json(indent=1).encode()
+    data = data.replace(_NO_HASH.encode(), _hash_of(data, _NO_HASH).encode(), 1)
+    return parse_record(uri, put_if_absent(uri, data), type(record))
 
 
 def check_store(uri: str, *, min_free_bytes: int = 256 << 20) -> None:
@@ -708,16 +789,27 @@ def sha256_file(path: Path) -> str:
 class _Envelope(FrozenModel):
     schema_version: int
     kind: str
+    sha256: str | None = None
+    """Of the whole file with zeros in this place; None in files of older versions."""
     record: dict[str, Any]
 
 
-def _parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
-    try:
-        envelope = _Envelope.model_validate_json(data)
-    except ValidationError as error:
-        raise ManifestError(f"{uri}: not a manifest ({error.error_count()} errors)") from error
+def parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
+    """Read a record from the bytes of its file.
+
+    Args:
+        uri: Where they are from, for errors.
+        data: The bytes.
+        kind: Class of the record.
+
+    Raises:
+        SchemaVersionError: If it is whole, but of another schema version.
+        ManifestError: If it is damaged, too large or of another class.
+    """
+    envelope = _open(uri, data)
     if envelope.schema_version != SCHEMA_VERSION or envelope.kind != kind.__name__:
-        raise ManifestError(
+        error = SchemaVersionError if envelope.schema_version != SCHEMA_VERSION else ManifestError
+        raise error(
             f"{uri}: holds {envelope.kind} of schema version {envelope.schema_version}, "
             f"expected {kind.__name__} of version {SCHEMA_VERSION}"
         )
@@ -725,6 +817,41 @@ def _parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
         return kind.model_validate(envelope.record)
     except ValidationError as error:
         raise ManifestError(f"{uri}: {kind.__name__} is damaged: {error}") from error
+
+
+def holds_hash(uri: str, data: bytes) -> bool:
+    """Whether a record holds the hash of its own file, so that every changed bit is noticed.
+
+    Args:
+        uri: Where it is from, for errors.
+        data: The bytes of the file.
+
+    Raises:
+        ManifestError: If it is damaged or too large.
+    """
+    return _open(uri, data).sha256 is not None
+
+
+def _open(uri: str, data: bytes) -> _Envelope:
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise ManifestError(f"{uri}: {len(data)} bytes, expected at most {MANIFEST_LIMIT_BYTES}")
+    try:
+        envelope = _Envelope.model_validate_json(data)
+    except ValidationError as error:
+        raise ManifestError(
+            f"{uri}: not a manifest ({error.error_count()} errors); {_WHAT_TO_DO}"
+        ) from error
+    if envelope.sha256 is not None and _hash_of(data, envelope.sha256) != envelope.sha256:
+        raise ManifestError(f"{uri} is damaged: it does not have the sha256 in it; {_WHAT_TO_DO}")
+    return envelope
+
+
+_WHAT_TO_DO = "`ursa data repair` mends it or says what to do"
+
+
+def _hash_of(data: bytes, stated: str) -> str:
+    """Return the sha256 of a record's file without the one that is stated in it."""
+    return hashlib.sha256(data.replace(stated.encode(), _NO_HASH.encode(), 1)).hexdigest()
 
 
 # another run may remove the directory at any moment, as one does that has finished the same work

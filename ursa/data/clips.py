@@ -291,13 +291,13 @@ def clip_frames(clip: Clip, stride_s: float) -> Iterator[tuple[float, int]]:
         yield float(round(place) / clip.info.fps), round(float(place))
 
 
-def read_table(uri: str, schema: pa.Schema, num_rows: int) -> pa.Table:
+def read_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pa.Table:
     """Read a table written by `put_table`; whatever is wrong with it is one error.
 
     Args:
         uri: Where it is; the name holds the hash.
         schema: Columns and metadata that it must have.
-        num_rows: Number of rows that it must have.
+        num_rows: Number of rows that it must have; None takes any.
 
     Returns:
         The table.
@@ -309,13 +309,19 @@ def read_table(uri: str, schema: pa.Schema, num_rows: int) -> pa.Table:
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError as error:
-        raise ShardFormatError(f"{uri} is missing; delete its manifest and run again") from error
+        raise ShardFormatError(
+            f"{uri} is missing; `ursa data repair` mends it or says what to do"
+        ) from error
     if not uri.endswith(f"-{hashlib.sha256(data).hexdigest()[:16]}.parquet"):
-        raise ShardFormatError(f"{uri} is damaged: its bytes do not have the hash in its name")
+        raise ShardFormatError(
+            f"{uri} is damaged: its bytes do not have the hash in its name; `ursa data repair` "
+            "mends it or says what to do"
+        )
     try:
         table = pq.read_table(io.BytesIO(data))
     except pa.ArrowException as error:
         raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
+    num_rows = table.num_rows if num_rows is None else num_rows
     if not table.schema.equals(schema, check_metadata=True) or table.num_rows != num_rows:
         raise ShardFormatError(
             f"{uri}: {table.num_rows} rows of schema {table.schema.metadata}, expected {num_rows} "
@@ -339,13 +345,23 @@ def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    buffer = io.BytesIO()
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
+    data = table_bytes(schema, rows)
     uri = storage.join(folder_uri, f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet")
     storage.put_named_by_hash(uri, data)
     return uri
+
+
+def table_bytes(schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> bytes:
+    """Return rows as a Parquet file.
+
+    Args:
+        schema: Columns and metadata of the table.
+        rows: Values by column name.
+    """
+    buffer = io.BytesIO()
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def clip_row(clip: Clip) -> dict[str, Any]:

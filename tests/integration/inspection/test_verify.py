@@ -21,7 +21,9 @@ def problems(root, **options):
 
 
 def edit_manifest(path, change):
+    """Change a record as code that is wrong would have written it."""
     values = json.loads(path.read_text("utf-8"))
+    del values["sha256"]
     change(values["record"])
     path.write_text(json.dumps(values), "utf-8")
 
@@ -36,6 +38,7 @@ def replace_shard(root, rows_of):
         text = text.replace(old.sha256, new.sha256).replace(old.uri, new.uri)
         text = text.replace(f'"num_bytes": {old.num_bytes}', f'"num_bytes": {new.num_bytes}')
         path.write_text(text, "utf-8")
+        edit_manifest(path, lambda _: None)
     return new
 
 

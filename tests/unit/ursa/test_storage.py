@@ -1,3 +1,4 @@
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ import pytest
 
 from ursa import storage
 from ursa.artifacts import ShardInfo, SourceVideo
-from ursa.errors import ManifestError, StorageConfigurationError
+from ursa.errors import ManifestError, SchemaVersionError, StorageConfigurationError
 
 RECORD = SourceVideo(uri="file:///a", num_bytes=3, etag="x")
 
@@ -235,3 +236,105 @@ def test_a_file_where_a_directory_should_be(tmp_path):
         with pytest.raises(StorageConfigurationError, match="a file stands where a directory"):
             call()
     assert storage.exists(uri) is False
+
+
+def test_every_flipped_bit_of_a_record_is_found(tmp_path):
+    """Also those that leave it a record: in a number, a text, the hash, the schema version."""
+    path = tmp_path / "manifest.json"
+    storage.commit_record(str(path), RECORD)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(ManifestError) as error:
+                storage.load_record(str(path), SourceVideo)
+            assert str(path) in str(error.value)
+            assert type(error.value) is ManifestError, "taken for another schema version"
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        with pytest.raises(ManifestError, match="`ursa data repair`"):
+            storage.load_record(str(path), SourceVideo)
+
+
+def test_a_record_without_a_hash_is_read(tmp_path):
+    """As older code wrote it."""
+    path = tmp_path / "manifest.json"
+    storage.commit_record(str(path), RECORD)
+    assert storage.holds_hash(str(path), path.read_bytes())
+    values = json.loads(path.read_bytes())
+    del values["sha256"]
+    path.write_text(json.dumps(values), "utf-8")
+    assert storage.load_record(str(path), SourceVideo) == RECORD
+    assert storage.commit_record(str(path), RECORD) == RECORD
+    assert not storage.holds_hash(str(path), path.read_bytes())
+
+
+def test_another_schema_version_is_no_damage(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text('{"schema_version": 2, "kind": "SourceVideo", "record": {}}', "utf-8")
+    with pytest.raises(SchemaVersionError, match="of schema version 2, expected SourceVideo"):
+        storage.load_record(str(path), SourceVideo)
+
+
+@pytest.mark.parametrize("num_cut", [1, 2, 3])
+def test_an_answer_that_is_cut_off_is_no_damage(tmp_path, monkeypatch, num_cut):
+    uri = str(tmp_path / "manifest.json")
+    storage.commit_record(uri, RECORD)
+    read, reads = storage.read_bytes, []
+
+    def cut(uri):
+        reads.append(uri)
+        return read(uri)[: 40 if len(reads) <= num_cut else None]
+
+    monkeypatch.setattr(storage, "read_bytes", cut)
+    if num_cut < storage.NUM_READS:
+        assert storage.load_lasting(uri, SourceVideo) == RECORD
+    else:
+        with pytest.raises(ManifestError, match="not a manifest"):
+            storage.load_lasting(uri, SourceVideo)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("/a/b", "/a/b"),
+        ("/a/b/", "/a/b"),
+        ("//a///b/./c/..", "/a/b"),
+        ("file:///a/b", "/a/b"),
+        ("file:///a/b/", "/a/b"),
+        ("file://localhost/a/b", "/a/b"),
+        ("FILE:///a/b%20%23c", "/a/b #c"),
+        ("file:///a/%ff", "file:///a/%FF"),
+        ("s3://bucket", "s3://bucket"),
+        ("s3://bucket/", "s3://bucket"),
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        ("s3://bucket/a/b/", "s3://bucket/a/b"),
+        ("S3://bucket//a/b//", "s3://bucket/a/b"),
+        # other objects on a store: nothing is to be guessed
+        ("s3://bucket/a//b/./c", "s3://bucket/a//b/./c"),
+        ("s3://Bucket/A", "s3://Bucket/A"),
+        ("HTTPS://Host.Test:443/A/b/?x=Y", "https://host.test/A/b/?x=Y"),
+        ("https://host.test", "https://host.test/"),
+        ("https://host.test:8443/a", "https://host.test:8443/a"),
+        ("https://[::1/a", "https://[::1/a"),
+        ("gs://bucket/a/", "gs://bucket/a/"),
+    ],
+)
+def test_a_place_has_one_spelling(given, expected):
+    assert storage.absolute_uri(given) == expected
+    assert storage.absolute_uri(expected) == expected
+
+
+def test_relative_paths_and_links(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "far" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
+    for given in ("x", "./x", "x/", "far/../x", "~/x", f"file://{tmp_path}/x/"):
+        assert storage.absolute_uri(given) == f"{tmp_path}/x"
+    assert storage.absolute_uri("") == str(tmp_path)
+    # a link keeps its name, but what is above the place it leads to is not beside it
+    assert storage.absolute_uri("link/x") == f"{tmp_path}/link/x"
+    assert storage.absolute_uri("link/../x") == f"{tmp_path}/far/x"
