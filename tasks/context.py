@@ -15,7 +15,7 @@ import platformdirs
 import ursa
 from tasks import cluster, reports, tracking
 from tasks.options import ConfigOverrides, announce, show_library_logs, step
-from tasks.settings import RuntimeSettings, absolute_uri
+from tasks.settings import RuntimeSettings
 from tasks.tracking import TrackedRun
 from ursa import ingestion, storage
 from ursa.annotation.scorers import check_scorers, score_keys
@@ -39,6 +39,7 @@ from ursa.config import (
     fingerprint,
     load_config,
 )
+from ursa.data.versions import recorded_source
 from ursa.sources.listing import discover_videos
 from ursa.video.selection import check_rules
 
@@ -262,7 +263,8 @@ def list_source(source_uri: str, config: RunConfig, settings: RuntimeSettings) -
         DataError: If the source does not exist or holds no video.
         StorageError: If the store cannot be used.
     """
-    uri = absolute_uri(source_uri)
+    # another spelling would be another source: everything would be made anew
+    uri = recorded_source(settings.data_uri, source_uri)
     sources = discover_videos(
         uri,
         allow_https=config.ingestion.allow_https,

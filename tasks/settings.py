@@ -5,7 +5,6 @@ What decides the result of a run is in `ursa.config`. Every variable is listed i
 """
 
 import os
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
@@ -15,17 +14,6 @@ from ursa import storage
 from ursa.errors import ConfigError
 from ursa.model.size import Recomputed
 from ursa.training.execution import Execution, Strategy
-
-
-def absolute_uri(uri: str) -> str:
-    """Return a URI as it is, and a local path made absolute.
-
-    Args:
-        uri: URI or local path; `~` is expanded.
-    """
-    if "://" in uri:
-        return uri
-    return str(Path(uri).expanduser().absolute())
 
 
 class RuntimeSettings(BaseSettings):
@@ -73,7 +61,7 @@ class RuntimeSettings(BaseSettings):
     @field_validator("data_uri")
     @classmethod
     def _absolute(cls, value: str) -> str:
-        return absolute_uri(value)
+        return storage.absolute_uri(value)
 
     @field_validator("ray_address", mode="before")
     @classmethod

@@ -34,9 +34,9 @@ def commit_version(
         The committed version.
 
     Raises:
-        ManifestError: If an earlier version is damaged.
+        ManifestError: If what another run has just committed is damaged.
         ServiceError: If the tracking server does not answer.
-        ShardFormatError: If a table of the clips is missing or damaged.
+        ShardFormatError: If a table of the clips or of the changes is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
     version = versions.commit_version(
@@ -66,7 +66,7 @@ def note_version(context: RunContext, prepared: PreparedData) -> DatasetVersion:
         The newest version, which is of these data.
 
     Raises:
-        ManifestError: If an earlier version is damaged.
+        ManifestError: If what another run has just committed is damaged.
         ShardFormatError: If a table of the clips is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """

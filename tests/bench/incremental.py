@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests import data_roots, factories, media
 from ursa.artifacts import TokenizerRef
-from ursa.data.versions import DatasetVersion, commit_version
+from ursa.data.versions import Change, DatasetVersion, commit_version
 
 CONFIG = data_roots.root_config(tokenization={"clips_per_shard": 4})
 
@@ -44,7 +44,7 @@ def second_run_s(num_old: int, num_new: int) -> tuple[float, float]:
         first_s, _ = run(source, f"{folder}/data", tokenizer)
         save(source, 90_000, num_new)
         second_s, version = run(source, f"{folder}/data", tokenizer)
-        assert version.changes == {"added": num_new, "renamed": 0, "edited": 0, "removed": 0}
+        assert version.changes == {**dict.fromkeys(Change, 0), Change.ADDED: num_new}
         return first_s, second_s
 
 

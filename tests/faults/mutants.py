@@ -194,13 +194,13 @@ def _loser_skips_a_number(patch: pytest.MonkeyPatch) -> None:
 
 def _same_version_again(patch: pytest.MonkeyPatch) -> None:
     """That the newest version is the same is not noticed."""
-    newest = versions.newest_version
+    newest = versions._newest_and_next
 
-    def other(*arguments: Any) -> Any:
-        found = newest(*arguments)
-        return found and found.model_copy(update={"fingerprint": ""})
+    def other(folder_uri: str) -> Any:
+        found, number = newest(folder_uri)
+        return found and found.model_copy(update={"fingerprint": ""}), number
 
-    patch.setattr(versions, "newest_version", other)
+    patch.setattr(versions, "_newest_and_next", other)
 
 
 def _no_resume(patch: pytest.MonkeyPatch) -> None:

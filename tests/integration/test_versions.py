@@ -19,6 +19,7 @@ from ursa.data.versions import (
     list_versions,
     read_changes,
 )
+from ursa.inspection.card import data_card
 
 pytestmark = pytest.mark.integration
 CODE = {"ursa": "test"}
@@ -78,9 +79,10 @@ def test_the_version_says_exactly_what_changed(grown):
         return (source / f"{name}.mp4").as_uri()
 
     assert (one.number, one.parent_uri) == (1, None)
-    assert one.changes == {"added": 11, "renamed": 0, "edited": 0, "removed": 0}
+    none = dict.fromkeys(Change, 0)
+    assert one.changes == {**none, "added": 11}
     assert (two.number, two.parent_uri) == (2, one.manifest_uri)
-    assert two.changes == {"added": 3, "renamed": 1, "edited": 1, "removed": 1}
+    assert two.changes == {**none, "added": 3, "renamed": 1, "edited": 1, "removed": 1}
     assert (two.num_files, two.num_unchanged) == (13, 8)
     assert read_changes(two) == [
         FileChange(Change.RENAMED, uri("a name"), hashes["v2"], previous_uri=uri("v2")),
@@ -125,11 +127,32 @@ def test_other_settings_make_a_version_that_names_them(tmp_path, tokenizer, caps
     with pytest.raises(SystemExit):
         main(["data", "changes", uri])
     out = capsys.readouterr().out
-    assert "setting  tokenization.image_stride_s\n" in out
+    assert "setting     tokenization.image_stride_s\n" in out
     assert "version 2: 0 files differ, 2 do not" in out
     with pytest.raises(SystemExit):
         main(["data", "versions", uri, "--json"])
     assert [item["number"] for item in json.loads(capsys.readouterr().out)] == [1, 2]
+
+
+def test_changed_captions_make_a_version_that_names_the_files(tmp_path, tokenizer, capsys):
+    source, uri = tmp_path / "videos", str(tmp_path / "data")
+    source.mkdir()
+    for seed in range(3):
+        save(source, f"v{seed}", seed)
+    run(source, uri, tokenizer)
+    (source / "v1.txt").write_text("Ground that moves.")
+    root, two = run(source, uri, tokenizer)
+    assert (two.number, two.changes[Change.RECAPTIONED], two.num_unchanged) == (2, 1, 2)
+    with pytest.raises(SystemExit):
+        main(["data", "changes", uri, "--source", f"{source}/"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"recaptioned {(source / 'v1.mp4').as_uri()}",
+        "captions changed: 1 files",
+        "version 2: 0 files differ, 3 do not",
+    ]
+    card = data_card(uri, selection_uri=root.selection.manifest_uri, config=CONFIG)
+    assert "<tr><td>captions changed</td><td>1 files</td></tr>" in card
+    assert "<tr><td>as before</td><td>2 files</td></tr>" in card
 
 
 def test_a_file_is_found_by_name_old_name_and_content(grown, capsys):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ursa.data.versions import Change
 from ursa.inspection.stats import QUANTILES
 from ursa.video.score_table import BUILT_IN_SCORERS
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ursa.video.recipes import Recipe
 
 _WIDTH = 110
+_HEADS = {Change.RECAPTIONED: "captions"}
+"""Of columns whose name would be too long."""
 
 
 def print_stats(stats: "DataStats") -> None:
@@ -99,11 +102,11 @@ def print_versions(versions: Sequence["DatasetVersion"]) -> None:
     Args:
         versions: All versions, by source and number.
     """
-    console = Console(width=_WIDTH)
+    console = Console(width=_WIDTH + 10)  # a column more than others have
     for source_uri in dict.fromkeys(version.source_uri for version in versions):
         console.print(Text(source_uri), soft_wrap=True)
         own = [version for version in versions if version.source_uri == source_uri]
-        kinds = tuple(own[0].changes)
+        kinds = tuple(_HEADS.get(kind, str(kind)) for kind in Change)
         _print(
             console,
             ("version", "files", *kinds, "clips", "kept", "held out", "samples", "tokens"),
@@ -114,7 +117,7 @@ def print_versions(versions: Sequence["DatasetVersion"]) -> None:
                         "{:,}".format,
                         (
                             version.num_files,
-                            *version.changes.values(),
+                            *(version.changes.get(kind, 0) for kind in Change),
                             version.clips.num_clips,
                             version.selection.num_kept,
                             version.selection.num_validation,

@@ -41,7 +41,7 @@ def changes(
     source: str | None = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name the files that a version added, renamed, edited or removed, and changed settings.
+    """Name the files that a version added, renamed, edited, removed or recaptioned, and settings.
 
     Example: ursa data changes .ursa/data --number 2
 
@@ -51,23 +51,30 @@ def changes(
         source: Of the data set, where the root holds several.
         as_json: Print JSON.
     """
-    from ursa.data.versions import changed_settings, list_versions, read_changes
+    from ursa.data.versions import Change, changed_settings, list_versions, read_changes
 
     found = list_versions(root_uri(root))
     version = _choose(found, number, source)
     parent = next((item for item in found if item.manifest_uri == version.parent_uri), None)
     settings = changed_settings(version, parent) if parent else []
     files = read_changes(version)
+    num_recaptioned = sum(item.change == Change.RECAPTIONED for item in files)
     if as_json:
         rows = [item._asdict() for item in files]
         print(json.dumps({"changes": rows, "settings": settings}, indent=1))
         return
     for item in files:
         before = f"  (was {item.previous_uri})" if item.previous_uri else ""
-        print(f"{item.change:8} {item.source_uri}{before}")
+        print(f"{item.change:11} {item.source_uri}{before}")
     for name in settings:
-        print(f"setting  {name}")
-    print(f"version {version.number}: {len(files)} files differ, {version.num_unchanged} do not")
+        print(f"{'setting':11} {name}")
+    if parent is None and version.parent_uri is not None:
+        print(f"settings are not compared: {version.parent_uri} cannot be read")
+    if num_recaptioned:
+        print(f"captions changed: {num_recaptioned} files")
+    num_other = len(files) - num_recaptioned
+    num_same = version.num_unchanged + num_recaptioned
+    print(f"version {version.number}: {num_other} files differ, {num_same} do not")
 
 
 def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None:
@@ -120,7 +127,12 @@ def _choose(
     found: "list[DatasetVersion]", number: int | None, source: str | None
 ) -> "DatasetVersion":
     """Return the version that `--number` and `--source` name."""
+    from ursa.storage import absolute_uri
+
     sources = sorted({version.source_uri for version in found})
+    if source is not None and source not in sources:  # written in another way
+        place = absolute_uri(source)
+        source = next((item for item in sources if absolute_uri(item) == place), source)
     if source is None and len(sources) > 1:
         raise ConfigError(f"name one of the sources with --source: {', '.join(sources)}")
     own = [version for version in found if source in {None, version.source_uri}]

@@ -3,10 +3,14 @@
 A version is an immutable record that names its parent, so that all of a source form one chain. The
 records are numbered and put if absent: of two runs at once one takes a number, and the other finds
 that its version is there already or takes the next.
+
+A record that is damaged keeps its number and is passed over with a warning: the next version gets
+the next free number, and its parent is the newest version that can be read.
 """
 
+import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -26,6 +30,9 @@ from ursa.artifacts import (
 from ursa.config import FrozenModel, RunConfig, fingerprint
 from ursa.data.clips import put_table, read_clip_table, read_failures, read_table
 from ursa.data.units import MODALITIES, SPLITS
+from ursa.errors import ManifestError, ShardFormatError
+
+logger = logging.getLogger(__name__)
 
 DATA_SECTIONS = (
     "seed",
@@ -61,6 +68,16 @@ CHANGE_SCHEMA = pa.schema(
     metadata={b"ursa.kind": b"changes", **_METADATA},
 )
 """A row a file that differs from the version before; of a removed one what it was."""
+NOTE_COLUMNS = (
+    "caption",
+    "caption_long",
+    "caption_source",
+    "caption_model",
+    "license",
+    "attribution",
+)
+"""Columns of the clips that hold what is said: they make another version without other bytes."""
+_COMPARED = ("source_uri", "clip_id", "source_sha256", *NOTE_COLUMNS)
 
 
 class Change(StrEnum):
@@ -70,6 +87,8 @@ class Change(StrEnum):
     RENAMED = "renamed"
     EDITED = "edited"
     REMOVED = "removed"
+    RECAPTIONED = "recaptioned"
+    """The same bytes under the same name, with another caption, licence or attribution."""
 
 
 class FileChange(NamedTuple):
@@ -141,24 +160,16 @@ def commit_version(
         The new version, or the newest if it is of the same configuration, files and tokens.
 
     Raises:
-        ManifestError: If a version is damaged.
+        ManifestError: If the record that another run has just put there is damaged.
         ShardFormatError: If a table of the clips is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
     clips = selection.clips
     visual, text = tokenizers
     settings = data_config(config)
-    files = list_source_files(clips)
-    print_ = fingerprint(
-        "dataset-version",
-        SCHEMA_VERSION,
-        clips.source_uri,
-        settings,
-        clips.fingerprint,
-        selection.fingerprint,
-        datasets.fingerprint,
-        text.fingerprint,
-    )
+    table = read_clip_table(clips).select(_COMPARED)
+    files = list_source_files(clips, table)
+    print_ = _fingerprint(settings, selection, datasets.fingerprint, text)
     folder_uri = _folder_uri(root_uri, clips.source_uri)
     files_uri = put_table(folder_uri, "files", FILE_SCHEMA, files)
     sets = {
@@ -167,12 +178,10 @@ def commit_version(
         for split in SPLITS
     }
     while True:
-        newest = newest_version(root_uri, clips.source_uri)
+        newest, number = _newest_and_next(folder_uri)
         if newest is not None and newest.fingerprint == print_:
             return newest
-        before = _contents(read_version_files(newest)) if newest is not None else {}
-        changes = compare_files(before, _contents(files))
-        number = 1 if newest is None else newest.number + 1
+        changes = find_changes(newest, clips, table, files)
         version = DatasetVersion(
             manifest_uri=_manifest_uri(folder_uri, number),
             number=number,
@@ -207,6 +216,56 @@ def commit_version(
         # another run has taken the number: look again at what is the newest now
 
 
+def version_fingerprint(version: DatasetVersion) -> str:
+    """Return the fingerprint that a version must have: of all that makes it another one.
+
+    Args:
+        version: The version.
+    """
+    text = version.text_tokenizer
+    return _fingerprint(version.config, version.selection, version.tokens_fingerprint, text)
+
+
+def _fingerprint(
+    settings: Mapping[str, Any], selection: ClipSelection, tokens: str, text: TokenizerRef
+) -> str:
+    return fingerprint(
+        "dataset-version",
+        SCHEMA_VERSION,
+        selection.clips.source_uri,
+        settings,
+        selection.clips.fingerprint,
+        selection.fingerprint,
+        tokens,
+        text.fingerprint,
+    )
+
+
+def find_changes(
+    parent: DatasetVersion | None,
+    clips: ClipSet,
+    table: pa.Table,
+    files: Iterable[Mapping[str, Any]],
+) -> list[FileChange]:
+    """Return in which files a set of clips differs from a version, by URI.
+
+    Args:
+        parent: The version; None for a first one.
+        clips: The committed set.
+        table: Its clips, with the columns that are compared.
+        files: Result of `list_source_files` for it.
+
+    Raises:
+        ShardFormatError: If the files of the version are not known any more.
+        StorageError: If the store refuses or does not answer.
+    """
+    before = _contents(read_version_files(parent)) if parent is not None else {}
+    changes = compare_files(before, _contents(files))
+    if parent is not None and parent.clips.fingerprint != clips.fingerprint:
+        changes += _recaptioned(parent.clips, table)
+    return sorted(changes, key=lambda item: (item.source_uri, item.change))
+
+
 def data_config(config: RunConfig) -> dict[str, Any]:
     """Return the parts of a configuration that decide a data set.
 
@@ -229,25 +288,31 @@ def changed_settings(version: DatasetVersion, parent: DatasetVersion) -> list[st
 
 
 def newest_version(root_uri: str, source_uri: str) -> DatasetVersion | None:
-    """Return the newest version of the data set of a source; None if there is none.
+    """Return the newest version of the data set of a source that can be read; None if none can.
 
     Args:
         root_uri: The data root.
         source_uri: The source, as the clips name it.
 
     Raises:
-        ManifestError: If it is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    numbers = _numbers(_folder_uri(root_uri, source_uri))
-    if not numbers:
-        return None
-    uri = _manifest_uri(_folder_uri(root_uri, source_uri), numbers[-1])
-    return storage.load_record(uri, DatasetVersion)
+    return _newest_and_next(_folder_uri(root_uri, source_uri))[0]
+
+
+def _newest_and_next(folder_uri: str) -> tuple[DatasetVersion | None, int]:
+    """Return the newest version that can be read, and the next number, from one listing.
+
+    The number of a damaged record stays taken: it may be written down elsewhere.
+    """
+    numbers = _numbers(folder_uri)
+    found = (_load(_manifest_uri(folder_uri, number)) for number in reversed(numbers))
+    newest = next((version for version in found if version is not None), None)
+    return newest, max(numbers, default=0) + 1
 
 
 def iter_ancestors(version: DatasetVersion | None) -> Iterator[DatasetVersion]:
-    """Yield a version, its parent, and so on to the first.
+    """Yield a version, its parent, and so on to the first; damaged ones are passed over.
 
     Args:
         version: Where to begin; None yields nothing.
@@ -256,49 +321,123 @@ def iter_ancestors(version: DatasetVersion | None) -> Iterator[DatasetVersion]:
         Versions, newest first.
 
     Raises:
-        ManifestError: If one is damaged.
         StorageError: If the store refuses or does not answer.
     """
     while version is not None:
         yield version
-        parent_uri = version.parent_uri
-        version = storage.load_record(parent_uri, DatasetVersion) if parent_uri else None
+        parent = re.fullmatch(r"(.+)/([0-9]{6})\.json", version.parent_uri or "")
+        if parent is None:
+            return
+        newest = min(int(parent[2]), version.number - 1)
+        found = (_load(_manifest_uri(parent[1], number)) for number in range(newest, 0, -1))
+        version = next((item for item in found if item is not None), None)
 
 
-def list_versions(root_uri: str) -> list[DatasetVersion]:
-    """Return all versions below a data root: by source, oldest first.
+def iter_versions(root_uri: str) -> Iterator[tuple[str, DatasetVersion | ManifestError]]:
+    """Yield the URI of every version below a data root with its record, or what is wrong with it.
 
     Args:
         root_uri: The data root.
 
+    Yields:
+        URI, and record or error, sorted by URI.
+
     Raises:
-        ManifestError: If one is damaged.
         StorageError: If the store refuses or does not answer.
     """
     try:
         listed = storage.list_files(storage.join(root_uri, "datasets"), with_etag=False)
     except FileNotFoundError:
-        return []
-    uris = [item.uri for item in listed if re.search(r"/[0-9]{6}\.json$", item.uri)]
-    found = [storage.load_record(uri, DatasetVersion) for uri in uris]
-    versions = [version for version in found if version is not None]
+        return
+    for uri in (item.uri for item in listed):
+        if not re.search(r"/[0-9]{6}\.json$", uri):
+            continue
+        try:
+            record = storage.load_lasting(uri, DatasetVersion)
+        except ManifestError as error:
+            yield uri, error
+        else:
+            if record is not None:  # else it has been removed since it was listed
+                yield uri, record
+
+
+def list_versions(root_uri: str) -> list[DatasetVersion]:
+    """Return all versions below a data root that can be read: by source, oldest first.
+
+    A damaged one is named in a warning.
+
+    Args:
+        root_uri: The data root.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    versions = []
+    for _, found in iter_versions(root_uri):
+        if isinstance(found, ManifestError):
+            _warn(found)
+        else:
+            versions.append(found)
     return sorted(versions, key=lambda version: (version.source_uri, version.number))
+
+
+def recorded_source(root_uri: str, source_uri: str) -> str:
+    """Return the one spelling of a source for which a data root has versions.
+
+    Args:
+        root_uri: The data root.
+        source_uri: The source, however it is written.
+
+    Returns:
+        `storage.absolute_uri` of it; another spelling of the same place if the root has versions of
+        that alone, as runs of older code wrote sources as they were given.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    wanted = storage.absolute_uri(source_uri)
+    if _numbers(_folder_uri(root_uri, wanted)):
+        return wanted
+    counts = Counter(version.source_uri for version in list_versions(root_uri))
+    same = [item for item in counts.items() if storage.absolute_uri(item[0]) == wanted]
+    return max(same, key=lambda item: (item[1], item[0]), default=(wanted, 0))[0]
+
+
+def _load(uri: str) -> DatasetVersion | None:
+    """Return a version; None if it is missing, or damaged, which is said."""
+    try:
+        return storage.load_lasting(uri, DatasetVersion)
+    except ManifestError as error:
+        _warn(error)
+        return None
+
+
+def _warn(error: Exception) -> None:
+    logger.warning("a data set version is passed over: %s", error)
 
 
 def read_version_files(version: DatasetVersion) -> list[dict[str, Any]]:
     """Return the files of a version as rows of `FILE_SCHEMA`, by URI.
 
+    Where the table is missing or damaged, they are counted again in the clips of the version.
+
     Args:
         version: The version.
 
     Raises:
-        ShardFormatError: If the table is missing or damaged.
+        ShardFormatError: If the tables of the clips are missing or damaged as well.
         StorageError: If the store refuses or does not answer.
     """
-    rows: list[dict[str, Any]] = read_table(
-        version.files_uri, FILE_SCHEMA, version.num_files
-    ).to_pylist()
+    rows: list[dict[str, Any]] = _file_table(version).to_pylist()
     return rows
+
+
+def _file_table(version: DatasetVersion) -> pa.Table:
+    try:
+        return read_table(version.files_uri, FILE_SCHEMA, version.num_files)
+    except ShardFormatError as error:
+        logger.warning("%s", error)
+        return pa.Table.from_pylist(list_source_files(version.clips), schema=FILE_SCHEMA)
 
 
 def read_changes(version: DatasetVersion) -> list[FileChange]:
@@ -358,21 +497,56 @@ def compare_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[F
     return sorted(changes, key=lambda item: (item.source_uri, item.change))
 
 
-def list_source_files(clips: ClipSet) -> list[dict[str, Any]]:
+def _recaptioned(before: ClipSet, after: pa.Table) -> list[FileChange]:
+    """Return the files that have clips of which other things are said than before, by URI."""
+    try:
+        old = read_clip_table(before)
+    except ShardFormatError as error:
+        logger.warning("captions are not compared with those of the version before: %s", error)
+        return []
+    return compare_notes(old, after)
+
+
+def compare_notes(before: pa.Table, after: pa.Table) -> list[FileChange]:
+    """Return the files with clips that are the same in two tables, but not what is said of them.
+
+    Args:
+        before: A table with the columns of `CLIP_SCHEMA` that are compared, or all of them.
+        after: Another one.
+
+    Returns:
+        Changes of the kind `RECAPTIONED`, by URI.
+    """
+    keys = ["source_uri", "clip_id"]
+    joined = after.select(_COMPARED).join(
+        before.select([*keys, *NOTE_COLUMNS]), keys, join_type="inner", right_suffix="_before"
+    )
+    is_other = pa.chunked_array([pa.repeat(False, joined.num_rows)])  # noqa: FBT003
+    for name in NOTE_COLUMNS:
+        new, old = joined[name], joined[f"{name}_before"]
+        differs = pc.or_(
+            pc.xor(new.is_valid(), old.is_valid()),
+            pc.fill_null(pc.not_equal(new, old), fill_value=False),
+        )
+        is_other = pc.or_(is_other, differs)
+    rows = joined.filter(is_other).select(["source_uri", "source_sha256"]).to_pylist()
+    found = {row["source_uri"]: row["source_sha256"] for row in rows}
+    return [FileChange(Change.RECAPTIONED, uri, content) for uri, content in sorted(found.items())]
+
+
+def list_source_files(clips: ClipSet, table: pa.Table | None = None) -> list[dict[str, Any]]:
     """Return the files of a set of clips as rows of `FILE_SCHEMA`, by URI.
 
     Args:
         clips: The committed set.
+        table: Its clips, or those of their columns that versions compare; None reads them.
 
     Raises:
         ShardFormatError: If a table is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    counted = (
-        read_clip_table(clips)
-        .group_by(["source_uri", "source_sha256"])
-        .aggregate([([], "count_all")])
-    )
+    table = read_clip_table(clips) if table is None else table
+    counted = table.group_by(["source_uri", "source_sha256"]).aggregate([([], "count_all")])
     rows = [
         {
             "source_uri": row["source_uri"],
@@ -415,7 +589,6 @@ def find_kept_tokenizer(
         The tokenizer; None where one has to be made.
 
     Raises:
-        ManifestError: If a version is damaged.
         StorageError: If the store refuses or does not answer.
     """
     growth: float | None = getattr(config, kind).refit_growth
@@ -457,17 +630,18 @@ def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, 
             content that ever was at a URI counts, under any name.
 
     Returns:
-        Version and row of `FILE_SCHEMA`, by source and number.
+        Version and row of `FILE_SCHEMA`, by source and number. Versions that are damaged, or whose
+        files are not known any more, are named in a warning.
 
     Raises:
-        ManifestError: If a version is damaged.
-        ShardFormatError: If a table is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    tables = [
-        (version, read_table(version.files_uri, FILE_SCHEMA, version.num_files))
-        for version in list_versions(root_uri)
-    ]
+    tables = []
+    for version in list_versions(root_uri):
+        try:
+            tables.append((version, _file_table(version)))
+        except ShardFormatError as error:
+            logger.warning("the files of %s are not known: %s", version.manifest_uri, error)
     contents = {what, what.lower()}
     for _, table in tables:
         names = table["source_uri"]

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from ursa.artifacts import Clip, ClipSelection, SelectedClip
 from ursa.config import RunConfig
 from ursa.data.clips import clips_of, read_selection_tables
+from ursa.data.versions import Change, changed_settings, list_versions
 from ursa.errors import DataError
 from ursa.inspection.examples import choose_examples, read_strip, verdict_of
 from ursa.inspection.pictures import data_url, jpeg, score_histograms
@@ -93,6 +94,7 @@ def data_card(
         rejected = _examples(_rejected(selection), reader.read)
     parts = [
         _head(stats, selection),
+        _section("Changes since the version before", _changes(root_uri, selection)),
         _section("From files to clips", _funnel(stats)),
         _section("Scores", _scores(histograms)),
         _section("Thresholds", _thresholds(selection)),
@@ -153,6 +155,24 @@ def _funnel(stats: DataStats) -> str:
         )
         rows.append((escape(row.step), f"{row.count:,}", bar, f"{share:.1%}"))
     return _table((), rows, kind="funnel")
+
+
+def _changes(root_uri: str, selection: ClipSelection) -> str:
+    """Return what the newest version of this selection has that the one before had not."""
+    versions = list_versions(root_uri)
+    own = [item for item in versions if item.selection.fingerprint == selection.fingerprint]
+    if not own:
+        return "<p>This selection is in no data set version.</p>"
+    version = own[-1]
+    words = {Change.RECAPTIONED: "captions changed"}
+    rows = [
+        (words.get(kind, str(kind)), f"{version.changes.get(kind, 0):,} files") for kind in Change
+    ]
+    rows.append(("as before", f"{version.num_unchanged:,} files"))
+    parent = next((item for item in versions if item.manifest_uri == version.parent_uri), None)
+    if settings := changed_settings(version, parent) if parent else []:
+        rows.append(("settings changed", escape(", ".join(settings))))
+    return _table((f"version {version.number}", ""), rows)
 
 
 def _scores(histograms: bytes | None) -> str:

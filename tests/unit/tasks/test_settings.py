@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.settings import RuntimeSettings, absolute_uri
+from tasks.settings import RuntimeSettings
 from ursa.errors import ConfigError
 from ursa.training.execution import Execution
 
@@ -32,16 +32,6 @@ def test_bad_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("URSA_NUM_TRAIN_WORKERS", "0")
     with pytest.raises(ConfigError, match=r"URSA_NUM_TRAIN_WORKERS.*'0'"):
         RuntimeSettings.from_env()
-
-
-@pytest.mark.parametrize("uri", ["s3://bucket/a", "file:///a/b", "/a/b"])
-def test_absolute_uri_keeps_what_is_absolute(uri: str) -> None:
-    assert absolute_uri(uri) == uri
-
-
-def test_absolute_uri_of_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert absolute_uri("videos/x") == str(tmp_path / "videos" / "x")
 
 
 def test_how_training_is_computed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

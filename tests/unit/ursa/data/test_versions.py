@@ -1,9 +1,34 @@
+import hashlib
+import json
+import logging
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import factories
+from ursa import storage
+from ursa.artifacts import Clip, ClipScores, VideoInfo
+from ursa.config import fingerprint
+from ursa.data.clips import FAILURE_SCHEMA, put_table
 from ursa.data.units import _spans
-from ursa.data.versions import Change, FileChange, compare_files
+from ursa.data.versions import (
+    Change,
+    DatasetVersion,
+    FileChange,
+    commit_version,
+    compare_files,
+    find_kept_tokenizer,
+    find_uses,
+    iter_ancestors,
+    list_versions,
+    newest_version,
+    read_changes,
+    read_version_files,
+    recorded_source,
+)
+from ursa.errors import ShardFormatError
 
 FILES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("UVWXYZ"))
 
@@ -111,3 +136,248 @@ def test_a_clip_more_changes_its_unit_and_few_others(numbers, mean, new):
     assert inside == []
     first_clean = next((b for b in boundaries if b > f"{new:012x}"), None)
     assert all(first_clean is None or unit[0] < first_clean for unit in changed)
+
+
+INFO = VideoInfo(width_px=64, height_px=48, fps=12.0, num_frames=18, duration_s=1.5, codec="h264")
+CONFIG = factories.tiny_config({"text_tokenizer": {"refit_growth": None}})
+
+
+def clip(name, **changes):
+    """A clip of the file of that name."""
+    values = {
+        "clip_id": fingerprint("clip", name)[:32],
+        "source_uri": f"file:///videos/{name}.mp4",
+        "source_sha256": hashlib.sha256(name.encode()).hexdigest(),
+        "start_s": 0.0,
+        "end_s": 1.5,
+        "media_uri": "file:///gone.mp4",
+        "media_sha256": "0" * 64,
+        "info": INFO,
+        "scores": ClipScores(**dict.fromkeys(ClipScores.model_fields)),
+        "caption": f"of {name}",
+    }
+    return Clip(**(values | changes))
+
+
+class Ledger:
+    """Commits versions without decoding anything."""
+
+    def __init__(self, folder, data):
+        self.uri, self._data, self._count = str(folder), data, 0
+        place = {"manifest_uri": f"{folder}/text.json"}
+        self.text_tokenizer = data.text_tokenizer.model_copy(update=place)
+        storage.commit_record(self.text_tokenizer.manifest_uri, self.text_tokenizer)
+
+    def select(self, clips, source_uri="/videos"):
+        self._count += 1
+        place = storage.join(self.uri, "sets", str(self._count))
+        selection = factories.commit_selection(place, clips)
+        put_table(place, "failures", FAILURE_SCHEMA, [])
+        print_ = fingerprint([item.model_dump(mode="json") for item in clips])
+        changes = {"source_uri": source_uri, "fingerprint": print_}
+        return selection.model_copy(
+            update={"clips": selection.clips.model_copy(update=changes), "fingerprint": print_}
+        )
+
+    def commit(self, clips, source_uri="/videos"):
+        tokenizers = (self._data.visual_tokenizer, self.text_tokenizer)
+        selection = self.select(clips, source_uri)
+        return commit_version(
+            self.uri, CONFIG, selection, tokenizers, self._data.datasets, code={"ursa": "test"}
+        )
+
+    def grow(self, count):
+        """Versions of one file, two files, and so on."""
+        return [self.commit([clip(name) for name in "abcdef"[:n]]) for n in range(1, count + 1)]
+
+
+@pytest.fixture
+def ledger(tmp_path, tiny_data):
+    return Ledger(tmp_path / "data", tiny_data)
+
+
+def damage(uri, how):
+    path = storage.local_path(uri)
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": data[:100], "flipped": data.replace(b"3", b"2", 1), "": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", ""])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_damaged_version_is_named_and_passed_over(ledger, caplog, place, how):
+    versions = ledger.grow(3)
+    damage(versions[place].manifest_uri, how)
+    left = [version for version in versions if version is not versions[place]]
+    with caplog.at_level(logging.WARNING):
+        assert list_versions(ledger.uri) == left
+        assert newest_version(ledger.uri, "/videos") == left[-1]
+        assert list(iter_ancestors(left[-1])) == left[::-1]
+        holds_a = [version for version, _ in find_uses(ledger.uri, "file:///videos/a.mp4")]
+    assert holds_a == left
+    assert versions[place].manifest_uri in caplog.text
+    assert "`ursa data repair`" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", ""])
+def test_the_number_of_a_damaged_version_stays_taken(ledger, how):
+    one, two = ledger.grow(2)
+    damage(two.manifest_uri, how)
+    before = storage.read_bytes(two.manifest_uri)
+    three = ledger.commit([clip("a"), clip("c")])
+    assert (three.number, three.parent_uri) == (3, one.manifest_uri)
+    assert [item.source_uri for item in read_changes(three)] == ["file:///videos/c.mp4"]
+    assert storage.read_bytes(two.manifest_uri) == before
+    # the same data again: noticed, though the damaged record stands between
+    assert ledger.commit([clip("a"), clip("c")]) == three
+    four = ledger.commit([clip("a"), clip("b")])
+    assert (four.number, four.parent_uri) == (4, three.manifest_uri)
+    assert [item.number for item in iter_ancestors(four)] == [4, 3, 1]
+
+
+def test_only_damaged_versions(ledger):
+    (one,) = ledger.grow(1)
+    damage(one.manifest_uri, "cut")
+    two = ledger.commit([clip("a")])
+    assert (two.number, two.parent_uri, two.changes[Change.ADDED]) == (2, None, 1)
+
+
+def test_versions_of_another_schema_keep_their_numbers(ledger):
+    (one,) = ledger.grow(1)
+    storage.write_bytes(
+        one.manifest_uri, b'{"schema_version": 2, "kind": "DatasetVersion", "record": {}}'
+    )
+    assert ledger.commit([clip("a")]).number == 2
+
+
+def test_a_record_that_is_cut_off_on_its_way_is_no_damage(ledger, monkeypatch):
+    versions = ledger.grow(2)
+    read, cut = storage.read_bytes, set()
+
+    def once(uri):
+        data = read(uri)
+        if not uri.endswith(".json") or uri in cut:
+            return data
+        cut.add(uri)
+        return data[: len(data) // 2]
+
+    monkeypatch.setattr(storage, "read_bytes", once)
+    three = ledger.commit([clip("c")])
+    assert (three.number, three.parent_uri) == (3, versions[1].manifest_uri)
+    assert cut
+
+
+def test_a_kept_tokenizer_is_found_behind_a_damaged_version(ledger):
+    versions = ledger.grow(3)
+    damage(versions[2].manifest_uri, "cut")
+    selection = ledger.select([clip("d")])
+    kept = find_kept_tokenizer(ledger.uri, selection, CONFIG, "text_tokenizer")
+    assert kept == ledger.text_tokenizer
+
+
+@pytest.mark.parametrize("how", ["cut", "missing"])
+def test_files_of_a_version_are_counted_again_where_their_table_is_damaged(ledger, caplog, how):
+    one, two = ledger.grow(2)
+    files = read_version_files(two)
+    damage(two.files_uri, how)
+    with caplog.at_level(logging.WARNING):
+        assert read_version_files(two) == files
+        assert [version.number for version, _ in find_uses(ledger.uri, files[0]["content"])] == [
+            1,
+            2,
+        ]
+        three = ledger.commit([clip("a")])
+    assert [item.change for item in read_changes(three)] == [Change.REMOVED]
+    assert two.files_uri in caplog.text
+    damage(two.clips.clips_uri, "missing")
+    with caplog.at_level(logging.WARNING):
+        found = find_uses(ledger.uri, files[0]["content"])
+    assert [version.number for version, _ in found] == [1, 3]
+    assert f"the files of {two.manifest_uri} are not known" in caplog.text
+    damage(one.changes_uri, how)
+    with pytest.raises(ShardFormatError, match="`ursa data repair`"):
+        read_changes(one)
+
+
+def test_changed_captions_are_named(ledger):
+    ledger.commit([clip("a"), clip("b"), clip("c"), clip("d"), clip("e")])
+    two = ledger.commit(
+        [
+            clip("a", caption="another"),
+            clip("b", license="CC BY"),
+            clip("c", caption=None),
+            clip("d"),
+            clip("e", source_uri="file:///videos/moved.mp4", caption="of moved"),
+        ]
+    )
+    assert two.changes == {
+        **dict.fromkeys(Change, 0),
+        Change.RECAPTIONED: 3,
+        Change.RENAMED: 1,
+    }
+    assert two.num_unchanged == 1
+    assert read_changes(two) == [
+        FileChange(Change.RECAPTIONED, item.source_uri, item.source_sha256)
+        for item in (clip("a"), clip("b"), clip("c"))
+    ] + [
+        FileChange(
+            Change.RENAMED,
+            "file:///videos/moved.mp4",
+            clip("e").source_sha256,
+            previous_uri="file:///videos/e.mp4",
+        )
+    ]
+
+
+def test_captions_that_cannot_be_compared_are_said(ledger, caplog):
+    one = ledger.commit([clip("a")])
+    damage(one.clips.clips_uri, "cut")
+    with caplog.at_level(logging.WARNING):
+        two = ledger.commit([clip("a", caption="another")])
+    assert two.changes == dict.fromkeys(Change, 0)
+    assert "captions are not compared" in caplog.text
+    assert one.clips.clips_uri in caplog.text
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["/videos/", "/x/../videos", "//videos/.", "file:///videos", "file://localhost/videos/"],
+)
+def test_a_source_has_one_chain_however_it_is_written(ledger, spelling):
+    assert recorded_source(ledger.uri, spelling) == "/videos"
+    (one,) = ledger.grow(1)
+    assert recorded_source(ledger.uri, spelling) == "/videos"
+    two = ledger.commit([clip("b")], recorded_source(ledger.uri, spelling))
+    assert two.parent_uri == one.manifest_uri
+
+
+@pytest.mark.parametrize("old", ["file:///videos", "/videos/", "s3://bucket//videos/"])
+def test_versions_under_an_older_spelling_go_on(ledger, old):
+    """Older code wrote a source as it was given; nothing is made anew because of that."""
+    one = ledger.commit([clip("a")], old)
+    spellings = [old, storage.absolute_uri(old), f"{storage.absolute_uri(old)}/"]
+    for spelling in spellings:
+        assert recorded_source(ledger.uri, spelling) == old
+        assert ledger.commit([clip("a")], recorded_source(ledger.uri, spelling)) == one
+    # with versions under the one spelling as well, those count
+    ledger.commit([clip("a")], storage.absolute_uri(old))
+    assert {recorded_source(ledger.uri, spelling) for spelling in spellings} == {
+        storage.absolute_uri(old)
+    }
+
+
+def test_records_without_hash_and_new_kinds_are_read(ledger):
+    """What older code wrote: no hash, no count of captions."""
+    (one,) = ledger.grow(1)
+    path = Path(one.manifest_uri)
+    values = json.loads(path.read_text("utf-8"))
+    del values["sha256"]
+    del values["record"]["changes"]["recaptioned"]
+    path.write_text(json.dumps(values), "utf-8")
+    (found,) = list_versions(ledger.uri)
+    assert isinstance(found, DatasetVersion)
+    assert Change.RECAPTIONED not in found.changes
+    assert len(read_changes(found)) == 1
+    assert ledger.commit([clip("a"), clip("b")]).parent_uri == one.manifest_uri
