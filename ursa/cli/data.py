@@ -49,8 +49,9 @@ def verify(
     else:
         print(
             f"checked {found.num_clip_sets} sets of clips, {found.num_selections} selections, "
-            f"{found.num_token_sets} sets of tokens: {found.num_clips:,} clips, "
-            f"{found.num_samples:,} samples, {found.num_files:,} files, {found.num_bytes:,} bytes"
+            f"{found.num_token_sets} sets of tokens, {found.num_versions} versions: "
+            f"{found.num_clips:,} clips, {found.num_samples:,} samples, {found.num_records:,} "
+            f"records, {found.num_files:,} files, {found.num_bytes:,} bytes"
         )
         for item in found.not_checked:
             print(f"not checked: {item}")
@@ -63,10 +64,11 @@ def verify(
 
 @app.command
 def repair(root: str | None = None, *, preset: Preset | None = None, changes: Changes = ()) -> None:
-    """Make damaged or missing token shards and clips again, and nothing else.
+    """Make damaged or missing token shards, clips and tables of versions again.
 
-    A file is written only if its bytes are those that its manifest names; exit status 1 if
-    something is left. Example: ursa data repair .ursa/data
+    A file is written only if its bytes are those that its manifest names. Damaged records of files
+    and annotations are removed: the next run makes them again. Exit status 1 if something is left.
+    Example: ursa data repair .ursa/data
 
     Args:
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
@@ -256,8 +258,9 @@ def root_uri(root: str | None) -> str:
     """
     import os
 
-    uri = root or os.environ.get("URSA_DATA_URI") or ".ursa/data"
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    from ursa.storage import absolute_uri
+
+    return absolute_uri(root or os.environ.get("URSA_DATA_URI") or ".ursa/data")
 
 
 def _config(preset: str | None, changes: Sequence[str]) -> "RunConfig | None":

@@ -1,10 +1,17 @@
-"""What `verify` finds: problems, each with its file and what to do about it."""
+"""What `verify` finds and `repair` does: problems, each with its file and what to do about it."""
 
+import logging
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ursa.config import FrozenModel
 from ursa.inspection.root import same_place
+
+logger = logging.getLogger(__name__)
+
+OTHER_BYTES = (
+    "what is made here has other bytes: another processor, thread count or version of the libraries"
+)
 
 
 class ProblemKind(StrEnum):
@@ -15,6 +22,10 @@ class ProblemKind(StrEnum):
     TABLE = "table"
     MANIFEST = "manifest"
     UNIT_RECORD = "unit_record"
+    RECORD = "record"
+    """Of a file or an annotation: a run makes it again once it is gone."""
+    VERSION = "version"
+    VERSION_TABLE = "version_table"
     CONTENT = "content"
 
 
@@ -34,6 +45,8 @@ class Verification(FrozenModel):
     num_clip_sets: int
     num_selections: int
     num_token_sets: int
+    num_versions: int
+    num_records: int
     num_clips: int
     num_samples: int
     num_files: int
@@ -50,6 +63,8 @@ class Tally:
     num_clip_sets: int = 0
     num_selections: int = 0
     num_token_sets: int = 0
+    num_versions: int = 0
+    num_records: int = 0
     num_clips: int = 0
     num_samples: int = 0
     num_files: int = 0
@@ -91,6 +106,36 @@ class Tally:
     def result(self) -> Verification:
         """Return all of it as a record."""
         return Verification(**vars(self))
+
+
+class Repair(FrozenModel):
+    """What became of one problem; `detail` says how, or why not and what to do."""
+
+    uri: str
+    is_repaired: bool
+    detail: str
+
+
+def done(uri: str, detail: str) -> Repair:
+    """Return and log that a problem is no more.
+
+    Args:
+        uri: The file.
+        detail: How.
+    """
+    logger.info("%s: %s", uri, detail)
+    return Repair(uri=uri, is_repaired=True, detail=detail)
+
+
+def not_done(uri: str, detail: str) -> Repair:
+    """Return and log that a problem is left.
+
+    Args:
+        uri: The file.
+        detail: Why, and what to do.
+    """
+    logger.warning("%s: cannot be repaired: %s", uri, detail)
+    return Repair(uri=uri, is_repaired=False, detail=detail)
 
 
 def remake_hint(manifest_uri: str, uri: str | None = None) -> str:

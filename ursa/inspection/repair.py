@@ -1,11 +1,11 @@
 """Make damaged clips and token shards again, and prove by their hashes that they are the same.
 
 What is whole is never touched. A file is written at once and only with the bytes that its manifest
-names, so two repairs at the same time write the same.
+names, so two repairs at the same time write the same. Records that every run can make again are
+removed if they are damaged (`ursa.inspection.repair_records`).
 """
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ursa import storage
-from ursa.artifacts import Clip, ClipSet, ShardInfo, SourceVideo, TokenDatasets
+from ursa.artifacts import Clip, ClipSet, FailureReason, ShardInfo, SourceVideo, TokenDatasets
 from ursa.config import (
     FrozenModel,
     IngestionConfig,
@@ -31,26 +31,24 @@ from ursa.data.units import (
 )
 from ursa.errors import DataError, ShardFormatError, StorageError, UrsaError
 from ursa.ingestion import ingest_video
-from ursa.inspection.problems import ProblemKind, Verification
+from ursa.inspection.problems import (
+    OTHER_BYTES,
+    ProblemKind,
+    Repair,
+    Verification,
+    done,
+    not_done,
+)
+from ursa.inspection.repair_records import remake_tables, remove_records
 from ursa.inspection.root import CLIP_SETS, TOKENS, find_recipe, good_records, known_configs
 from ursa.inspection.verify import verify_root
 from ursa.inspection.verify_tokens import KEY_DIGITS, load_unit_record, shard_key
-from ursa.sources.listing import discover_videos
+from ursa.sources.listing import look_up_video
 from ursa.tokenization import ClipTokenizer
 
-logger = logging.getLogger(__name__)
-
-_OTHER_BYTES = (
-    "what is made here has other bytes: another processor, thread count or version of the libraries"
+_MENDED = frozenset(
+    {ProblemKind.MEDIA, ProblemKind.SHARD, ProblemKind.VERSION_TABLE, ProblemKind.RECORD}
 )
-
-
-class Repair(FrozenModel):
-    """What became of one problem; `detail` says how, or why not and what to do."""
-
-    uri: str
-    is_repaired: bool
-    detail: str
 
 
 class RepairReport(FrozenModel):
@@ -73,7 +71,7 @@ class _Wanted(NamedTuple):
 
 
 def repair_root(root_uri: str, *, config: RunConfig | None = None) -> RepairReport:
-    """Verify a data root, clips included, and make damaged clips and token shards again.
+    """Verify a data root, clips included, and mend what can be made again.
 
     Args:
         root_uri: The data root.
@@ -94,22 +92,14 @@ def repair_root(root_uri: str, *, config: RunConfig | None = None) -> RepairRepo
     lost = {repair.uri for repair in repairs if not repair.is_repaired}
     settings = [item.tokenization for item in known_configs(config)]
     repairs += _repair_shards(root_uri, damaged[ProblemKind.SHARD], settings, lost)
+    repairs += remake_tables(root_uri, damaged[ProblemKind.VERSION_TABLE])
+    repairs += remove_records(damaged[ProblemKind.RECORD])
     repairs += [
         Repair(uri=item.uri, is_repaired=False, detail=f"{item.detail}; {item.repair}")
         for item in found.problems
-        if item.kind not in {ProblemKind.MEDIA, ProblemKind.SHARD}
+        if item.kind not in _MENDED
     ]
     return RepairReport(found=found, repairs=tuple(repairs))
-
-
-def _done(uri: str, detail: str) -> Repair:
-    logger.info("%s: %s", uri, detail)
-    return Repair(uri=uri, is_repaired=True, detail=detail)
-
-
-def _not_done(uri: str, detail: str) -> Repair:
-    logger.warning("%s: cannot be repaired: %s", uri, detail)
-    return Repair(uri=uri, is_repaired=False, detail=detail)
 
 
 def _repair_media(root_uri: str, uris: Sequence[str]) -> Iterator[Repair]:
@@ -129,11 +119,11 @@ def _repair_media(root_uri: str, uris: Sequence[str]) -> Iterator[Repair]:
         for uri, reason in why.items():
             if reason is None:
                 del left[uri]
-                yield _done(uri, f"made again from {source_uri}")
+                yield done(uri, f"made again from {source_uri}")
             else:
                 left[uri] = reason
     for uri, reason in left.items():
-        yield _not_done(uri, reason)
+        yield not_done(uri, reason)
 
 
 def _clips_at(root_uri: str, uris: Sequence[str]) -> Iterator[tuple[Clip, IngestionConfig]]:
@@ -151,16 +141,29 @@ def _remake_clips(
     source_uri: str, wanted: Mapping[str, Clip], config: IngestionConfig
 ) -> dict[str, str | None]:
     """Ingest a source again, beside the data; return by clip why it was not made, or None."""
+    why: dict[str, str | None]
+    why = dict.fromkeys(wanted, f"its source {source_uri} is gone; put it back and try again")
+    try:
+        found = look_up_video(source_uri, allow_https=config.allow_https)
+    except DataError as error:
+        return dict.fromkeys(wanted, str(error))
+    for source in found:
+        left = {uri: clip for uri, clip in wanted.items() if why[uri] is not None}
+        if left and source.problem != FailureReason.MISSING:
+            why |= _remake_from(source, left, config)
+    return why
+
+
+def _remake_from(
+    source: SourceVideo, wanted: Mapping[str, Clip], config: IngestionConfig
+) -> dict[str, str | None]:
     clip = next(iter(wanted.values()))
-    source = _find_source(source_uri)
-    if source is None:
-        return dict.fromkeys(wanted, f"its source {source_uri} is gone; put it back and try again")
     why: dict[str, str | None] = {}
     with storage.scratch_directory("repair") as folder:
         video = ingest_video(source, str(folder), config)
         if video.failure is not None or video.source_sha256 != clip.source_sha256:
             detail = video.detail or "it has changed"
-            return dict.fromkeys(wanted, f"its source {source_uri} does not give it: {detail}")
+            return dict.fromkeys(wanted, f"its source {source.uri} does not give it: {detail}")
         made = {(item.clip_id, item.media_sha256): item.media_uri for item in video.clips}
         for uri, lost in wanted.items():
             found_uri = made.get((lost.clip_id, lost.media_sha256))
@@ -168,22 +171,13 @@ def _remake_clips(
                 storage.write_bytes(uri, storage.read_bytes(found_uri))
                 why[uri] = None
             elif any(item.clip_id == lost.clip_id for item in video.clips):
-                why[uri] = _OTHER_BYTES
+                why[uri] = OTHER_BYTES
             else:
                 why[uri] = (
-                    f"its source {source_uri} gives other clips: another version of this program "
+                    f"its source {source.uri} gives other clips: another version of this program "
                     "has made it; run the pipeline again"
                 )
     return why
-
-
-def _find_source(source_uri: str) -> SourceVideo | None:
-    """Return a file, an object or a member of a tar file as it is now; None if it is gone."""
-    try:
-        listed = discover_videos(source_uri.partition("#")[0])
-    except DataError:
-        return None
-    return next((item for item in listed if item.uri == source_uri), None)
 
 
 def _repair_shards(
@@ -200,7 +194,7 @@ def _repair_shards(
         recipe = find_recipe(root_uri, datasets, settings)
         if recipe is None:
             detail = "the settings that made it are not known; name them with --preset and --set"
-            yield from (_not_done(shard.uri, detail) for shard in shards)
+            yield from (not_done(shard.uri, detail) for shard in shards)
         else:
             yield from _remake_shards(root_uri, shards, recipe, lost)
 
@@ -232,11 +226,11 @@ def _remake_shards(
         raise
     except UrsaError as error:  # the clips or the tokenizer cannot be read
         left = [shard for parts in by_key.values() for shard in parts]
-        yield from (_not_done(shard.uri, str(error)) for shard in left)
+        yield from (not_done(shard.uri, str(error)) for shard in left)
         return
     for parts in by_key.values():
         detail = "no unit of its data set has made it"
-        yield from (_not_done(shard.uri, detail) for shard in parts)
+        yield from (not_done(shard.uri, detail) for shard in parts)
 
 
 def _remake_unit(
@@ -252,23 +246,23 @@ def _remake_unit(
     failed = {clip.clip_id for clip in known.failed} if known else set()
     if any(clip.media_uri in missing and clip.clip_id not in failed for clip in unit.clips):
         detail = f"its clip {missing[0]} is damaged and cannot be repaired"
-        yield from (_not_done(shard.uri, detail) for shard in shards)
+        yield from (not_done(shard.uri, detail) for shard in shards)
         return
     try:
         made = tokenizer.remake(unit, known)
     except StorageError:
         raise
     except UrsaError as error:
-        yield from (_not_done(shard.uri, f"its clips cannot be read: {error}") for shard in shards)
+        yield from (not_done(shard.uri, f"its clips cannot be read: {error}") for shard in shards)
         return
     found = {hashlib.sha256(data).hexdigest(): data for data in made.values()}
     for shard in shards:
         if shard.sha256 in found:
             storage.write_bytes(shard.uri, found[shard.sha256])
-            yield _done(shard.uri, f"its {len(unit.clips)} clips were tokenized again")
+            yield done(shard.uri, f"its {len(unit.clips)} clips were tokenized again")
         else:
-            yield _not_done(
+            yield not_done(
                 shard.uri,
-                f"{_OTHER_BYTES}; repair it where it was made, or delete the manifest of the data "
+                f"{OTHER_BYTES}; repair it where it was made, or delete the manifest of the data "
                 f"set, {unit.record_uri} and its shards and run the pipeline again",
             )

@@ -13,6 +13,7 @@ from ursa.config import (
     load_config,
 )
 from ursa.data.units import RECIPE_NAME, TokenizationRecipe
+from ursa.data.versions import list_versions
 from ursa.errors import DataError, ManifestError
 
 MANIFEST_NAME = "manifest.json"
@@ -99,12 +100,39 @@ def newest(uris: Sequence[str]) -> str | None:
     return max(uris, key=lambda uri: (storage.modified_s(uri), uri), default=None)
 
 
-def load_selection(root_uri: str, selection_uri: str | None = None) -> ClipSelection:
-    """Return a selection: the one that is named, or the newest.
+def newest_selection_uri(root_uri: str) -> str | None:
+    """Return the manifest of the newest selection; None if there is none.
+
+    Versions say which one that is: files lose their times when they are copied, and of a source
+    that went back to older files the older selection is the newest. Where there are versions of
+    several sources, the record that was written last decides, as they do without versions.
 
     Args:
         root_uri: The data root.
-        selection_uri: Manifest of a selection, or the folder of it; None takes the newest.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    newest_of = {version.source_uri: version for version in list_versions(root_uri)}
+    # not where they say that they are: the root may have been moved
+    by_uri = {
+        storage.join(root_uri, "datasets", *version.manifest_uri.split("/")[-2:]): version
+        for version in newest_of.values()
+    }
+    if not by_uri:
+        return newest(manifest_uris(root_uri, SELECTIONS))
+    uri = next(iter(by_uri)) if len(by_uri) == 1 else newest(list(by_uri))
+    name = by_uri[str(uri)].selection.manifest_uri.split("/")[-2]
+    return storage.join(root_uri, *SELECTIONS, name, MANIFEST_NAME)
+
+
+def load_selection(root_uri: str, selection_uri: str | None = None) -> ClipSelection:
+    """Return a selection: the one that is named, or that of the newest data set version.
+
+    Args:
+        root_uri: The data root.
+        selection_uri: Manifest of a selection, or the folder of it; None takes the newest, see
+            `newest_selection_uri`.
 
     Raises:
         DataError: If there is none.
@@ -113,7 +141,7 @@ def load_selection(root_uri: str, selection_uri: str | None = None) -> ClipSelec
     """
     if selection_uri is not None and not selection_uri.endswith(".json"):
         selection_uri = storage.join(selection_uri, MANIFEST_NAME)
-    found = selection_uri or newest(manifest_uris(root_uri, SELECTIONS))
+    found = selection_uri or newest_selection_uri(root_uri)
     selection = storage.load_record(found, ClipSelection) if found else None
     if selection is None:
         where = selection_uri or f"{root_uri} (selections/*/manifest.json)"

@@ -24,13 +24,14 @@ from ursa.inspection.root import (
     known_configs,
     list_below,
 )
+from ursa.inspection.verify_records import verify_records
 from ursa.inspection.verify_tokens import verify_token_sets
 
 
 def verify_root(
     root_uri: str, *, with_media: bool = False, config: RunConfig | None = None
 ) -> Verification:
-    """Verify all committed clips, selections and token data sets below a data root.
+    """Verify clips, selections, token data sets, versions and all records below a data root.
 
     Args:
         root_uri: The data root.
@@ -46,9 +47,10 @@ def verify_root(
     """
     check_root(root_uri)
     tally = Tally(root_uri)
-    _verify_clip_sets(tally, with_media=with_media)
+    media = _verify_clip_sets(tally, with_media=with_media)
     _verify_selections(tally)
     verify_token_sets(tally, [item.tokenization for item in known_configs(config)])
+    verify_records(tally, media, with_media=with_media)
     return tally.result()
 
 
@@ -67,7 +69,8 @@ def clip_media(tables: Iterable[pa.Table]) -> dict[str, str]:
     }
 
 
-def _verify_clip_sets(tally: Tally, *, with_media: bool) -> None:
+def _verify_clip_sets(tally: Tally, *, with_media: bool) -> dict[str, str]:
+    """Read all tables of clips; return the sha256 of every clip file by its URI."""
     media: dict[str, str] = {}
     for uri, record in iter_records(tally.root_uri, CLIP_SETS, ClipSet):
         tally.num_clip_sets += 1
@@ -88,6 +91,7 @@ def _verify_clip_sets(tally: Tally, *, with_media: bool) -> None:
             tally.num_bytes += storage.size_bytes(record.clips_uri)
         _verify_failures(tally, record)
     _verify_media(tally, media, with_media=with_media)
+    return media
 
 
 def _verify_failures(tally: Tally, record: ClipSet) -> None:

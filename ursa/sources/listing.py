@@ -4,6 +4,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from ursa.sources.names import (
     member_uri,
     relative_name,
     stand_in_etag,
+    tar_of,
 )
 from ursa.sources.tars import TarMember, read_index
 from ursa.storage import StoredFile
@@ -70,12 +72,49 @@ def discover_videos(
         else:
             found = _of_tree(source_uri, hashes)
     sources = tuple(sorted(found, key=lambda source: source.uri))
+    _refuse_doubles(source_uri, sources)
     if not sources:
         raise DataError(
             f"source {source_uri!r} holds no video; give a directory, an s3:// prefix, a manifest "
             "or a tar file with mp4, mkv, webm, mov, avi, mpg or gif files"
         )
     return sources
+
+
+def look_up_video(uri: str, *, allow_https: bool = False) -> tuple[SourceVideo, ...]:
+    """Return what a URI of a listing names now, whatever it is called and however it was listed.
+
+    Args:
+        uri: `uri` of a video that `discover_videos` has listed.
+        allow_https: Whether https addresses may be fetched from.
+
+    Returns:
+        The file, or with its `problem` why there is none. Two where a `#` has two meanings: an
+        object of that name, and a member of a tar file.
+
+    Raises:
+        DataError: If it is an https address that may not be fetched from.
+        StorageError: If the store refuses or does not answer.
+    """
+    if is_https(uri) and not allow_https:
+        check_https([uri], uri)
+    with open_hashes(None) as hashes:
+        found = [item for item in _of_names([uri], hashes) if item.uri == uri]
+        if "#" in uri and not is_https(uri) and is_tar(tar_of(uri)):
+            members = _of_names([tar_of(uri)], hashes)
+            found += [item for item in members if item.uri == uri]
+    there = [item for item in found if item.problem != FailureReason.MISSING]
+    return tuple(there or found)
+
+
+def _refuse_doubles(source_uri: str, sources: tuple[SourceVideo, ...]) -> None:
+    """Refuse names that stand for two files: what is said of one would be said of both."""
+    double = next((one for one, other in pairwise(sources) if one.uri == other.uri), None)
+    if double is not None:
+        raise DataError(
+            f"source {source_uri!r} holds two files of the URI {double.uri}: a member of a tar "
+            "file, and a file with a # in its name; rename one"
+        )
 
 
 def _refuse_if_all_missing(manifest_uri: str, sources: list[SourceVideo]) -> None:

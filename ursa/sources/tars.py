@@ -99,7 +99,7 @@ def _read_index(tar: storage.StoredFile) -> TarIndex:
                 )
             elif not info.isdir() and (_leads_out(info.name) or is_candidate(info.name)):
                 members.append(_judged(info, tar.num_bytes, names))
-                names.add(info.name)
+                names.add(members[-1].name)
     except _HEADER_ERRORS as error:
         damage = f"damaged after {len(members)} videos: {str(error) or type(error).__name__}"
     if not members and not damage:
@@ -141,8 +141,11 @@ def _check_end(file: "_HeaderReader", end: int, num_bytes: int) -> None:
 def _judged(info: tarfile.TarInfo, tar_bytes: int, names: set[str]) -> TarMember:
     member = TarMember(info.name, info.offset_data, info.size)
     if info.name in names:
+        name = f"{info.name}@{info.offset}"
+        while name in names:  # names are chosen by others, this one too
+            name += "@"
         return member._replace(
-            name=f"{info.name}@{info.offset}",
+            name=name,
             problem=FailureReason.REFUSED,
             detail="another member of this name comes before it",
         )

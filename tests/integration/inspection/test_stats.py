@@ -1,12 +1,16 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import data_roots
+from ursa import storage
 from ursa.data.clips import CLIP_SCHEMA, clip_row, put_table, read_clips, read_selection
+from ursa.data.versions import commit_version
 from ursa.errors import DataError
 from ursa.ingestion import select_clips
+from ursa.inspection.root import load_selection
 from ursa.inspection.stats import QUANTILES, data_stats
 
 
@@ -68,6 +72,29 @@ def test_a_selection_can_be_named_by_its_folder(root, tmp_path):
         data_stats(root.uri, selection_uri=str(tmp_path / "gone"))
     with pytest.raises(DataError, match="run the data preparation first"):
         data_stats(str(tmp_path))
+
+
+def test_the_newest_selection_is_that_of_the_newest_version(records, tmp_path):
+    """Not the one that was written last: times do not survive a copy, and sources go back."""
+    root = records.root
+    config = data_roots.root_config(selection={"validation_fraction": 0.0})
+    other = select_clips(root.selection.clips, config.selection, output_uri=root.uri)
+    assert load_selection(root.uri) == root.selection
+    tokenizers = (records.versions[1].visual_tokenizer, records.versions[1].text_tokenizer)
+    commit_version(root.uri, config, other, tokenizers, root.datasets, code={})
+    for path in Path(root.uri).glob("selections/*/manifest.json"):
+        os.utime(path, (1e9 + (str(path) != other.manifest_uri),) * 2)
+    assert load_selection(root.uri) == other
+    # a version of another source: the record that was written last
+    clips = root.selection.clips.model_copy(update={"source_uri": "/elsewhere"})
+    moved = root.selection.model_copy(update={"clips": clips})
+    version = commit_version(root.uri, config, moved, tokenizers, root.datasets, code={})
+    os.utime(version.manifest_uri, (2e9, 2e9))
+    assert load_selection(root.uri) == root.selection
+    os.utime(version.manifest_uri, (1e9, 1e9))
+    assert load_selection(root.uri) == other
+    storage.upload_directory(Path(root.uri), str(tmp_path / "copy"))
+    assert load_selection(str(tmp_path / "copy")) in (other, root.selection)
 
 
 def test_scores_of_extras_are_counted(root):
