@@ -207,6 +207,13 @@ def test_a_probe_is_cut_to_what_takes_seconds():
     assert network.hidden_size == 4096
 
 
+def test_noise_of_a_probe_makes_no_part_vanish():
+    assert probe._split(3.0, 5.0, layer=1.0, rest=2.0) == (1.0, 2.0)
+    # the deeper one was faster: five parts of work took 2 s
+    assert probe._split(3.0, 2.0, layer=1.0, rest=2.0) == pytest.approx((0.04, 2.96))
+    assert probe._split(1.0, 5.0, layer=1.0, rest=2.0) == pytest.approx((2.0, 0.2))
+
+
 def test_a_probe_measures_rates():
     config = factories.tiny_config()
     stage = config.stages.video_pretrain
