@@ -175,6 +175,22 @@ def with_registered_starts(config: RunConfig, tracking_uri: str) -> RunConfig:
     return config.model_copy(update={"stages": stages})
 
 
+def check_adapters(config: RunConfig) -> None:
+    """Refuse to begin where adapters are to be trained and peft is missing.
+
+    Args:
+        config: The run.
+
+    Raises:
+        ConfigError: Names the stage and the extra to install.
+    """
+    for name in config.stages.needed():
+        if getattr(config.stages, name).lora is not None:
+            from ursa.model.adapters import check_peft  # noqa: PLC0415  (torch: seconds)
+
+            check_peft(f"stages.{name}.lora")
+
+
 @step(run_name="check and start", retries=1)
 def start_run(
     source_uri: str, preset: Preset, overrides: ConfigOverrides | None, start: Start | None = None
@@ -198,8 +214,10 @@ def start_run(
     """
     settings = RuntimeSettings.from_env()
     config = given_config(preset, overrides)
+    # before hours of work
     check_scorers(config.annotation)
-    check_rules(config.selection, score_keys(config.annotation))  # before hours of work
+    check_rules(config.selection, score_keys(config.annotation))
+    check_adapters(config)
     tracking.check_service(settings.mlflow_tracking_uri)
     config = with_registered_starts(config, settings.mlflow_tracking_uri)
     listing = list_source(source_uri, config, settings)
@@ -420,7 +438,7 @@ def _lacks_for_now(clips: ClipSet, datasets: TokenDatasets) -> bool:
 
 def _checkpoint_exists(checkpoint: CheckpointRef) -> bool:
     try:
-        return bool(storage.list_files(checkpoint.uri, with_etag=False))
+        return bool(storage.list_files(checkpoint.weights_uri, with_etag=False))
     except FileNotFoundError:
         return False
 

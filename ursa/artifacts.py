@@ -420,6 +420,16 @@ class CheckpointRef(FrozenModel):
     )
     fingerprint: str
     parent_uri: str | None
+    merged_uri: str | None = Field(
+        default=None,
+        description="where adapters were trained: a checkpoint of the averaged weights with them "
+        "merged, and in its `adapter/` what was trained, as peft writes it",
+    )
+
+    @property
+    def weights_uri(self) -> str:
+        """The checkpoint that holds the averaged weights of the whole network."""
+        return self.merged_uri or self.uri
 
 
 class StageRequest(FrozenModel):

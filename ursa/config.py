@@ -498,12 +498,53 @@ class PathConfig(ConfigSection):
     c: float = Field(gt=0, description="scale, used when fixed")
 
 
+LoraTarget = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # fmt: skip
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+
+
+class LoraConfig(ConfigSection):
+    """Adapters of low rank: each chosen matrix W becomes W + (alpha / rank) B A, W stays as it is.
+
+    No preset turns them on, so what is right for most has its default here.
+    """
+
+    rank: int = Field(default=16, ge=1, description="rows of A and columns of B")
+    alpha: float = Field(
+        default=32.0, gt=0, allow_inf_nan=False, description="alpha / rank scales what B A adds"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the inputs of A that is set to 0 in training"
+    )
+    target_modules: tuple[LoraTarget, ...] = Field(
+        default=LORA_TARGETS, description="matrices with an adapter, in every layer"
+    )
+    whole_modules: tuple[Literal["embed_tokens", "lm_head"], ...] = Field(
+        default=(),
+        description="trained whole beside the adapters: rows of text and codes, the visual head",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.target_modules:
+            raise ValueError(f"target_modules must name one of {', '.join(LORA_TARGETS)}")
+        for name in ("target_modules", "whole_modules"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {', '.join(values)}; leave one out")
+        return self
+
+
 class StageConfig(ConfigSection):
     """One training stage; the three stages differ only in these values."""
 
     init_from: str | None = Field(
         description="directory of a model or of a Qwen3 language model to start from, which nobody "
         "changes; None starts from the stage before, the first from random weights"
+    )
+    lora: LoraConfig | None = Field(
+        description="trains adapters of low rank and keeps the weights; None trains all weights"
     )
     modality: Literal["image", "video"]
     timesteps: Literal["synchronous", "per_frame"] = Field(
@@ -577,6 +618,15 @@ class StagesConfig(ConfigSection):
     image_pretrain: StageConfig
     video_pretrain: StageConfig
     async_finetune: StageConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_pretrain.lora is not None and self.image_pretrain.init_from is None:
+            raise ValueError(
+                "image_pretrain.lora needs image_pretrain.init_from: without it the stage begins "
+                "with random weights, which adapters would leave random"
+            )
+        return self
 
     def needed(self) -> tuple[StageName, ...]:
         """Return the stages that decide the result: none before one with a start of its own."""

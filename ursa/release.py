@@ -1,5 +1,7 @@
 """The export step: a checkpoint and its tokenizers become one directory that anyone can load."""
 
+import shutil
+
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
 from ursa.config import fingerprint
@@ -7,6 +9,7 @@ from ursa.data.dataset import motion_scores
 from ursa.generation import UrsaPipeline
 from ursa.tokenizers.text import load_text_tokenizer
 from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.training.merging import ADAPTER_FOLDER
 from ursa.training.samples import sample_defaults
 from ursa.training.schedule import scheduler_config
 from ursa.training.stage import load_average
@@ -19,6 +22,9 @@ def export_model(
     request: StageRequest, checkpoint: CheckpointRef, *, output_uri: str
 ) -> ExportedModel:
     """Write the averaged weights, the path and both tokenizers as one model directory.
+
+    Where the stage has trained adapters they are merged into the weights, and in `adapter/` as peft
+    writes them.
 
     Args:
         request: The stage that made the checkpoint.
@@ -60,6 +66,10 @@ def export_model(
             ),
         )
         pipeline.save_pretrained(scratch, codebook_file=False)
+        if checkpoint.merged_uri is not None:
+            adapter_uri = storage.join(checkpoint.merged_uri, ADAPTER_FOLDER)
+            with storage.local_directory(adapter_uri) as adapter:
+                shutil.copytree(adapter, scratch / ADAPTER_FOLDER)
         directory_uri = storage.unique_place(folder_uri, "model")
         hashes = storage.upload_directory(scratch, directory_uri)
     return storage.commit_record(

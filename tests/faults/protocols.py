@@ -589,7 +589,7 @@ class _Steps:
     def __init__(self, config: Any, group: Group, work: Work) -> None:
         self.config, self.group, self._work = config, group, work
         self.loader = SimpleNamespace(samples_seen=lambda count: count * config.global_batch_size)
-        self.model = nn.Linear(2, 1, bias=False)
+        self.model = self.trained = nn.Linear(2, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         self.average = AveragedModel(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)

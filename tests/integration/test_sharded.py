@@ -185,3 +185,49 @@ def test_a_rank_holds_its_part_alone(data, tmp_path):
         assert of_optimizer == {id(parameter) for parameter in sharded.model.parameters()}
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def adapted(make_case, straight):
+    """A stage that trains adapters and the head, in each mode."""
+    base = straight["alone"].checkpoint
+    lora = {"rank": 3, "dropout": 0.2, "whole_modules": ["lm_head"]}
+    changes = {"lora": lora, "learning_rate": 1e-2, "init_from": base}
+    cases = {mode: make_case(**changes) for mode in MODES}
+    return {mode: case.finished(mode) for mode, case in cases.items()}, changes
+
+
+@pytest.mark.parametrize("mode", ["alone", "replicated"])
+def test_sharded_adapters_learn_what_replicated_ones_learn(adapted, mode):
+    traces, _ = adapted
+    sharded, other = traces["fsdp"], traces[mode]
+    assert sharded.losses() == pytest.approx(other.losses(), rel=1e-5)
+    assert other.losses()[-1] != other.losses()[0]
+    assert_same_state(sharded, other)
+    one, two = (load_checkpoint(each.checkpoint.merged_uri)[1] for each in (sharded, other))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
+    for name, value in other.checkpoint.metrics.items():
+        assert sharded.checkpoint.metrics[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("mode", ["replicated", "fsdp"])
+def test_killed_adapters_on_two_ranks_are_equal_to_the_bit(make_case, adapted, mode):
+    traces, changes = adapted
+    case = make_case(**changes)
+    assert case.run(mode, {"kind": "kill_forward", "number": 14, "rank": 1}).exits[1] == -9
+    done = case.finished(mode)
+    assert done.steps == traces[mode].steps
+    assert done.sha256 == traces[mode].sha256
+
+
+def test_adapters_on_shards_in_bfloat16_and_nan_on_one_rank(make_case, adapted):
+    traces, changes = adapted
+    case = make_case(**changes, precision="bfloat16")
+    fault: Fault = {"kind": "nan_loss", "steps": (4,), "rank": 1}
+    done = case.finished("fsdp", fault)
+    assert case.skipped().steps == (4,)
+    others = [loss for step, loss in enumerate(traces["fsdp"].losses()) if step != 4]
+    assert done.losses() != others
+    assert done.losses()[:4] == pytest.approx(others[:4], rel=1e-2)

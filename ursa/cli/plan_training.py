@@ -180,8 +180,10 @@ def _rows(stages: "Sequence[StagePlan]") -> list[tuple[str, list[str]]]:
     def cells(name: str, unit: str = "") -> list[str]:
         return [short(getattr(stage, name), unit) for stage in stages]
 
+    has_adapters = any(stage.num_trained < stage.num_parameters for stage in stages)
     rows = [
         ("parameters", cells("num_parameters")),
+        *([("trained", cells("num_trained"))] if has_adapters else []),
         ("tokens a sample", [f"{stage.tokens_per_sample:,}" for stage in stages]),
         (
             "samples a step",

@@ -71,6 +71,10 @@ class TransformerConfig(FrozenModel):
             )
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values by name: what peft asks the configuration of a network for."""
+        return self.model_dump()
+
 
 def read_transformer_config(directory: str | Path) -> TransformerConfig:
     """Read config.json of a transformer.

@@ -10,7 +10,7 @@ References:
 
 from typing import Literal, NamedTuple, get_args
 
-from ursa.config import FrozenModel
+from ursa.config import FrozenModel, LoraConfig, LoraTarget
 from ursa.errors import ConfigError, size_hint
 from ursa.model.config import TransformerConfig
 
@@ -157,6 +157,54 @@ def num_parameters(config: TransformerConfig) -> int:
     return rows * h + config.num_hidden_layers * layer + h
 
 
+def num_trained(config: TransformerConfig, lora: LoraConfig | None) -> int:
+    """Return how many parameters training changes: P, or those of adapters and whole modules.
+
+    An adapter on a matrix of n inputs and m outputs has rank (n + m).
+
+    Args:
+        config: The network.
+        lora: Its adapters; None trains all.
+    """
+    if lora is None:
+        return num_parameters(config)
+    rows = {"embed_tokens": config.vocab_size, "lm_head": config.lm_head_size}
+    whole = config.hidden_size * sum(rows[name] for name in lora.whole_modules)
+    return adapter_parameters(config, lora) + whole
+
+
+def adapter_parameters(config: TransformerConfig, lora: LoraConfig | None) -> int:
+    """Return the parameters of the adapters alone, M rank sum(n + m).
+
+    Args:
+        config: The network.
+        lora: Its adapters, if any.
+    """
+    if lora is None:
+        return 0
+    sizes = _matrix_sizes(config)
+    each = sum(sum(sizes[name]) for name in lora.target_modules)
+    return config.num_hidden_layers * lora.rank * each
+
+
+def _matrix_sizes(config: TransformerConfig) -> dict[LoraTarget, tuple[int, int]]:
+    """Return inputs and outputs of the matrices of a layer."""
+    h, f = config.hidden_size, config.intermediate_size
+    a, b = (
+        heads * config.head_dim
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    return {
+        "q_proj": (h, a),
+        "k_proj": (h, b),
+        "v_proj": (h, b),
+        "o_proj": (a, h),
+        "gate_proj": (h, f),
+        "up_proj": (h, f),
+        "down_proj": (f, h),
+    }
+
+
 def forward_flops(config: TransformerConfig, clip: Clip) -> int:
     """Return the operations of one sequence: 2 M L (h (2a + 2b) + 3 h f) + 4 M L^2 a + 2 N h V.
 
@@ -225,7 +273,12 @@ def activation_bytes(
     return num_sequences * clip.num_tokens * per_token
 
 
-def saved_bytes(config: TransformerConfig, clip: Clip, recomputed: Recomputed = "none") -> int:
+def saved_bytes(
+    config: TransformerConfig,
+    clip: Clip,
+    recomputed: Recomputed = "none",
+    lora: LoraConfig | None = None,
+) -> int:
     """Return the bytes that the forward pass of one sequence keeps for the backward pass, float32.
 
     A layer keeps a token's states before both norms, and what each norm has divided and given
@@ -235,10 +288,15 @@ def saved_bytes(config: TransformerConfig, clip: Clip, recomputed: Recomputed = 
     last norm keeps, cosines, sines and ids. What is computed again is not kept: of an MLP and of
     attention only the input, which the norm before it has given; of a layer its input.
 
+    Weights that are not trained need neither what a norm has divided nor the inputs of a matrix
+    without an adapter; an adapter keeps rank values, and with dropout its input and the mask. What
+    the first layer leaves out beyond that is not counted.
+
     Args:
         config: The network.
         clip: Sizes of the clip.
         recomputed: What the backward pass computes again.
+        lora: The adapters, if only they are trained.
 
     Returns:
         Bytes of one sequence in training, without its loss; those of B sequences are at most B
@@ -246,20 +304,23 @@ def saved_bytes(config: TransformerConfig, clip: Clip, recomputed: Recomputed = 
     """
     h = config.hidden_size
     around = h + 2 * config.head_dim + 2
-    layer = _layer_values(config, recomputed)
+    layer = _layer_values(config, recomputed, lora)
     values = (config.num_hidden_layers * layer + around) * clip.num_tokens
     return _FLOAT32_BYTES * (values + (h + 1) * clip.num_visual_tokens)
 
 
-def recomputed_bytes(config: TransformerConfig, clip: Clip, recomputed: Recomputed) -> int:
+def recomputed_bytes(
+    config: TransformerConfig, clip: Clip, recomputed: Recomputed, lora: LoraConfig | None = None
+) -> int:
     """Return the bytes that a layer's backward pass makes again of one sequence, at most, float32.
 
     Args:
         config: The network.
         clip: Sizes of the clip.
         recomputed: What the backward pass computes again, part after part.
+        lora: The adapters, if only they are trained.
     """
-    kept = {level: _layer_values(config, level) for level in get_args(Recomputed)}
+    kept = {level: _layer_values(config, level, lora) for level in get_args(Recomputed)}
     values = {
         "none": 0,
         "mlp": kept["none"] - kept["mlp"],
@@ -288,18 +349,46 @@ def recomputed_flops(config: TransformerConfig, clip: Clip, recomputed: Recomput
     }[recomputed]
 
 
-def _layer_values(config: TransformerConfig, recomputed: Recomputed) -> int:
+def _layer_values(
+    config: TransformerConfig, recomputed: Recomputed, lora: LoraConfig | None
+) -> int:
     """Return the values of a token that a layer keeps."""
     h, f = config.hidden_size, config.intermediate_size
     heads, kept_heads = config.num_attention_heads, config.num_key_value_heads
-    norms = 6 * h + 2
-    attention = 4 * (heads + kept_heads) * config.head_dim + 2 * heads + kept_heads
+    norms, of_attention, of_mlp = 6 * h + 2, 4, 4 * f
+    if lora is not None:
+        # with dropout an adapter does not read what its matrix does, but a copy
+        targets = set() if lora.dropout else set(lora.target_modules)
+        # nothing that a norm has divided; what it has given where something reads it again
+        reads_again = (
+            recomputed == "attention" or bool(targets & {"q_proj", "k_proj", "v_proj"}),
+            recomputed != "none" or bool(targets & {"gate_proj", "up_proj"}),
+        )
+        norms, of_attention = (2 + sum(reads_again)) * h + 2, 3
+        of_mlp = (4 if "down_proj" in targets else 3) * f
+    attention = of_attention * (heads + kept_heads) * config.head_dim + 2 * heads + kept_heads
+    inner = {part: _adapter_values(config, lora, part) for part in ("attention", "mlp")}
     return {
-        "none": norms + attention + 4 * f,
-        "mlp": norms + attention,
+        "none": norms + attention + inner["attention"] + of_mlp + inner["mlp"],
+        "mlp": norms + attention + inner["attention"],
         "attention": norms,
         "layer": h,
     }[recomputed]
+
+
+def _adapter_values(
+    config: TransformerConfig, lora: LoraConfig | None, part: Literal["attention", "mlp"]
+) -> int:
+    """Return the values of a token that the adapters of a part of a layer keep."""
+    if lora is None:
+        return 0
+    sizes, values = _matrix_sizes(config), 0
+    for name in lora.target_modules:
+        if (name in {"gate_proj", "up_proj", "down_proj"}) == (part == "mlp"):
+            inputs = sizes[name][0]
+            # with dropout its own input, and a mask of a byte a value
+            values += lora.rank + (inputs + inputs // _FLOAT32_BYTES if lora.dropout else 0)
+    return values
 
 
 def plan(

@@ -31,7 +31,7 @@ def checkpoint_activations(model: UrsaTransformer, level: Recomputed) -> None:
         }
         for part in parts[level]:
             assert isinstance(part, nn.Module)
-            # nothing in a layer is random
+            # nothing in a layer is random but the masks of adapters, which follow from seeds
             part.forward = functools.partial(
                 checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
             )

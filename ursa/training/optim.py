@@ -14,11 +14,37 @@ from torch.optim.swa_utils import AveragedModel
 from ursa.config import StageConfig
 
 
+def trained_part(model: nn.Module) -> nn.Module:
+    """Return what optimizer, average and checkpoints hold: all parameters that need a gradient.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The network itself if it is trained whole, else a module without a function of its own that
+        has the same parameters under the same names.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if len(trained) == len(list(model.parameters())):
+        return model
+    root = nn.Module()
+    for name, parameter in trained.items():
+        *folders, last = name.split(".")
+        place = root
+        for folder in folders:
+            if folder not in place._modules:
+                place.add_module(folder, nn.Module())
+            place = place.get_submodule(folder)
+        place.register_parameter(last, parameter)
+    return root
+
+
 def build_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
     """Return AdamW over all parameters, one group (the paper decays every weight).
 
     Args:
-        model: The network.
+        model: The network, or its `trained_part`. Decay takes adapters back to the weights that
+            they stand on, and other weights to 0.
         config: The stage: rate, betas, weight decay.
     """
     return torch.optim.AdamW(

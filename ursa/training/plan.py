@@ -4,7 +4,8 @@ Bytes are counted on what `ursa.training.trainer` holds at the moments that can 
 is operations over a rate that is measured (`ursa.training.probe`) or published (`GPUS`). How near
 this comes is measured by `make bench-plan`; formulae in docs/plan.md.
 
-Dimensions: P = parameters, V = codes, h = hidden size, N = visual tokens of a sample.
+Dimensions: P = parameters, T = those that are trained, V = codes, h = hidden size, N = visual
+tokens of a sample.
 """
 
 import math
@@ -14,14 +15,16 @@ from typing import Literal, NamedTuple
 
 from pydantic import computed_field
 
-from ursa.config import STAGES, FrozenModel, RunConfig, StageConfig, StageName
+from ursa.config import STAGES, FrozenModel, LoraConfig, RunConfig, StageConfig, StageName
 from ursa.errors import ConfigError
 from ursa.model.config import TransformerConfig
 from ursa.model.size import (
     Clip,
+    adapter_parameters,
     forward_flops,
     latent_shape,
     num_parameters,
+    num_trained,
     recomputed_bytes,
     recomputed_flops,
     saved_bytes,
@@ -32,7 +35,7 @@ FLOAT_BYTES = 4
 LOSS_PART_ELEMENTS = 2**24
 """Logits that the loss holds at once, as in `ursa.diffusion.loss`."""
 TRAINING_FORWARDS = 3
-"""A backward pass costs two forward passes."""
+"""A backward pass costs two forward passes: gradients of states, and of weights."""
 UTILISATION = 0.4
 """Share of a published peak that large products, attention and what is between them reach."""
 _SMALL_CODEBOOK = 1 << 16
@@ -51,10 +54,16 @@ _LIBRARY_BYTES = 32_000_000
 """Libraries and workspaces that the first step loads."""
 _HOLES = 0.2
 """Share of the activations that lies idle between blocks: measured with glibc's allocator."""
+_HOLES_OF_ADAPTERS = 0.8
+"""The same beside adapters, on a CPU: no gradients and moments of all weights fill them."""
 _LARGEST_TENSORS = 4
 """Copies of the largest tensor that starting weights, AdamW and gradients make for a moment."""
 _TABLE_BYTES = 3
 """Tables of the path, a code and kind of code: an order in 16 bits, distances, offsets."""
+
+
+_ROWS = ("embed_tokens", "lm_head")
+"""What there is beside the layers and the last norm."""
 
 
 class Machine(FrozenModel):
@@ -169,21 +178,21 @@ class TrainingMemory(FrozenModel):
 
     Attributes:
         moment: backward: gradients are made from what the forward pass has kept; exchange: workers
-            average them.
+            average them; merge: adapters and weights are written as one, after the last step.
         weight_bytes: Of the network; of shards the worker's part and what is gathered at once.
         gradient_bytes: Of its gradients, all of them: other blocks than those that activations
             leave. Twice while workers exchange them, that of the head twice with several parts.
         optimizer_bytes: The two moments of AdamW.
-        average_bytes: The averaged network.
+        average_bytes: The averaged network, or what of it is trained.
         activation_bytes: What the forward pass keeps of a micro batch, and one layer's work.
         loss_bytes: Gradient of the last states, and logits in work.
         loader_bytes: Blocks of samples, the batch in work and the one ahead, tables of the path.
-        checkpoint_bytes: The copy that is written while steps go on.
+        checkpoint_bytes: The copy that is written while steps go on, or the merged weights.
         allocator_bytes: Libraries, holes between blocks, and copies of the largest tensor.
         total_bytes: Sum of the parts.
     """
 
-    moment: Literal["backward", "exchange"]
+    moment: Literal["backward", "exchange", "merge"]
     weight_bytes: int
     gradient_bytes: int = 0
     optimizer_bytes: int
@@ -210,7 +219,8 @@ class StagePlan(FrozenModel):
 
     Attributes:
         stage: Its name.
-        num_parameters: P.
+        num_parameters: P, adapters too.
+        num_trained: T: P, or parameters of adapters and of what is trained whole beside them.
         tokens_per_sample: Prompt, BOV and visual tokens.
         visual_tokens_per_sample: N.
         samples_per_step: Of all workers.
@@ -224,12 +234,14 @@ class StagePlan(FrozenModel):
         memory: Of a worker.
         step_s: Seconds of a step, without validation and checkpoints; None if no rate is known.
         worker_hours: Hours of all steps times workers; GPU-hours where workers are GPUs.
-        checkpoint_bytes: Checkpoints of the stage in storage, one more than kept while it writes.
+        checkpoint_bytes: Checkpoints of the stage in storage, one more than kept while it writes,
+            and the merged weights.
         problems: What does not fit, and what to change.
     """
 
     stage: StageName
     num_parameters: int
+    num_trained: int
     tokens_per_sample: int
     visual_tokens_per_sample: int
     samples_per_step: int
@@ -257,6 +269,22 @@ class _Work(NamedTuple):
     num_parts: int
     num_workers: int
     execution: Execution
+    lora: LoraConfig | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """P, adapters too."""
+        return num_parameters(self.network) + adapter_parameters(self.network, self.lora)
+
+    @property
+    def num_trained(self) -> int:
+        """T."""
+        return num_trained(self.network, self.lora)
+
+    @property
+    def trains(self) -> frozenset[str]:
+        """Which of embedding and head are trained whole."""
+        return frozenset(_ROWS if self.lora is None else self.lora.whole_modules)
 
     @property
     def is_sharded(self) -> bool:
@@ -399,13 +427,12 @@ def _plan_stage(
     speed: Speed | None,
     data: DataSize | None,
 ) -> StagePlan:
-    settings, network, num_workers = _stage_config(config, stage), work.network, work.num_workers
+    settings, num_workers = _stage_config(config, stage), work.num_workers
     count = None if data is None else data.num_train[settings.modality]
     held = path_bytes(config)
     row_bytes = _id_bytes(config) * work.clip.num_visual_tokens + _ROW_BYTES
     held += min((count or 0) * row_bytes, LOADER_BLOCKS_BYTES)
     memory = training_memory(work, samples_bytes=held, on_gpu=machine.is_gpu)
-    parameters = num_parameters(network)
     samples = settings.max_steps * settings.global_batch_size
     seconds = None if speed is None else _step_s(work, speed, machine)
     problems = _problems(config, stage, machine, work, held)
@@ -416,7 +443,8 @@ def _plan_stage(
         )
     return StagePlan(
         stage=stage,
-        num_parameters=parameters,
+        num_parameters=work.num_parameters,
+        num_trained=work.num_trained,
         tokens_per_sample=work.clip.num_tokens,
         visual_tokens_per_sample=work.clip.num_visual_tokens,
         samples_per_step=settings.global_batch_size,
@@ -426,12 +454,13 @@ def _plan_stage(
         num_samples=samples,
         num_tokens=samples * work.clip.num_tokens,
         num_epochs=samples / count if count else None,
-        flops=TRAINING_FORWARDS * samples * forward_flops(network, work.clip),
+        flops=samples * sum(training_flops(work.network, work.clip, work.lora)),
         memory=memory,
         step_s=seconds,
         worker_hours=None if seconds is None else seconds * settings.max_steps * num_workers / 3600,
         # weights, average and two moments
-        checkpoint_bytes=(settings.keep_checkpoints + 1) * 4 * FLOAT_BYTES * parameters,
+        checkpoint_bytes=(settings.keep_checkpoints + 1) * 4 * FLOAT_BYTES * work.num_trained
+        + (FLOAT_BYTES * num_parameters(work.network) if work.lora is not None else 0),
         problems=tuple(problems),
     )
 
@@ -448,34 +477,44 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
         The fullest of the moments of `TrainingMemory`.
     """
     network, clip = work.network, work.clip
-    whole = FLOAT_BYTES * num_parameters(network)
-    rows = FLOAT_BYTES * network.hidden_size * network.lm_head_size
+    h = network.hidden_size
+    whole, trained = FLOAT_BYTES * work.num_parameters, FLOAT_BYTES * work.num_trained
+    rows = {
+        "embed_tokens": FLOAT_BYTES * h * network.vocab_size,
+        "lm_head": FLOAT_BYTES * h * network.lm_head_size,
+    }
+    trained_rows = {name: count for name, count in rows.items() if name in work.trains}
     tokens, visual = work.micro_batch * clip.num_tokens, work.micro_batch * clip.num_visual_tokens
     recomputed = work.execution.activation_checkpointing
-    saved = work.micro_batch * saved_bytes(network, clip, recomputed)
+    saved = work.micro_batch * saved_bytes(network, clip, recomputed, work.lora)
     # what one layer makes again; gradients of an MLP's inner states, and of the states around it
-    inner = work.micro_batch * recomputed_bytes(network, clip, recomputed)
-    inner += FLOAT_BYTES * tokens * (3 * network.intermediate_size + 2 * network.hidden_size)
+    inner = work.micro_batch * recomputed_bytes(network, clip, recomputed, work.lora)
+    inner += FLOAT_BYTES * tokens * (3 * network.intermediate_size + 2 * h)
     codes = network.lm_head_size
     logits = FLOAT_BYTES * min(visual * codes, max(1, LOSS_PART_ELEMENTS // codes) * codes)
-    states = FLOAT_BYTES * visual * network.hidden_size
-    widest = max(network.vocab_size, network.intermediate_size)
-    copies = _LARGEST_TENSORS * FLOAT_BYTES * network.hidden_size * widest
+    states = FLOAT_BYTES * visual * h
+    largest = max(
+        FLOAT_BYTES * network.intermediate_size * (work.lora.rank if work.lora else h),
+        *trained_rows.values(),
+        0,
+    )
+    copies = _LARGEST_TENSORS * largest
     batches = _LOADER_BYTES * work.local_batch * clip.num_visual_tokens
-    gradients = whole + (rows if work.num_parts > 1 else 0)
-    held = {"weight_bytes": whole, "average_bytes": whole, "optimizer_bytes": 2 * whole}
+    gradients = trained + (trained_rows.get("lm_head", 0) if work.num_parts > 1 else 0)
+    held = {"weight_bytes": whole, "average_bytes": trained, "optimizer_bytes": 2 * trained}
     gathered = 0
     if work.is_sharded:
-        part = math.ceil(whole / work.num_workers)
-        around = rows + FLOAT_BYTES * network.hidden_size * (network.vocab_size + 1)
+        held = {name: math.ceil(count / work.num_workers) for name, count in held.items()}
+        around = sum(rows.values()) + FLOAT_BYTES * h
         layer = (whole - around) // network.num_hidden_layers
         # embedding, norm and head from forward to backward; the layer in work and the one after it
         gathered = around + 2 * layer
-        held = {"weight_bytes": part, "average_bytes": part, "optimizer_bytes": 2 * part}
         # their gradients, and the buffer that they are scattered from
-        gradients = part + 2 * around
+        kept_rows = around if work.lora is None else sum(trained_rows.values())
+        gradients = math.ceil(trained / work.num_workers) + 2 * kept_rows
     if not on_gpu:  # copies lie in the memory of the processor
-        held["checkpoint_bytes"] = 4 * whole
+        held["checkpoint_bytes"] = 4 * trained
+    holes = _HOLES if work.lora is None or on_gpu else _HOLES_OF_ADAPTERS
     moments = [
         TrainingMemory(
             moment="backward",
@@ -485,7 +524,7 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
             activation_bytes=saved + max(0, inner - logits),
             loss_bytes=states + logits,
             loader_bytes=samples_bytes + batches,
-            allocator_bytes=_LIBRARY_BYTES + int(_HOLES * saved) + copies,
+            allocator_bytes=_LIBRARY_BYTES + int(holes * saved) + copies,
         ),
     ]
     if work.num_workers > 1 and not work.is_sharded:
@@ -493,7 +532,16 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
             TrainingMemory(
                 moment="exchange",
                 **held,
-                gradient_bytes=2 * whole,
+                gradient_bytes=2 * trained,
+                loader_bytes=samples_bytes + batches,
+                allocator_bytes=_LIBRARY_BYTES + copies,
+            )
+        )
+    if work.lora is not None and not on_gpu:
+        moments.append(
+            TrainingMemory(
+                moment="merge",
+                **held | {"checkpoint_bytes": whole},
                 loader_bytes=samples_bytes + batches,
                 allocator_bytes=_LIBRARY_BYTES + copies,
             )
@@ -535,30 +583,54 @@ def _work(
         num_parts=math.ceil(local / micro),
         num_workers=num_workers,
         execution=execution,
+        lora=settings.lora,
     )
 
 
 def _step_s(work: _Work, speed: Speed, machine: Machine) -> float:
     """Return the seconds of a step: products, update, exchange."""
-    num_workers = work.num_workers
-    layers, head = split_flops(work.network, work.clip)
-    parameters = num_parameters(work.network)
-    rows = (work.network.vocab_size + work.network.lm_head_size) * work.network.hidden_size
-    passes = TRAINING_FORWARDS * work.local_batch
-    again = work.local_batch * recomputed_flops(
-        work.network, work.clip, work.execution.activation_checkpointing
-    )
+    num_workers, network = work.num_workers, work.network
+    layers, head = training_flops(network, work.clip, work.lora)
+    trained_rows = {"embed_tokens": network.vocab_size, "lm_head": network.lm_head_size}
+    rows = network.hidden_size * sum(trained_rows[name] for name in work.trains)
+    again = recomputed_flops(network, work.clip, work.execution.activation_checkpointing)
     # a ring sends each gradient twice, less what a worker has already; shards are gathered twice
     # and their gradients scattered once for each part of the batch
-    times = 3 * work.num_parts if work.is_sharded else 2
-    exchanged = times * FLOAT_BYTES * parameters * (num_workers - 1) / num_workers
+    values = 2 * work.num_trained
+    if work.is_sharded:
+        values = work.num_parts * (2 * work.num_parameters + work.num_trained)
+    exchanged = FLOAT_BYTES * values * (num_workers - 1) / num_workers
     updated = work.num_workers if work.is_sharded else 1
     return (
-        passes * (layers / speed.layer_flops + head / speed.head_flops)
-        + again / speed.layer_flops
-        + (parameters - rows) / speed.layer_parameters_per_s / updated
+        work.local_batch * ((layers + again) / speed.layer_flops + head / speed.head_flops)
+        + (work.num_trained - rows) / speed.layer_parameters_per_s / updated
         + rows / speed.row_parameters_per_s / updated
         + exchanged / machine.link_bytes_per_s
+    )
+
+
+def training_flops(
+    network: TransformerConfig, clip: Clip, lora: LoraConfig | None
+) -> tuple[int, int]:
+    """Return the operations of one sequence, forward and backward, in the layers and in the head.
+
+    A weight that is not trained has no gradient, which is one of three products of a matrix;
+    attention multiplies states alone. What the first layer leaves out beyond that is counted.
+
+    Args:
+        network: The network.
+        clip: Sizes of a sample.
+        lora: The adapters, if only they are trained.
+    """
+    layers, head = split_flops(network, clip)
+    if lora is None:
+        return TRAINING_FORWARDS * layers, TRAINING_FORWARDS * head
+    heads = network.num_attention_heads * network.head_dim
+    attention = network.num_hidden_layers * 4 * clip.num_tokens**2 * heads
+    adapters = 2 * clip.num_tokens * adapter_parameters(network, lora)
+    return (
+        2 * layers + attention + TRAINING_FORWARDS * adapters,
+        (TRAINING_FORWARDS if "lm_head" in lora.whole_modules else 2) * head,
     )
 
 

@@ -17,7 +17,8 @@ from ursa.data.dataset import TokenSamples
 from ursa.generation import SampleDefaults, UrsaPipeline
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
-from ursa.training.checkpoint import gathered_copy, not_finite
+from ursa.training.checkpoint import not_finite
+from ursa.training.merging import plain_average
 from ursa.training.schedule import scheduler_config
 from ursa.training.trainer import Trainer
 from ursa.video.encode import write_video
@@ -67,7 +68,7 @@ class StageSamples:
 
     The seeds are those of the evaluation, so that a caption that is in both shows one development.
     Nothing that training draws depends on it. Rank 0 draws; where each rank holds a part of the
-    weights it gathers the average first, 4 bytes a parameter.
+    weights, or adapters are trained, it makes a copy of the average first, 4 bytes a parameter.
     """
 
     def __init__(self, request: StageRequest, trainer: Trainer, samples_uri: str) -> None:
@@ -102,16 +103,16 @@ class StageSamples:
             ShardFormatError: If a shard is missing or damaged.
             StorageError: If the store refuses or does not answer.
         """
-        is_main = self._trainer.group.is_main
-        average = self._trainer.average.module
-        assert isinstance(average, UrsaTransformer)
-        if self._trainer.is_sharded:
-            state = gathered_copy(average.state_dict(), keep=is_main)
+        trainer, is_main = self._trainer, self._trainer.group.is_main
+        average = trainer.average.module
+        if trainer.is_sharded or self._stage.lora is not None:
+            state = plain_average(trainer)
             if is_main:
-                average = UrsaTransformer(average.config)
+                average = UrsaTransformer(trainer.model.config)
                 average.load_state_dict(state)
         if not is_main:
             return
+        assert isinstance(average, UrsaTransformer)
         if not_finite(average.state_dict()):
             # the stage goes back when it finds that out; see `ursa.training.guard`
             logger.warning("no samples of step %d: the averaged weights are not finite", step)

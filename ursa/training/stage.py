@@ -31,7 +31,8 @@ from ursa.config import StageConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples
 from ursa.data.mixed_loader import MixedLoader, plan_parts
-from ursa.errors import CheckpointError, NonFiniteLossError, TrainingError, UrsaError
+from ursa.errors import CheckpointError, ConfigError, NonFiniteLossError, TrainingError, UrsaError
+from ursa.model.adapters import add_adapters
 from ursa.model.transformer import TransformerConfig, UrsaTransformer, build_transformer
 from ursa.tokenizers.text import TextTokenizer, load_text_tokenizer
 from ursa.training.checkpoint import (
@@ -48,7 +49,8 @@ from ursa.training.checkpoint import (
 from ursa.training.distributed import Group, current_group
 from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, Execution
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
-from ursa.training.optim import build_average, build_optimizer
+from ursa.training.merging import publish_merged
+from ursa.training.optim import build_average, build_optimizer, trained_part
 from ursa.training.samples import StageSamples
 from ursa.training.schedule import load_codes, path_over
 from ursa.training.start import load_start
@@ -158,8 +160,9 @@ def train_stage(
     Raises:
         TrainingError: If the loss is not finite again after the stage went back, there is no data,
             or a checkpoint is damaged.
-        ConfigError: If the batch cannot be divided evenly among the ranks, or layers cannot be
-            compiled on this machine.
+        ConfigError: If the batch cannot be divided evenly among the ranks, layers cannot be
+            compiled on this machine, or adapters are to be trained without peft or on random
+            weights.
         StorageError: If the store refuses or does not answer.
         SystemExit: With status 143, after SIGTERM.
     """
@@ -208,7 +211,15 @@ def _train(
                     raise SystemExit(_TERMINATED)
         curve, grids = validation.curve(), validation.grids
         validation.tell_share(time.perf_counter() - began)
-        uri = run.finish()
+        uri, merged_uri = run.finish(), None
+        if config.lora is not None:
+            merged_uri = publish_merged(
+                request,
+                trainer,
+                base=_parent_uri(request),
+                fingerprint=stage_fingerprint(request),
+                metrics=metrics,
+            )
     finally:
         run.close()
     result = CheckpointRef(
@@ -225,7 +236,8 @@ def _train(
         loss_curve=curve,
         grids=tuple(grid for grid in grids if grid.is_finite),
         fingerprint=stage_fingerprint(request),
-        parent_uri=config.init_from or (request.init_from.uri if request.init_from else None),
+        parent_uri=_parent_uri(request),
+        merged_uri=merged_uri,
     )
     return group.from_main(lambda: storage.commit_record(_manifest_uri(request), result))
 
@@ -336,16 +348,37 @@ def load_text(tokenizer: TokenizerRef) -> TextTokenizer:
 
 
 def _initial_model(request: StageRequest, codes: Tensor) -> UrsaTransformer:
-    """Return the network with the weights that a stage begins with."""
+    """Return the network with the weights that a stage begins with, and its adapters if any."""
     stage: StageConfig = getattr(request.config.stages, request.stage)
+    if stage.lora is not None and _parent_uri(request) is None:
+        raise ConfigError(
+            f"stages.{request.stage}.lora needs a stage before or stages.{request.stage}.init_from:"
+            " without one the weights are random, and adapters would leave them random"
+        )
     config = transformer_config(request)
     if stage.init_from is not None:
-        return load_start(stage.init_from, request, config, codes)
-    model = build_transformer(config, seed=request.config.seed, codebook=codes)
-    if request.init_from is not None:
-        # a stage starts from the average of the one before: less noise than the last weights
-        _take_average(model, request.init_from)
+        model = load_start(stage.init_from, request, config, codes)
+    else:
+        model = build_transformer(config, seed=request.config.seed, codebook=codes)
+        if request.init_from is not None:
+            # a stage starts from the average of the one before: less noise than the last weights
+            _take_average(model, request.init_from)
+    if stage.lora is not None:
+        add_adapters(
+            model,
+            stage.lora,
+            seed=address_seed(request.config.seed, request.stage, "lora"),
+            where=f"stages.{request.stage}.lora",
+        )
     return model
+
+
+def _parent_uri(request: StageRequest) -> str | None:
+    """Return where the weights lie that a stage begins with; None if they are drawn."""
+    stage: StageConfig = getattr(request.config.stages, request.stage)
+    if stage.init_from is not None or request.init_from is None:
+        return stage.init_from
+    return request.init_from.weights_uri
 
 
 def _build_trainer(
@@ -396,14 +429,14 @@ def stage_loader(request: StageRequest) -> MixedLoader:
 
 def _take_average(model: UrsaTransformer, checkpoint: CheckpointRef) -> None:
     """Load the averaged weights of a checkpoint into a network."""
-    _, state = load_checkpoint(checkpoint.uri)
+    _, state = load_checkpoint(checkpoint.weights_uri)
     weights = {k.removeprefix("ema."): v for k, v in state.items() if k[:4] == "ema."}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint.uri} does not fit the model of this run; give the model settings and "
-            f"tokenizers that it was trained with: {error}"
+            f"{checkpoint.weights_uri} does not fit the model of this run; give the model settings "
+            f"and tokenizers that it was trained with: {error}"
         ) from error
 
 
@@ -501,7 +534,7 @@ class _StageRun:
 
     def _state(self) -> dict[str, Tensor]:
         trainer = self.trainer
-        return training_state(trainer.model, trainer.average, trainer.optimizer)
+        return training_state(trainer.trained, trainer.average, trainer.optimizer)
 
     def _find(self, wanted: Callable[[int], bool] = lambda _step: True) -> str:
         """Return the URI of the newest whole checkpoint that rank 0 sees, or ""."""
@@ -529,7 +562,7 @@ class _StageRun:
                 failure = error
             if not self.group.any(failure is not None):
                 trainer = self.trainer
-                restore_state(state, trainer.model, trainer.average, trainer.optimizer)
+                restore_state(state, trainer.trained, trainer.average, trainer.optimizer)
                 self._resumed_uri = uri
                 return marker
         raise failure or CheckpointError(f"{uri}: another rank cannot read it")
@@ -552,10 +585,11 @@ class _StageRun:
         marker = self._take_newest(lambda step: step <= min(trouble) and step % every == 0)
         if marker is None:
             trainer = self.trainer
-            fresh = _initial_model(self.request, load_codes(self.request.visual_tokenizer)[0])
+            codes, _ = load_codes(self.request.visual_tokenizer)
+            fresh = trained_part(_initial_model(self.request, codes))
             average = build_average(fresh, trainer.config)
             state = training_state(fresh, average, build_optimizer(fresh, trainer.config))
-            restore_state(state, trainer.model, trainer.average, trainer.optimizer)
+            restore_state(state, trainer.trained, trainer.average, trainer.optimizer)
         begin = marker.step if marker is not None else 0
         self.skipped = self.skipped.model_copy(update={"taken_back": (begin, count)})
         self.went_back = True
@@ -673,19 +707,19 @@ class _Validation:
         assert self.samples is not None
         began = time.perf_counter()
         evaluation = self.request.config.evaluation
-        average = model or self.trainer.average.module
-        assert isinstance(average, UrsaTransformer)
-        grid = measure_grid(
-            average,
-            self.trainer.path,
-            self.trainer.text_tokenizer,
-            self.samples,
-            timesteps=timesteps or evaluation.timesteps,
-            batch_size=evaluation.batch_size,
-            max_prompt_length=self.trainer.max_prompt_length,
-            seed=address_seed(self.request.config.seed, "validation"),
-            setting=setting,
-        )
+        averaged = self.trainer.averaged_model() if model is None else contextlib.nullcontext(model)
+        with averaged as network:
+            grid = measure_grid(
+                network,
+                self.trainer.path,
+                self.trainer.text_tokenizer,
+                self.samples,
+                timesteps=timesteps or evaluation.timesteps,
+                batch_size=evaluation.batch_size,
+                max_prompt_length=self.trainer.max_prompt_length,
+                seed=address_seed(self.request.config.seed, "validation"),
+                setting=setting,
+            )
         self.spent_s += time.perf_counter() - began
         return grid
 

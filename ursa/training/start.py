@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ursa import storage
 from ursa.artifacts import StageRequest
+from ursa.config import StageConfig
 from ursa.errors import ConfigError
 from ursa.model.config import CONFIG_FILE, TransformerConfig
 from ursa.model.pretrained import init_from_qwen3, load_transformer
@@ -29,6 +30,8 @@ _SETTINGS = {
     "lm_head_size": "visual_tokenizer.directory_uri",
 }
 """What decides a value of the network's configuration."""
+_NEW_ROWS = ("embed_tokens", "lm_head")
+"""Modules whose rows of codes a language model does not have."""
 
 
 def load_start(
@@ -51,7 +54,7 @@ def load_start(
 
     Raises:
         ConfigError: If there are no weights, or they are of another shape or of other tokenizers
-            than the run's.
+            than the run's, or new rows of a language model would stay as they are beside adapters.
         StorageError: If the store refuses or does not answer.
     """
     try:
@@ -59,6 +62,7 @@ def load_start(
             root = folder / "transformer" if (folder / "transformer").is_dir() else folder
             _check_tokenizers(uri, folder, request)
             if _is_language_model(uri, root):
+                _check_new_rows(uri, request)
                 model = init_from_qwen3(
                     root,
                     codebook_size=config.lm_head_size,
@@ -101,6 +105,18 @@ def _is_language_model(uri: str, root: Path) -> bool:
         return "model_type" in json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
+
+
+def _check_new_rows(uri: str, request: StageRequest) -> None:
+    """Refuse adapters alone on a language model: it knows no code, and nothing would teach it."""
+    stage: StageConfig = getattr(request.config.stages, request.stage)
+    if stage.lora is not None and len(stage.lora.whole_modules) < len(_NEW_ROWS):
+        raise ConfigError(
+            f"stages.{request.stage}.lora: {uri} is a language model, so rows of the codes and the "
+            "head begin at random and adapters would leave them so; set "
+            f"stages.{request.stage}.lora.whole_modules to [{', '.join(_NEW_ROWS)}], or take a "
+            "model that was trained on codes"
+        )
 
 
 def _check_tokenizers(uri: str, folder: Path, request: StageRequest) -> None:

@@ -6,11 +6,12 @@ References:
     URSA, arXiv 2510.24717, section 3.3 (asynchronous timesteps) and 4 (recipe).
 """
 
+import contextlib
 import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,15 @@ from ursa.diffusion.loss import linear_posterior_loss
 from ursa.diffusion.path import MetricPath
 from ursa.diffusion.timesteps import training_times
 from ursa.errors import NonFiniteLossError
-from ursa.model.size import Clip, forward_flops
+from ursa.model.adapters import dropouts
+from ursa.model.size import Clip
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
 from ursa.training.blocks import checkpoint_activations, compile_layers
-from ursa.training.distributed import Group, shard_model, whole
+from ursa.training.distributed import Group, drop_gathered, shard_model, whole
 from ursa.training.execution import DEFAULT_EXECUTION, Execution
-from ursa.training.optim import build_average, build_optimizer, learning_rate
-from ursa.training.plan import TRAINING_FORWARDS
+from ursa.training.optim import build_average, build_optimizer, learning_rate, trained_part
+from ursa.training.plan import training_flops
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +51,13 @@ class NoisyBatch:
         text_ids: Prompts, shape (B, L), int64.
         x_1: Clean codes, shape (B, T, H, W), int64.
         x_t: Noisy codes, shape (B, T, H, W), int64.
+        seeds: One a sample, that its draws are made of.
     """
 
     text_ids: Tensor
     x_1: Tensor
     x_t: Tensor
+    seeds: tuple[int, ...]
 
 
 class Trainer:
@@ -81,7 +85,7 @@ class Trainer:
             stage: Name of the stage, part of the address of every draw.
             config: Its settings.
             seed: Of the run.
-            model: The network; its weights change.
+            model: The network; its weights change, or those of its adapters.
             path: The probability path.
             text_tokenizer: Turns prompts into ids.
             loader: Training samples; `close` closes it too.
@@ -105,18 +109,25 @@ class Trainer:
         self._ahead: dict[int, Future[NoisyBatch]] = {}
         self.is_sharded = execution.strategy == "fsdp" and group.world_size > 1
         self._precision = getattr(torch, config.precision)
-        # a copy, so before the layers are changed
-        self.average: AveragedModel = build_average(model, config)
+        self._dropouts = dropouts(model)
+        is_whole = trained_part(model) is model
+        if is_whole:  # a copy, so before the layers are changed
+            self.average: AveragedModel = build_average(model, config)
         checkpoint_activations(model, execution.activation_checkpointing)
         if execution.compile_layers:
             compile_layers(model)
         if self.is_sharded:
-            average = self.average.module
-            assert isinstance(average, UrsaTransformer)
-            shard_model(model, precision=self._precision)
-            shard_model(average)
+            # validation computes in float32, with adapters on this network too
+            shard_model(model, precision=self._precision if is_whole else torch.float32)
+            if is_whole:
+                average = self.average.module
+                assert isinstance(average, UrsaTransformer)
+                shard_model(average)
         # last: sharding makes new parameters
-        self.optimizer = build_optimizer(model, config)
+        self.trained = trained_part(model)
+        if not is_whole:
+            self.average = build_average(self.trained, config)
+        self.optimizer = build_optimizer(self.trained, config)
 
     def noisy_batch(self, step: int) -> NoisyBatch:
         """Return this rank's part of the batch of a step, a pure function of the step.
@@ -149,6 +160,35 @@ class Trainer:
         if step + 1 < self.config.max_steps:
             ahead[step + 1] = self._noising.submit(self.noisy_batch, step + 1)
         return batch
+
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[UrsaTransformer]:
+        """Yield the network with the averaged weights; with a sharded one all ranks call this.
+
+        Where a part is trained it is the network itself, with the average in the place of that
+        part; the weights come back to the bit.
+
+        Yields:
+            The network; its weights must not be changed.
+        """
+        if self.trained is self.model:
+            average = self.average.module
+            assert isinstance(average, UrsaTransformer)
+            yield average
+            return
+        kept = [parameter.detach().clone() for parameter in self.trained.parameters()]
+        try:
+            self._put(self.average.module.parameters())
+            yield self.model
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: Iterable[Tensor]) -> None:
+        """Replace what is trained."""
+        drop_gathered(self.model)  # what was gathered before holds the old values
+        for parameter, value in zip(self.trained.parameters(), values, strict=True):
+            parameter.copy_(value)
 
     def close(self) -> None:
         """Stop making and reading batches ahead; what is being read is waited for."""
@@ -185,8 +225,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._add_gradients(batch)
         if not self.is_sharded:  # else the backward pass has done it
-            self.group.average_gradients(self.model)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+            self.group.average_gradients(self.trained)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.max_grad_norm))
         loss, accuracy = self.group.mean(sums)
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteLossError(
@@ -195,7 +235,7 @@ class Trainer:
                 f"{self.stage}.learning_rate {self.config.learning_rate:g}"
             )
         self.optimizer.step()
-        self.average.update_parameters(self.model)
+        self.average.update_parameters(self.trained)
         seconds = time.perf_counter() - started
         tokens = batch.x_1.numel() * self.group.world_size
         return {
@@ -219,17 +259,18 @@ class Trainer:
         """
         size, frames, rows, columns = batch.x_1.shape
         clip = Clip((frames, rows, columns), batch.text_ids.shape[1])
-        each = TRAINING_FORWARDS * forward_flops(self.model.config, clip)
+        each = sum(training_flops(self.model.config, clip, self.config.lora))
         return each * size * self.group.world_size
 
     def _add_gradients(self, batch: NoisyBatch) -> Tensor:
         """Add up the gradients of the batch, part by part; return mean loss and accuracy."""
         parts = [
             each.chunk(self.config.gradient_accumulation_steps)
-            for each in (batch.text_ids, batch.x_t, batch.x_1.flatten(1))
+            for each in (batch.text_ids, batch.x_t, batch.x_1.flatten(1), torch.tensor(batch.seeds))
         ]
         means = []
-        for text_ids, x_t, x_1 in zip(*parts, strict=True):
+        for text_ids, x_t, x_1, seeds in zip(*parts, strict=True):
+            self._seed_dropouts(seeds.tolist())
             # the last part may be smaller than the others
             weight = len(x_1) / len(batch.x_1)
             with torch.autocast(
@@ -243,6 +284,11 @@ class Trainer:
             (result.loss * weight).backward()
             means.append(torch.stack([result.loss.detach(), result.accuracy]) * weight)
         return torch.stack(means).sum(0)
+
+    def _seed_dropouts(self, seeds: Sequence[int]) -> None:
+        """Let the masks of the next part follow from (seed, stage, step, sample, place)."""
+        for name, dropout in self._dropouts.items():
+            dropout.seeds = [address_seed(seed, "dropout", name) for seed in seeds]
 
 
 def peak_memory_bytes() -> int:
@@ -307,4 +353,4 @@ def make_noisy_batch(
     t = torch.stack(times)[:, :, None, None]
     x_t = path.sample(batch.visual_ids, t, uniform=torch.stack(noises))
     text_ids = text_tokenizer.encode(prompts, max_length=max_prompt_length)
-    return NoisyBatch(text_ids=text_ids, x_1=batch.visual_ids, x_t=x_t)
+    return NoisyBatch(text_ids=text_ids, x_1=batch.visual_ids, x_t=x_t, seeds=tuple(seeds))

@@ -314,6 +314,7 @@ def _recipe(settings: VisualTokenizerConfig) -> StageConfig:
     """Express the fit in the terms of a training stage, to share schedule and optimizer."""
     return StageConfig(
         init_from=None,
+        lora=None,
         modality="video",
         timesteps="synchronous",
         synchronous_fraction=1.0,

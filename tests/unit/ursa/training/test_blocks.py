@@ -11,7 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests import factories
+from ursa.config import LoraConfig
 from ursa.errors import ConfigError
+from ursa.model.adapters import add_adapters, dropouts
 from ursa.model.size import Clip, Recomputed, recomputed_flops, saved_bytes
 from ursa.model.transformer import build_transformer
 from ursa.training import stage as stage_module
@@ -28,7 +30,7 @@ def build(request, **options):
 
 
 def state(trainer):
-    return training_state(trainer.model, trainer.average, trainer.optimizer)
+    return training_state(trainer.trained, trainer.average, trainer.optimizer)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -52,22 +54,51 @@ def test_the_average_does_not_share_its_layers_with_the_network(make_request):
     assert torch.equal(trainer.average.module.hidden_states(batch.text_ids, batch.x_t), before)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_what_a_forward_pass_leaves_is_counted_exactly(level):
-    """Bytes that are allocated and not freed."""
-    model = build_transformer(factories.transformer_config(), seed=0)
+def bytes_left(model, level, clip) -> int:
+    """What a forward pass allocates and does not free, but the states, which are the loss's."""
     checkpoint_activations(model, level)
-    clip = Clip((2, 12, 16), 9)
-    text = torch.zeros(1, 9, dtype=torch.long)
+    text = torch.zeros(1, clip.prompt_length, dtype=torch.long)
     visual = torch.zeros(1, *clip.latent_shape, dtype=torch.long)
     model.hidden_states(text, visual)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         hidden = model.hidden_states(text, visual)
     assert hidden.requires_grad
     events = profiler.profiler.kineto_results.events()
-    left = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    # the states that are given back are the loss's
-    assert left - hidden.nbytes == saved_bytes(model.config, clip, level)
+    return sum(event.nbytes() for event in events if event.name() == "[memory]") - hidden.nbytes
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_a_forward_pass_leaves_is_counted_exactly(level):
+    clip = Clip((2, 12, 16), 9)
+    model = build_transformer(factories.transformer_config(), seed=0)
+    assert bytes_left(model, level, clip) == saved_bytes(model.config, clip, level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=4),
+        LoraConfig(rank=4, dropout=0.1),
+        LoraConfig(rank=4, target_modules=("q_proj", "v_proj")),
+        LoraConfig(rank=4, target_modules=("down_proj",), whole_modules=("embed_tokens",)),
+    ],
+    ids=["all", "dropout", "attention", "down"],
+)
+def test_a_layer_with_adapters_leaves_what_is_counted(level, lora):
+    """The first one leaves less: nothing before it is trained."""
+    clip, left, counted = Clip((2, 12, 16), 9), [], []
+    for layers in (2, 4):
+        config = factories.transformer_config(num_hidden_layers=layers)
+        model = build_transformer(config, seed=0)
+        add_adapters(model, lora, seed=0)
+        for dropout in dropouts(model).values():
+            dropout.seeds = [1]
+        left.append(bytes_left(model, level, clip))
+        counted.append(saved_bytes(config, clip, level, lora))
+        assert left[-1] <= counted[-1]
+    # numbers by which adapters are scaled, some bytes each, are left out
+    assert left[1] - left[0] == pytest.approx(counted[1] - counted[0], abs=512)
 
 
 def test_levels_keep_less_and_compute_more():
@@ -122,10 +153,31 @@ def test_compiled_layers_learn_the_same(make_request, level):
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_layers_with_adapters_learn_the_same(make_request, exported_model):
+    """Masks are drawn outside of what is compiled, from other seeds every step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of torch's own compiler
+        if not can_compile():
+            pytest.skip("torch.compile needs a C++ compiler")
+        request = make_request(
+            lora={"rank": 2, "dropout": 0.2}, init_from_uri=exported_model.directory_uri
+        )
+        plain, compiled = build(request), build(request, compile_layers=True)
+        for step in range(4):
+            expected = plain.step(step)["train/loss"]
+            assert compiled.step(step)["train/loss"] == pytest.approx(expected, rel=1e-5)
+    for (name, value), other in zip(state(plain).items(), state(compiled).values(), strict=True):
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
     script = """
 from tests import factories
+from ursa.config import LoraConfig
 from ursa.errors import ConfigError
+from ursa.model.adapters import add_adapters, dropouts
 from ursa.model.transformer import build_transformer
 from ursa.training.blocks import compile_layers
 try:

@@ -1,16 +1,19 @@
 import math
 
 import pytest
+import torch
 
 from tests import factories
-from ursa.config import load_config
+from ursa.config import LoraConfig, load_config
 from ursa.data import order
 from ursa.data.dataset import TokenSamples
 from ursa.data.shards import shard_bytes
 from ursa.diffusion import loss
 from ursa.diffusion.grid import num_orbits
 from ursa.errors import ConfigError
+from ursa.model.adapters import add_adapters
 from ursa.model.size import Clip, num_parameters
+from ursa.model.transformer import UrsaTransformer
 from ursa.training import plan as planning
 from ursa.training import probe
 from ursa.training import stage as stage_module
@@ -54,6 +57,98 @@ def test_state_is_that_of_the_trainer(make_request):
     kept = request.config.stages.video_pretrain.keep_checkpoints + 1
     assert found.checkpoint_bytes == pytest.approx(kept * written, rel=0.01)
     assert 4 * weights == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize("whole", [[], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_state_of_adapters_is_that_of_the_trainer(make_request, exported_model, whole):
+    lora = {"rank": 3, "target_modules": ["k_proj", "gate_proj", "down_proj"]}
+    request = make_request(
+        STAGE,
+        lora=lora | {"whole_modules": whole},
+        init_from_uri=exported_model.directory_uri,
+        gradient_accumulation_steps=2,
+    )
+    trainer = stage_module._build_trainer(request, Group(0, 1))
+    trainer.step(0)
+    found = one(request.config)
+    parameters = list(trainer.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    assert found.num_parameters == sum(p.numel() for p in parameters)
+    assert found.num_trained == sum(p.numel() for p in trained)
+    assert found.memory.weight_bytes == sum(p.nbytes for p in parameters)
+    gradients = sum(p.grad.nbytes for p in trained)
+    head = trainer.model.lm_head.weight.nbytes if whole else 0  # of the part in work
+    assert found.memory.gradient_bytes == gradients + head
+    moments = [
+        value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if value.ndim
+    ]
+    assert found.memory.optimizer_bytes == sum(value.nbytes for value in moments)
+    average = trainer.average.module.parameters()
+    assert found.memory.average_bytes == sum(p.nbytes for p in average)
+    state = training_state(trainer.trained, trainer.average, trainer.optimizer)
+    plain = 4 * num_parameters(run_network(request.config))
+    kept = request.config.stages.video_pretrain.keep_checkpoints + 1
+    written = kept * sum(value.nbytes for value in state.values()) + plain
+    assert found.checkpoint_bytes == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4), LoraConfig(target_modules=("o_proj",))])
+def test_operations_of_layers_are_those_that_torch_counts(lora):
+    """Of all but the first, which makes fewer gradients than is counted: of no states before it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    clip, counts = Clip((2, 6, 8), 9), []
+    for layers in (2, 4):
+        config = factories.transformer_config(num_hidden_layers=layers)
+        with torch.device("meta"):
+            model = UrsaTransformer(config)
+            text = torch.zeros(1, 9, dtype=torch.long)
+            visual = torch.zeros(1, *clip.latent_shape, dtype=torch.long)
+            if lora is not None:
+                add_adapters(model, lora, seed=0)
+            with FlopCounterMode(display=False) as counter:
+                model.hidden_states(text, visual).sum().backward()
+        planned, _ = planning.training_flops(config, clip, lora)
+        counts.append((counter.get_total_flops(), planned))
+        assert 0.7 * planned < counts[-1][0] <= planned
+    (small, small_plan), (large, large_plan) = counts
+    assert large - small == large_plan - small_plan
+
+
+def test_a_head_that_is_not_trained_costs_two_products():
+    config, clip = factories.transformer_config(), Clip((2, 6, 8), 9)
+    _, forward = planning.split_flops(config, clip)
+    for whole, products in (((), 2), (("embed_tokens",), 2), (("lm_head",), 3)):
+        lora = LoraConfig(whole_modules=whole)
+        assert planning.training_flops(config, clip, lora)[1] == products * forward
+
+
+def test_adapters_take_less_memory_and_exchange_less():
+    config = load_config("small", {"stages": {STAGE: {"lora": {}}}})
+    h100 = planning.GPUS["h100"]
+    for changes in ({}, {"num_workers": 4}):
+        whole = one(load_config("small"), h100, **changes)
+        adapters = one(config, h100, **changes)
+        assert adapters.num_trained < 0.2 * whole.num_trained
+        assert adapters.step_s < whole.step_s
+        for part in ("gradient", "optimizer", "average", "activation", "total"):
+            name = f"{part}_bytes"
+            assert getattr(adapters.memory, name) < getattr(whole.memory, name), name
+        assert adapters.flops < whole.flops
+    sharded = one(config, num_workers=4, execution=Execution(strategy="fsdp")).memory
+    assert sharded.total_bytes < one(config, num_workers=4).memory.total_bytes
+
+
+def test_merging_can_be_the_fullest_moment():
+    changes = {"model": {"hidden_size": 2048, "intermediate_size": 8192}}
+    stage = {"lora": {"rank": 4}, "global_batch_size": 1}
+    config = load_config("small", changes | {"stages": {STAGE: stage}})
+    here, there = one(config).memory, one(config, planning.GPUS["h100"]).memory
+    assert (here.moment, there.moment) == ("merge", "backward")
+    assert here.checkpoint_bytes == here.weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,20 @@ def test_a_language_model_gives_layers_and_text_rows(make_request, qwen3, tiny_d
     assert metrics["train/loss"] < 4.3  # ln 60 = 4.09
 
 
+@pytest.mark.parametrize("whole", [[], ["lm_head"], ["embed_tokens"]])
+def test_adapters_leave_no_new_row_of_a_language_model_at_random(make_request, qwen3, whole):
+    lora = {"rank": 2, "whole_modules": whole}
+    request = make_request("image_pretrain", init_from_uri=str(qwen3), lora=lora)
+    with pytest.raises(
+        ConfigError, match=r"is a language model.*lora.whole_modules to \[embed_tokens, lm_head\]"
+    ):
+        begun(request)
+    lora["whole_modules"] = ["embed_tokens", "lm_head"]
+    trainer = begun(make_request("image_pretrain", init_from_uri=str(qwen3), lora=lora))
+    trained = {name for name, _ in trainer.trained.named_parameters() if ".lora_" not in name}
+    assert trained == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
 def test_weights_that_do_not_fit_are_named(make_request, model_folder, qwen3):
     for uri in (model_folder, qwen3):
         request = make_request(
