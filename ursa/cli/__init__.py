@@ -10,6 +10,7 @@ from ursa.cli import data, path
 from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
 from ursa.cli.generate import generate
+from ursa.cli.merge import merge
 from ursa.cli.plan import plan
 from ursa.errors import UrsaError
 
@@ -22,6 +23,7 @@ app = App(
 app.command(generate)
 app.command(demo)
 app.command(plan)
+app.command(merge)
 app.command(path.app)
 app.command(data.app)
 for command in (versions, changes, uses):

@@ -1,6 +1,12 @@
 import pytest
+import torch
 
+from ursa import storage
 from ursa.cli import main
+from ursa.config import LoraConfig
+from ursa.generation import UrsaPipeline
+from ursa.model.adapters import add_adapters, merged_weights, save_adapter
+from ursa.model.pretrained import load_transformer
 
 
 @pytest.mark.parametrize(
@@ -72,3 +78,41 @@ def test_what_cannot_be_parsed_is_one_line(capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert line.startswith("error: ")
+
+
+def test_an_adapter_is_merged_from_the_command_line(exported_model, tmp_path, capsys):
+    base, out = storage.local_path(exported_model.directory_uri), tmp_path / "out"
+    network = load_transformer(base / "transformer")
+    add_adapters(network, LoraConfig(rank=2), seed=0)
+    trained = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    for name, value in trained.items():
+        if ".lora_B." in name:
+            value.fill_(0.02)
+    save_adapter(trained, LoraConfig(rank=2), tmp_path / "adapter", base=None)
+    command = ["merge", str(tmp_path / "adapter"), "--model", str(base), "--out", str(out)]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    merged = UrsaPipeline.from_pretrained(out).transformer.state_dict()
+    for name, value in merged_weights(network.state_dict(), LoraConfig(rank=2)).items():
+        torch.testing.assert_close(merged[name], value)
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 1
+    assert "out exists; name a directory that does not" in capsys.readouterr().err
+
+
+def test_a_plan_names_what_adapters_train(capsys):
+    options = ["plan", "--preset", "small", "--set", "stages.async_finetune.lora.rank=8"]
+    with pytest.raises(SystemExit):
+        main([*options, "--stage", "async_finetune"])
+    rows = {
+        cells[0].strip(): cells[-1].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if len(cells := line.strip("│").split("│")) > 1
+    }
+    assert (rows["parameters"], rows["trained"]) == ("1.60 M", "91.14 k")
+    with pytest.raises(SystemExit):
+        main(options[:3])
+    assert "trained" not in capsys.readouterr().out
