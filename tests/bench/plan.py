@@ -1,6 +1,6 @@
 """`ursa plan` against what training takes: memory and time of small networks on this machine.
 
-    python tests/bench/plan.py                 # three networks, 1 and 2 threads: some minutes
+    python tests/bench/plan.py                 # small networks, 1 and 2 threads: some minutes
     python tests/bench/plan.py --cases deep    # some of them
     python tests/bench/plan.py --cases deep --levels none mlp attention layer --threads 1
 
@@ -25,15 +25,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import peft  # noqa: F401  (what it takes is no part of a case)
 import torch
 
 from tests import factories
 from ursa.artifacts import SCHEMA_VERSION, StageRequest, TokenDataset, TokenDatasets, TokenizerRef
 from ursa.config import RunConfig, fingerprint, load_config
 from ursa.data.shards import write_shard
+from ursa.model.pretrained import save_transformer
 from ursa.model.size import Clip, Recomputed
+from ursa.model.transformer import build_transformer
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.visual import save_visual_tokenizer
+from ursa.training import stage as stage_module
 from ursa.training.distributed import current_group
 from ursa.training.execution import Execution
 from ursa.training.plan import DataSize, Machine, StagePlan, plan_run, run_network, stage_clip
@@ -69,6 +73,8 @@ CASES: dict[str, dict[str, Any]] = {
         "stages": {STAGE: {"global_batch_size": 16, "gradient_accumulation_steps": 4}},
     },
 }  # fmt: skip
+# the state of the optimizer is that of adapters alone; the weights are written before
+CASES["adapters"] = factories.merged(CASES["wide"], {"stages": {STAGE: {"lora": {}}}})
 
 
 class Measured(NamedTuple):
@@ -136,7 +142,7 @@ def write_request(config: RunConfig, folder: Path) -> StageRequest:
         fingerprint=fingerprint("visual"),
     )
     video = write_dataset(stage_clip(config, STAGE), visual.codebook_size, folder)
-    return StageRequest(
+    request = StageRequest(
         stage=STAGE,
         config=config,
         datasets=TokenDatasets(
@@ -155,6 +161,13 @@ def write_request(config: RunConfig, folder: Path) -> StageRequest:
         init_from=None,
         output_uri=str(folder),
     )
+    if getattr(config.stages, STAGE).lora is None:
+        return request
+    network = build_transformer(stage_module.transformer_config(request), seed=0)
+    save_transformer(network, folder / "start")
+    values = request.model_dump(mode="json")
+    values["config"]["stages"][STAGE]["init_from"] = str(folder / "start")
+    return StageRequest.model_validate(values)
 
 
 def write_dataset(clip: Clip, num_codes: int, folder: Path) -> TokenDataset:
@@ -185,17 +198,15 @@ def write_dataset(clip: Clip, num_codes: int, folder: Path) -> TokenDataset:
 
 def train(name: str, num_threads: int, level: Recomputed) -> Measured:
     """Train a case in this process and watch it."""
-    from ursa.training import stage
-
     torch.set_num_threads(num_threads)
     with tempfile.TemporaryDirectory() as folder:
         request = write_request(case_config(name), Path(folder))
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _resident_bytes("VmRSS")
         execution = Execution(activation_checkpointing=level)
-        trainer = stage._build_trainer(request, current_group(), execution)
+        trainer = stage_module._build_trainer(request, current_group(), execution)
         clocks = [(time.perf_counter(), time.process_time())]
-        run = stage._StageRun(request, trainer)
+        run = stage_module._StageRun(request, trainer)
         for step in range(NUM_STEPS):
             trainer.step(step)
             if step == 1:  # a checkpoint is written beside the steps that follow
