@@ -1,10 +1,17 @@
 """Tasks: export the trained model and evaluate it on what it was never trained on."""
 
-from tasks import reports, tracking
+import functools
+from typing import TYPE_CHECKING
+
+from tasks import releases, reports, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.options import announce, step
 from tasks.training import LOSS_PICTURE
 from ursa.artifacts import EvalReport, ExportedModel
+from ursa.decisions import earlier_champions
+
+if TYPE_CHECKING:
+    from ursa.comparison import Champion
 
 SAMPLES = "samples"
 GALLERY = f"{SAMPLES}/gallery.html"
@@ -46,13 +53,12 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
         UrsaError: What that function raises.
     """
     from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
+    from ursa.gate import comparison_text  # noqa: PLC0415
     from ursa.inspection.gallery import samples_page  # noqa: PLC0415  (matplotlib: a second)
     from ursa.training import validation  # noqa: PLC0415
 
     config, datasets = context.config, trained.request.datasets
-    champion = tracking.champion_metrics(
-        context.run.tracking_uri, config.release.model_name, datasets.fingerprint, model
-    )
+    champion = _champion(context, model)
     tags = {"ursa.fingerprint": context.fingerprint, **reports.flow_run_tags()}
     with tracking.child_run(context.run, "evaluate", tags) as run:
         tracking.log_inputs(
@@ -73,10 +79,19 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 trained.selection,
                 config,
                 output_uri=context.data_uri,
-                champion_metrics=champion,
+                champion=champion,
                 on_metrics=sink,
             )
         tracking.log_metrics(run, report.metrics, step=trained.checkpoint.step)
+        compared = "" if report.comparison is None else comparison_text(report.comparison)
+        tracking.tag_run(
+            run,
+            {
+                "ursa.gate_passed": str(report.gate_passed).lower(),
+                "ursa.failed_gates": "; ".join(report.failed_gates),
+                "ursa.comparison": compared,
+            },
+        )
         media = [name for name in report.samples if name.endswith((".mp4", ".gif", ".png"))]
         tracking.log_files(run, report.samples_uri, media, SAMPLES)
         title = f"Samples after {trained.checkpoint.step} steps of {trained.checkpoint.stage}"
@@ -100,6 +115,33 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
     tracking.log_files(context.run, report.samples_uri, [*pictures, *clips], SAMPLES)
     strip = pictures[0].rpartition("/")[2] if pictures else ""
     reports.eval_report(report, run.page(GALLERY), tracking.artifact_url(run, f"{SAMPLES}/{strip}"))
-    verdict = "holds" if report.gate_passed else f"fails ({', '.join(report.failed_gates)})"
+    verdict = (
+        "holds" if report.gate_passed else f"refuses the model: {'; '.join(report.failed_gates)}"
+    )
     announce("the gate %s", verdict)
     return report
+
+
+def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
+    """Return the version that the model is compared with; it is never the model itself.
+
+    It may be champion already, when a kill came before its registration was complete: then it is
+    compared with the champion before it, as it was the first time.
+    """
+    from ursa.comparison import Champion  # noqa: PLC0415  (torch: seconds)
+
+    uri, name = context.run.tracking_uri, context.config.release.model_name
+    found = tracking.champion_version(uri, name)
+    if found is not None and found.tags.get("ursa.registration_key") == model.content_key:
+        with tracking.service(uri) as client:
+            registry = releases.Registry(client, name, context.data_uri, "")
+            earlier = earlier_champions(releases.decisions_of(registry), found.version)
+        found = tracking.registered_version(uri, name, earlier[0]) if earlier else None
+    if found is None or found.tags.get("ursa.registration_key") in {None, model.content_key}:
+        return None
+    return Champion(
+        version=found.version,
+        model_key=found.tags["ursa.registration_key"],
+        tokens_uri=found.tags.get("ursa.tokens"),
+        open=functools.partial(tracking.model_files, uri, name, found.version),
+    )

@@ -11,6 +11,7 @@ from tasks.options import announce, step
 from tasks.retraining import NETWORK_TAG, network_fingerprint, started_from
 from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
+from ursa.decisions import who
 
 
 @step(run_name="look for a registered version")
@@ -37,6 +38,8 @@ def find_version(context: RunContext) -> ModelVersion | None:
 @step(run_name="register model")
 def register_model(context: RunContext, trained: TrainedModel, report: EvalReport) -> ModelVersion:
     """See `tasks.tracking.register_version`; alias challenger, and champion if the gate holds.
+
+    What the gate says is put on record.
 
     Args:
         context: The run.
@@ -76,6 +79,8 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
             **started_from(context, trained),
             **tracking.source_version(),
         },
+        root_uri=context.data_uri,
+        decided_by=who(reports.flow_run_tags().get("prefect.flow_run_id")),
     )
     tracking.tag_run(context.run, sample_tags(context, report))
     announce("registered %s as %s", version.model_uri, version.alias)

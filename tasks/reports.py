@@ -335,15 +335,39 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
         pictures_url: Page with all samples and their prompts.
         strip_url: Address of the picture that shows them side by side.
     """
+    ends = {f"eval/{item.metric}": item for item in report.intervals}
     rows: list[dict[str, Any]] = [
-        {"metric": key, "value": f"{value:.5g}"} for key, value in sorted(report.metrics.items())
+        _metric_row("gate", "passed" if report.gate_passed else "refused"),
+        *(_metric_row("refused because", reason) for reason in report.failed_gates),
     ]
-    gate = "passed" if report.gate_passed else f"failed: {', '.join(report.failed_gates)}"
-    rows.insert(0, {"metric": "gate", "value": gate})
+    comparison = report.comparison
+    if comparison is not None and comparison.problem is not None:
+        name = f"champion version {comparison.champion_version}"
+        rows.append(_metric_row(name, f"not compared: {comparison.problem}"))
+    elif comparison is not None:
+        text = f"{comparison.num_samples} samples, {comparison.num_units} {comparison.unit}s"
+        rows.append(_metric_row(f"champion version {comparison.champion_version}", text))
+    rows += [
+        _metric_row(
+            f"{change.metric} less that of the champion",
+            f"{change.difference:+.5g}",
+            "" if change.low is None else f"{change.low:+.5g} to {change.high:+.5g}",
+            "" if change.budget is None else f"{change.budget:g}",
+        )
+        for change in (comparison.changes if comparison else ())
+    ]
+    for key, value in sorted(report.metrics.items()):
+        interval = ends.get(key)
+        between = f"{interval.low:.5g} to {interval.high:.5g}" if interval else ""
+        rows.append(_metric_row(key, f"{value:.5g}", between))
     table("eval-report", rows, "Measured on clips that were never trained on.")
     link(
         "sample-grid", strip_url, "noise, sample, real", f"All samples with prompts: {pictures_url}"
     )
+
+
+def _metric_row(metric: str, value: str, interval: str = "", budget: str = "") -> dict[str, Any]:
+    return {"metric": metric, "value": value, "95 % interval": interval, "may be worse by": budget}
 
 
 def model_version(version: ModelVersion, url: str) -> None:

@@ -107,7 +107,7 @@ def _champion(tracking_uri: str, name: str) -> Start | None:
     if version is None:
         announce("%s has no champion: all stages are trained", name)
         return None
-    number, tags = version
+    _, number, tags = version
     keys = ("ursa.model_directory", "ursa.tokens", NETWORK_TAG)
     if any(key not in tags for key in keys):
         announce("the champion was registered by an older release: all stages are trained")

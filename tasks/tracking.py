@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from tasks import spool
+from tasks import releases, spool
 from ursa import storage
 from ursa.artifacts import SAMPLES_PICTURE, EvalReport, ExportedModel, ModelVersion
-from ursa.config import FrozenModel, RunConfig, fingerprint
+from ursa.config import FrozenModel, RunConfig
 from ursa.errors import ConfigError, RegistrationError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
@@ -83,6 +83,20 @@ class TrackedRun(FrozenModel):
         return f"{self.tracking_uri}{page}?{TRAINING_VIEW}"
 
 
+class RegisteredVersion(NamedTuple):
+    """A version in the registry.
+
+    Attributes:
+        name: Name of the registered model.
+        version: Its number.
+        tags: Its tags.
+    """
+
+    name: str
+    version: str
+    tags: dict[str, str]
+
+
 class DatasetInput(NamedTuple):
     """A data set that a run has used.
 
@@ -124,8 +138,18 @@ def check_service(tracking_uri: str, *, timeout_s: float = 5.0) -> None:
 
 
 @contextlib.contextmanager
-def _service(tracking_uri: str) -> Iterator["MlflowClient"]:
-    """Yield a client with short time limits; name the server in every error."""
+def service(tracking_uri: str) -> Iterator["MlflowClient"]:
+    """Yield a client with short time limits; name the server in every error.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+
+    Yields:
+        MLflow's client.
+
+    Raises:
+        ServiceError: If the server does not answer or refuses a call.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -163,7 +187,7 @@ def open_run(
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(tracking_uri) as client:
+    with service(tracking_uri) as client:
         experiment_id = _experiment_id(client)
         send_spooled(tracking_uri, spool_uri)
         return _find_or_create(
@@ -215,7 +239,7 @@ def close_run(run: TrackedRun, status: str) -> None:
         status: "FINISHED", "FAILED" or "KILLED".
     """
     try:
-        with _service(run.tracking_uri) as client:
+        with service(run.tracking_uri) as client:
             client.set_terminated(run.run_id, status)
     except ServiceError as error:
         file = spool.Spool(run.spool_uri, run.run_id)
@@ -250,7 +274,7 @@ def _drain(tracking_uri: str, run_id: str, path: Path, deadline: float) -> bool:
     """Send all of a file, then close the run if it says so; return whether nothing is left."""
     check_service(tracking_uri, timeout_s=PROBE_LIMIT_S)
     offset, last = 0, None
-    with _service(tracking_uri) as client:
+    with service(tracking_uri) as client:
         try:
             stored = client.get_run(run_id)
         except Exception as error:
@@ -292,7 +316,7 @@ def tag_run(run: TrackedRun, tags: Mapping[str, str]) -> None:
     """
     from mlflow.entities import RunTag  # noqa: PLC0415
 
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
@@ -305,7 +329,7 @@ def run_tags(run: TrackedRun) -> dict[str, str]:
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         return dict(client.get_run(run.run_id).data.tags)
 
 
@@ -321,7 +345,7 @@ def log_config(run: TrackedRun, config: RunConfig) -> None:
     """
     from mlflow.entities import Param  # noqa: PLC0415
 
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         known = client.get_run(run.run_id).data.params
         flat = _flatten(config.model_dump(mode="json"))
         new = [Param(key, value) for key, value in flat.items() if key not in known]
@@ -341,7 +365,7 @@ def log_inputs(run: TrackedRun, datasets: Sequence[DatasetInput]) -> None:
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: PLC0415
         from mlflow.data.meta_dataset import MetaDataset  # noqa: PLC0415
         from mlflow.entities import DatasetInput as Input  # noqa: PLC0415
@@ -394,7 +418,7 @@ def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_p
         FileNotFoundError: If a file is missing.
         StorageError: If the store refuses or does not answer.
     """
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         present = {
             Path(item.path).name for item in client.list_artifacts(run.run_id, artifact_path)
         }
@@ -421,7 +445,7 @@ def log_text(run: TrackedRun, text: str, path: str) -> None:
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         client.log_text(run.run_id, text, path)
 
 
@@ -441,7 +465,7 @@ def log_image_step(run: TrackedRun, image_uri: str, key: str, step: int) -> None
     """
     from PIL import Image  # noqa: PLC0415
 
-    with _service(run.tracking_uri) as client, storage.local_copy(image_uri) as path:
+    with service(run.tracking_uri) as client, storage.local_copy(image_uri) as path:
         already = [item.path for item in client.list_artifacts(run.run_id, "images")]
         # MLflow separates the parts of the name by "+", older ones by "%"
         begins = tuple(f"{key}{mark}step{mark}{step}{mark}" for mark in "+%")
@@ -619,7 +643,7 @@ class MetricSink:
             return True
         # MLflow's client waits for a server that is away, through all of its repetitions
         check_service(self._run.tracking_uri, timeout_s=PROBE_LIMIT_S)
-        with _service(self._run.tracking_uri) as client:
+        with service(self._run.tracking_uri) as client:
             stored = client.get_run(self._run.run_id).data
             if stored.tags.get("ursa.writer") != self._writer:
                 if self._has_claimed:
@@ -664,18 +688,6 @@ def source_version() -> dict[str, str]:
     return {"mlflow.source.git.commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
-def registration_key(model: ExportedModel) -> str:
-    """Return what makes two registrations the same: the exported files, byte for byte.
-
-    Args:
-        model: The exported model.
-
-    Returns:
-        sha256, 64 hexadecimal digits.
-    """
-    return fingerprint(model.sha256)
-
-
 def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVersion | None:
     """Return the newest version with a tag, if it was registered as a whole.
 
@@ -691,7 +703,7 @@ def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVer
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(tracking_uri) as client:
+    with service(tracking_uri) as client:
         found = _versions(client, name, tag, value)
         if not found or found[-1].tags.get("ursa.aliased") is None:
             return None
@@ -708,7 +720,7 @@ def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(tracking_uri) as client:
+    with service(tracking_uri) as client:
         found = [
             item
             for item in client.search_model_versions(f"name = '{name}'")
@@ -716,23 +728,6 @@ def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
         ]
         newest = max(found, key=lambda item: int(item.version), default=None)
         return dict(newest.tags) if newest else {}
-
-
-def champion_version(tracking_uri: str, name: str) -> tuple[str, dict[str, str]] | None:
-    """Return number and tags of the champion; None when there is none.
-
-    Args:
-        tracking_uri: Address of the tracking server.
-        name: Name of the registered model.
-
-    Raises:
-        ServiceError: If the server does not answer.
-    """
-    with _service(tracking_uri) as client:
-        for item in client.search_model_versions(f"name = '{name}'"):
-            if "champion" in _aliases(client, name, item.version):
-                return str(item.version), dict(item.tags)
-    return None
 
 
 def registered_directory(tracking_uri: str, model_uri: str) -> str:
@@ -758,7 +753,7 @@ def registered_directory(tracking_uri: str, model_uri: str) -> str:
             f"{model_uri!r} names no version; expected {REGISTRY_SCHEME}<name>@champion or "
             f"{REGISTRY_SCHEME}<name>/<version>"
         )
-    with _service(tracking_uri) as client:
+    with service(tracking_uri) as client:
         found = [
             item
             for item in client.search_model_versions(f"name = '{name}'")
@@ -780,48 +775,89 @@ def registered_directory(tracking_uri: str, model_uri: str) -> str:
     return str(directory)
 
 
-def champion_metrics(
-    tracking_uri: str, name: str, data_fingerprint: str, model: ExportedModel
-) -> dict[str, float] | None:
-    """Return the champion's metrics if they were measured on the same tokens; else None.
-
-    A model is not compared with itself: it may be champion already when a kill came before its
-    registration was complete.
+def champion_version(tracking_uri: str, name: str) -> RegisteredVersion | None:
+    """Return the version that is champion; None if there is none.
 
     Args:
         tracking_uri: Address of the tracking server.
         name: Name of the registered model.
-        data_fingerprint: That of the token data sets.
-        model: The model that is to be compared.
 
     Raises:
         ServiceError: If the server does not answer.
     """
-    with _service(tracking_uri) as client:
-        found = client.search_model_versions(f"name = '{name}'")
-        for item in found:
-            if "champion" in _aliases(client, name, item.version):
-                if item.tags.get("ursa.tokens_fingerprint") != data_fingerprint:
-                    return None
-                if item.tags.get("ursa.registration_key") == registration_key(model):
-                    return None
-                return dict(json.loads(item.tags.get("ursa.metrics", "{}")))
+    with service(tracking_uri) as client:
+        version = releases.aliases(client, name).get(releases.CHAMPION)
+    return None if version is None else registered_version(tracking_uri, name, version)
+
+
+def registered_version(tracking_uri: str, name: str, version: str) -> RegisteredVersion | None:
+    """Return a version; None if there is no such one.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+        version: Its number.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with service(tracking_uri) as client:
+        for item in client.search_model_versions(f"name = '{name}'"):
+            if str(item.version) == version:
+                return RegisteredVersion(name, version, dict(item.tags))
     return None
 
 
+@contextlib.contextmanager
+def model_files(tracking_uri: str, name: str, version: str) -> Iterator[Path]:
+    """Yield the model directory of a version, downloaded; it is removed afterwards.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+        version: Its number.
+
+    Yields:
+        The directory.
+
+    Raises:
+        ServiceError: If the server does not answer.
+        RegistrationError: If the version holds no model directory.
+    """
+    model_uri = f"{REGISTRY_SCHEME}{name}/{version}"
+    with storage.scratch_directory("model") as folder:
+        root = _download(tracking_uri, model_uri, folder)
+        found = sorted(root.glob("artifacts/*/model_index.json"))
+        if not found:
+            raise RegistrationError(
+                f"{model_uri} holds no model directory: this pipeline did not register it, or its "
+                "files are gone; roll back with `ursa models rollback`"
+            )
+        yield found[0].parent
+
+
 def register_version(
-    run: TrackedRun, report: EvalReport, config: RunConfig, tags: Mapping[str, str]
+    run: TrackedRun,
+    report: EvalReport,
+    config: RunConfig,
+    tags: Mapping[str, str],
+    *,
+    root_uri: str,
+    decided_by: str,
 ) -> ModelVersion:
     """Register an evaluated model as a version, whole or not at all.
 
     A version that holds the same files already is returned as it is. Else: log the model, download
-    it and compare every file, create the version with its tags, then set the aliases.
+    it and compare every file, create the version with its tags, then set the aliases. What the gate
+    says is put on record (`ursa.decisions`) before it is carried out.
 
     Args:
         run: The run that the version belongs to.
         report: The evaluation, with the model.
         config: The configuration of the run; becomes metadata of the model.
         tags: Lineage: manifest addresses and fingerprints.
+        root_uri: The data root, where decisions are on record.
+        decided_by: See `ursa.decisions.who`.
 
     Returns:
         The version, with its best alias.
@@ -830,23 +866,27 @@ def register_version(
         RegistrationError: If the stored files differ from the exported ones.
         ServiceError: If the server does not answer.
     """
+    from ursa.gate import comparison_text  # noqa: PLC0415  (torch: seconds)
+
     name = config.release.model_name
-    key = registration_key(report.model)
+    key = report.model.content_key
     all_tags = {
         **tags,
         "ursa.registration_key": key,
         "ursa.gate_passed": str(report.gate_passed).lower(),
-        "ursa.failed_gates": ", ".join(report.failed_gates),
+        "ursa.failed_gates": "; ".join(report.failed_gates),
+        "ursa.comparison": comparison_text(report.comparison) if report.comparison else "",
         "ursa.metrics": json.dumps(report.metrics),
         "ursa.evaluation": report.manifest_uri,
         "ursa.model_directory": report.model.directory_uri,
     }
-    with _service(run.tracking_uri) as client:
+    with service(run.tracking_uri) as client:
         versions = _versions(client, name, "ursa.registration_key", key)
         if not versions:
             _remove_leftovers(client, run.experiment_id, key)
             model = _log_model(run, report, config, all_tags)
-            _verify(run.tracking_uri, model.model_uri, report.model)
+            client.update_run(run.run_id, status="RUNNING")  # MLflow has ended it
+            verify_files(run.tracking_uri, model.model_uri, report.model)
             with contextlib.suppress(Exception):
                 client.create_registered_model(name)
             versions = [
@@ -856,21 +896,38 @@ def register_version(
             ]
         known = versions[-1].tags
         is_new = "ursa.aliased" not in known
+        registry = releases.Registry(client, name, root_uri, decided_by)
         if is_new:
-            _set_aliases(client, name, versions[-1].version, champion=report.gate_passed)
-        elif report.gate_passed and known.get("ursa.gate_passed") == "false":
-            # other gates hold now; a version that passed before keeps what a person made of it
-            client.set_registered_model_alias(name, "champion", versions[-1].version)
+            releases.finish_version(registry, str(versions[-1].version), report)
+        elif known.get("ursa.gate_passed") == "false":
+            # other gates may hold now; a version that passed before keeps what a person made of it
+            releases.decide_by_gate(registry, str(versions[-1].version), report)
         for tag, value in all_tags.items():  # a version found again has the newest lineage
             client.set_model_version_tag(name, versions[-1].version, tag, value)
         return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
 
 
-def _set_aliases(client: "MlflowClient", name: str, version: str, *, champion: bool) -> None:
-    client.set_registered_model_alias(name, "challenger", version)
-    if champion:
-        client.set_registered_model_alias(name, "champion", version)
-    client.set_model_version_tag(name, version, "ursa.aliased", "true")
+def verify_files(tracking_uri: str, model_uri: str, model: ExportedModel) -> None:
+    """Download a logged model and compare the sha256 of every exported file.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        model_uri: The logged model.
+        model: What was exported.
+
+    Raises:
+        RegistrationError: If a file is missing or differs.
+        ServiceError: If the server does not answer.
+    """
+    with storage.scratch_directory("verify") as folder:
+        root = _download(tracking_uri, model_uri, folder)
+        for relative, expected in model.sha256.items():
+            matches = [path for path in root.glob(f"artifacts/*/{relative}") if path.is_file()]
+            if len(matches) != 1 or storage.sha256_file(matches[0]) != expected:
+                raise RegistrationError(
+                    f"{model_uri}: {relative} is missing or differs from the exported file; run "
+                    "again to register the model anew"
+                )
 
 
 def _versions(client: "MlflowClient", name: str, tag: str, value: str) -> list[Any]:
@@ -931,23 +988,15 @@ def _log_model(
     return info
 
 
-def _verify(tracking_uri: str, model_uri: str, model: ExportedModel) -> None:
-    """Download a logged model and compare the sha256 of every exported file."""
+def _download(tracking_uri: str, model_uri: str, folder: Path) -> Path:
     import mlflow  # noqa: PLC0415
 
-    with storage.scratch_directory("verify") as folder:
-        root = Path(
+    with service(tracking_uri):
+        return Path(
             mlflow.artifacts.download_artifacts(
                 artifact_uri=model_uri, dst_path=str(folder), tracking_uri=tracking_uri
             )
         )
-        for relative, expected in model.sha256.items():
-            matches = [path for path in root.glob(f"artifacts/*/{relative}") if path.is_file()]
-            if len(matches) != 1 or storage.sha256_file(matches[0]) != expected:
-                raise RegistrationError(
-                    f"{model_uri}: {relative} is missing or differs from the exported file; run "
-                    "again to register the model anew"
-                )
 
 
 def _experiment_id(client: "MlflowClient") -> str:
@@ -991,7 +1040,7 @@ def _find_or_create(
         for tag, value in tags.items()
         if tag.startswith("prefect.")
     }
-    with _service(beside.tracking_uri) as client:
+    with service(beside.tracking_uri) as client:
         found = find()
         if not found:
             created = client.create_run(beside.experiment_id, tags={**tags, **last}, run_name=name)

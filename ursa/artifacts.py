@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ursa.config import (
     FrozenModel,
+    HeldOutMetric,
     IngestionConfig,
     RunConfig,
     SelectionConfig,
@@ -457,6 +458,66 @@ class ExportedModel(FrozenModel):
     sha256: dict[str, str] = Field(description="sha256 of every file by its relative path")
     fingerprint: str
 
+    @property
+    def content_key(self) -> str:
+        """What makes two models the same, byte for byte: sha256, 64 hexadecimal digits."""
+        return fingerprint(self.sha256)
+
+
+class HeldOutScores(FrozenModel):
+    """What a model does on each held-out sample of a data set, committed."""
+
+    manifest_uri: str
+    model_key: str = Field(description="`ExportedModel.content_key`")
+    sample_ids: tuple[str, ...]
+    clip_ids: tuple[str, ...] = Field(description="of the same samples")
+    source_ids: tuple[str, ...] = Field(description="likewise: sha256 of the source")
+    grids: tuple[LossGrid, ...] = Field(description="`sample_loss` and so on in the same order")
+
+
+class MetricInterval(FrozenModel):
+    """A mean over held-out samples with its 95 % bootstrap interval."""
+
+    metric: HeldOutMetric
+    value: float
+    low: float
+    high: float
+
+
+class MetricChange(FrozenModel):
+    """A metric of the challenger less that of the champion, on the same samples and noise."""
+
+    metric: HeldOutMetric
+    champion: float
+    challenger: float
+    low: float | None = Field(
+        description="95 % bootstrap interval of the difference; None of too few samples"
+    )
+    high: float | None
+    budget: float | None = Field(description="by how much it may be worse; None is not judged")
+
+    @property
+    def difference(self) -> float:
+        """Challenger less champion."""
+        return self.challenger - self.champion
+
+
+class Comparison(FrozenModel):
+    """A challenger against the champion, sample by sample; `problem` says why there is none."""
+
+    champion_version: str
+    problem: str | None = Field(description="why they cannot be compared; None if they are")
+    unit: Literal["source", "clip", "sample"] | None = Field(
+        description="what the bootstrap draws as a whole; None of too few samples"
+    )
+    num_units: int = Field(ge=0)
+    num_samples: int = Field(ge=0)
+    num_known_sources: int | None = Field(
+        description="held-out sources left out, as the champion was trained on them; None if its "
+        "training data are gone, so that nobody knows"
+    )
+    changes: tuple[MetricChange, ...]
+
 
 class EvalReport(FrozenModel):
     """Metrics on held-out tokens and generated samples, committed."""
@@ -467,6 +528,12 @@ class EvalReport(FrozenModel):
     grids: tuple[LossGrid, ...] = Field(default=(), description="on held-out clips")
     samples_uri: str
     samples: tuple[str, ...] = Field(description="files under samples_uri")
+    intervals: tuple[MetricInterval, ...] = Field(
+        default=(), description="of the means over held-out samples; empty of too few"
+    )
+    comparison: Comparison | None = Field(
+        default=None, description="with the champion; None if there was no other champion"
+    )
     gate_passed: bool
     failed_gates: tuple[str, ...]
     fingerprint: str

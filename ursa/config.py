@@ -34,6 +34,11 @@ PRESETS: tuple[Preset, ...] = ("tiny", "small")
 StageName = Literal["image_pretrain", "video_pretrain", "async_finetune"]
 STAGES: tuple[StageName, ...] = ("image_pretrain", "video_pretrain", "async_finetune")
 
+HeldOutMetric = Literal[
+    "loss", "accuracy", "async_loss", "async_accuracy", "i2v_loss", "i2v_accuracy"
+]
+"""Means over held-out samples: one t for all frames, a t of its own for each, first frame given."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -661,7 +666,14 @@ class ReleaseConfig(ConfigSection):
 
     model_name: str = Field(min_length=1)
     gate_min_timestep: Fraction = Field(description="from this t on, loss must beat the unigram")
-    max_regression: float = Field(ge=0, description="nats by which the champion may be missed")
+    budgets: dict[HeldOutMetric, Annotated[float, Field(ge=0)] | None] = Field(
+        description="by how much the 95 % interval may say that a metric is worse than the "
+        "champion's: losses in nats, accuracies in [0, 1]; None is not judged"
+    )
+    require_comparison: bool = Field(
+        description="whether a version is refused that cannot be compared with the champion, as "
+        "when its visual tokenizer is another"
+    )
 
 
 class RetrainingConfig(ConfigSection):

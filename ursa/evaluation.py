@@ -8,7 +8,7 @@ only read beside their dynamic degree (a frozen video does not flicker).
 import io
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,18 +22,19 @@ from ursa.artifacts import (
     ClipSelection,
     EvalReport,
     ExportedModel,
-    GridSetting,
     LossGrid,
     SelectedClip,
     TokenDatasets,
 )
+from ursa.comparison import Champion, ScoresPlace, compare_with, measure
 from ursa.config import RunConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows, local_clip, read_selection
 from ursa.data.dataset import TokenSamples, code_counts, spread
 from ursa.errors import VideoDecodeError
+from ursa.gate import comparison_metrics, comparison_text, failed_gates, metric_intervals
 from ursa.generation import UrsaPipeline
-from ursa.model.transformer import UrsaTransformer, build_transformer
+from ursa.model.transformer import build_transformer
 from ursa.tokenizers.visual import psnr_db
 from ursa.training.trainer import OnMetrics
 from ursa.training.validation import (
@@ -41,7 +42,6 @@ from ursa.training.validation import (
     copy_accuracy,
     gain_metrics,
     grid_metrics,
-    measure_grid,
     settings_of,
 )
 from ursa.video.decode import FrameSize, ReadFrames, read_frames_at, write_gif, write_video
@@ -80,7 +80,7 @@ def evaluate(
     config: RunConfig,
     *,
     output_uri: str,
-    champion_metrics: Mapping[str, float] | None,
+    champion: Champion | None,
     on_metrics: OnMetrics | None = None,
 ) -> EvalReport:
     """Measure a model on held-out tokens, sample it and decide whether it passes the gate.
@@ -91,7 +91,7 @@ def evaluate(
         selection: Clips, for real frames beside the samples.
         config: The run; `evaluation` and `release` matter.
         output_uri: Root of all data of the run.
-        champion_metrics: Metrics of the present champion on the same held-out data, else None.
+        champion: The present champion, measured on the same samples and noise; None without one.
         on_metrics: Called once with (steps trained, metrics).
 
     Returns:
@@ -104,7 +104,6 @@ def evaluate(
         VideoDecodeError: If a clip cannot be read.
         StorageError: If the store refuses or does not answer.
     """
-    champion = dict(champion_metrics or {})
     print_ = fingerprint(
         "evaluation",
         SCHEMA_VERSION,
@@ -112,7 +111,7 @@ def evaluate(
         datasets.fingerprint,
         config.evaluation,
         config.release,
-        champion,
+        None if champion is None else champion.model_key,
         config.seed,
     )
     folder_uri = storage.join(output_uri, "evaluations", print_[:32])
@@ -124,6 +123,14 @@ def evaluate(
         pipeline = UrsaPipeline.from_pretrained(directory)
     metrics, grids = held_out_metrics(pipeline, datasets, config)
     metrics |= stage_metrics(model.checkpoint)
+    place = ScoresPlace(model, datasets, config, output_uri)
+    scores = place.commit(model.content_key, grids)
+    intervals = metric_intervals(scores) if scores else ()
+    comparison = None
+    if champion is not None:
+        comparison = compare_with(champion, pipeline, scores, place)
+        logger.info("%s", comparison_text(comparison))
+    metrics |= comparison_metrics(intervals, comparison)
     selected = read_selection(selection)
     with ClipReader() as reader:
         metrics |= tokenizer_metrics(pipeline, selected, config, reader.read)
@@ -131,7 +138,7 @@ def evaluate(
     metrics |= sample_metrics(samples)
     samples_uri = storage.unique_place(folder_uri, "samples")
     files = _write_samples(samples, samples_uri, fps=config.tokenization.fps)
-    failed = failed_gates(metrics, champion, config)
+    failed = failed_gates(metrics, comparison, config)
     if on_metrics is not None:
         on_metrics(model.checkpoint.step, metrics)
     return storage.commit_record(
@@ -143,6 +150,8 @@ def evaluate(
             grids=tuple(grid for grid in grids if grid.is_finite),
             samples_uri=samples_uri,
             samples=files,
+            intervals=intervals,
+            comparison=comparison,
             gate_passed=not failed,
             failed_gates=failed,
             fingerprint=print_,
@@ -181,31 +190,18 @@ def held_out_metrics(
         codebook=pipeline.visual_tokenizer.codebook,
     )
 
-    def measured(
-        network: UrsaTransformer, samples: TokenSamples, setting: GridSetting = "synchronous"
-    ) -> LossGrid:
-        return measure_grid(
-            network,
-            pipeline.path,
-            pipeline.text_tokenizer,
-            samples,
-            timesteps=config.evaluation.timesteps,
-            batch_size=config.evaluation.batch_size,
-            max_prompt_length=pipeline.defaults.max_prompt_length,
-            seed=address_seed(config.seed, "validation"),
-            setting=setting,
-        )
-
-    metrics = grid_metrics(measured(pipeline.transformer, train), "eval/train_")
+    metrics = grid_metrics(measure(pipeline, train, config), "eval/train_")
     if not datasets.video_validation.num_samples:
         logger.warning("no held-out clips: the model is measured on training clips only")
         return metrics, ()
     held_out = TokenSamples(datasets.video_validation, max_samples=limit)
     grids = tuple(
-        measured(pipeline.transformer, held_out, setting) for setting in settings_of(held_out)
+        measure(pipeline, held_out, config, setting=setting) for setting in settings_of(held_out)
     )
     metrics |= grid_metrics(grids[0], "eval/", by_frame=True)
-    metrics |= grid_metrics(measured(untrained, held_out), "eval/untrained_")
+    metrics |= grid_metrics(
+        measure(pipeline, held_out, config, network=untrained), "eval/untrained_"
+    )
     metrics |= unigram_metrics(code_counts(datasets.video_train), held_out)
     for grid in grids[1:]:
         prefix = f"eval/{SETTING_PREFIX[grid.setting]}"
@@ -380,45 +376,6 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
                 np.mean([(np.abs(video[-1] - video[0]).mean(-1) > 8).mean() for video in videos])
             )
     return metrics
-
-
-def failed_gates(
-    metrics: Mapping[str, float], champion: Mapping[str, float], config: RunConfig
-) -> tuple[str, ...]:
-    """Return the reasons why a model must not become champion; none means it may.
-
-    Args:
-        metrics: Those of `held_out_metrics`, at least.
-        champion: Metrics of the present champion on the same held-out data; empty without one.
-        config: The run; `evaluation.timesteps` and `release` matter.
-
-    Returns:
-        Reasons in words, losses in nats.
-    """
-    if "eval/loss" not in metrics:
-        return (
-            "no held-out clips to measure on; add videos or raise selection.validation_fraction",
-        )
-    failed = []
-    for t in config.evaluation.timesteps:
-        loss = metrics[f"eval/loss_t{t:g}"]
-        if not np.isfinite(loss) or loss >= metrics[f"eval/untrained_loss_t{t:g}"]:
-            failed.append(
-                f"loss at t={t:g} is {loss:.3f}, not below the untrained model's "
-                f"{metrics[f'eval/untrained_loss_t{t:g}']:.3f}"
-            )
-        elif t >= config.release.gate_min_timestep and loss >= metrics["eval/unigram_loss"]:
-            failed.append(
-                f"loss at t={t:g} is {loss:.3f}, not below the unigram's "
-                f"{metrics['eval/unigram_loss']:.3f}"
-            )
-    limit = champion.get("eval/loss", np.inf) + config.release.max_regression
-    if metrics["eval/loss"] > limit:
-        failed.append(
-            f"mean loss {metrics['eval/loss']:.3f} misses the champion's "
-            f"{champion['eval/loss']:.3f} by more than {config.release.max_regression:g}"
-        )
-    return tuple(failed)
 
 
 def strip(samples: Sequence[Sample]) -> Image.Image:

@@ -16,6 +16,7 @@ from ursa import storage
 from ursa.artifacts import CheckpointRef, EvalReport, ExportedModel
 from ursa.config import load_config
 from ursa.errors import RegistrationError, ServiceError
+from ursa.gate import not_compared
 
 pytestmark = [
     pytest.mark.integration,
@@ -81,7 +82,10 @@ def report_of(folder: Path, content: bytes, *, gate_passed: bool) -> EvalReport:
 
 def register(run: TrackedRun, report: EvalReport) -> tracking.ModelVersion:
     tags = {"ursa.run_fingerprint": "f", "ursa.tokens_fingerprint": "tokens"}
-    return tracking.register_version(run, report, load_config("tiny"), tags)
+    root_uri = str(Path(report.samples_uri).parent)
+    return tracking.register_version(
+        run, report, load_config("tiny"), tags, root_uri=root_uri, decided_by="a test"
+    )
 
 
 def test_same_fingerprint_is_the_same_run(uri: str) -> None:
@@ -190,17 +194,25 @@ def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> Non
     assert again == version.model_copy(update={"is_new": False})
     assert tracking.find_version(uri, NAME, "ursa.run_fingerprint", "f") == again
     worse_report = report_of(tmp_path / "b", b"weights b", gate_passed=False)
-    other = worse_report.model
-    assert tracking.champion_metrics(uri, NAME, "tokens", other) == {"eval/loss": 1.5}
-    assert tracking.champion_metrics(uri, NAME, "other tokens", other) is None
-    assert tracking.champion_metrics(uri, NAME, "tokens", report.model) is None
+    champion = tracking.champion_version(uri, NAME)
+    assert champion is not None
+    assert champion.version == "1"
+    assert champion.tags["ursa.registration_key"] == report.model.content_key
+    assert tracking.champion_version(uri, "nothing") is None
 
     worse = register(run, worse_report)
     assert (worse.version, worse.alias) == ("2", "challenger")
     client = MlflowClient(uri)
     assert str(client.get_model_version_by_alias(NAME, "champion").version) == "1"
     # the gates of a later run are wider
-    passed = worse_report.model_copy(update={"gate_passed": True, "failed_gates": ()})
+    passed = worse_report.model_copy(
+        update={
+            "gate_passed": True,
+            "failed_gates": (),
+            "fingerprint": "wider gates",
+            "comparison": not_compared("1", "a test"),
+        }
+    )
     assert register(run, passed).alias == "champion"
     # a person rolls back: nothing promotes it again behind their back
     client.set_registered_model_alias(NAME, "champion", "1")
@@ -222,7 +234,7 @@ def test_damaged_upload_is_not_registered_and_cleaned_up_next_time(
     assert len(client.search_model_versions(f"name = '{NAME}'")) == before
     path.write_bytes(b"weights c")
     assert register(run, report).is_new
-    key = tracking.registration_key(report.model)
+    key = report.model.content_key
     left = client.search_logged_models(
         [run.experiment_id], filter_string=f"tags.`ursa.registration_key` = '{key}'"
     )

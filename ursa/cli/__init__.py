@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from ursa import __version__
-from ursa.cli import data, path
+from ursa.cli import data, path, release
 from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
 from ursa.cli.generate import generate
@@ -26,6 +26,7 @@ app.command(plan)
 app.command(merge)
 app.command(path.app)
 app.command(data.app)
+app.command(release.app)
 for command in (versions, changes, uses):
     data.app.command(command)
 

@@ -34,8 +34,8 @@ def model_directory(model: str) -> Iterator[Path]:
         raise ConfigError(
             f"{model} names no version: give {model}@champion, {model}@challenger or {model}/1"
         )
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_mlflow()
-    _check_answers(tracking_uri)
+    tracking_uri = registry_uri()
+    check_answers(tracking_uri)
     with tempfile.TemporaryDirectory(prefix="ursa-model-") as folder:
         # the library knows no tracker: the command line of MLflow does the talking
         command = [sys.executable, "-m", "mlflow", "artifacts", "download"]
@@ -60,13 +60,21 @@ def model_directory(model: str) -> Iterator[Path]:
         yield found[0].parent
 
 
-def _local_mlflow() -> str:
-    """Return the address of the tracking server that `make up` starts."""
-    return f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
+def registry_uri() -> str:
+    """Return the address of the tracking server: what is set, else what `make up` starts."""
+    given = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("URSA_MLFLOW_TRACKING_URI")
+    return given or f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
 
 
-def _check_answers(tracking_uri: str) -> None:
-    """Raise ConfigError if nothing listens there: MLflow itself would try for minutes."""
+def check_answers(tracking_uri: str) -> None:
+    """Make sure that something listens there: MLflow itself would try for minutes.
+
+    Args:
+        tracking_uri: Address of the tracking server; only http and https are asked.
+
+    Raises:
+        ConfigError: If nothing does.
+    """
     import socket
     from urllib.parse import urlsplit
 

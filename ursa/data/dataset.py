@@ -149,6 +149,21 @@ def motion_scores(dataset: TokenDataset) -> list[float]:
     return [score for table in tables for score in table[name].drop_null().to_pylist()]
 
 
+def source_ids(dataset: TokenDataset) -> set[str]:
+    """Return the sha256 of all sources that a data set has samples of.
+
+    Args:
+        dataset: The committed data set.
+
+    Raises:
+        ShardFormatError: If a shard is missing, damaged or of another schema.
+        StorageError: If the store refuses or does not answer.
+    """
+    name = "source_sha256"
+    tables = iter_shards(dataset.shards, codebook_size=dataset.codebook_size, columns=[name])
+    return {source for table in tables for source in pc.unique(table[name]).to_pylist()}
+
+
 class TokenSamples:
     """Samples of a token data set, held in memory at 16 or 32 bits an id.
 
@@ -157,6 +172,7 @@ class TokenSamples:
         motion: Motion of the clip of each sample, px/s at 256 px width; None where not measured.
         sample_ids: Names of the samples, ascending in data sets of at most one block.
         clip_ids: The clip of each sample.
+        source_ids: sha256 of the source of each sample.
     """
 
     def __init__(
@@ -195,6 +211,7 @@ class TokenSamples:
         self.motion: list[float | None] = columns["motion_px_per_s"].to_pylist()
         self.sample_ids: list[str] = columns["sample_id"].to_pylist()
         self.clip_ids: list[str] = columns["clip_id"].to_pylist()
+        self.source_ids: list[str] = columns["source_sha256"].to_pylist()
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -226,7 +243,7 @@ def _read_rows(
     tables = iter_shards(
         [shard for shard, _ in wanted],
         codebook_size=dataset.codebook_size,
-        columns=["visual_ids", "clip_id", *BATCH_COLUMNS],
+        columns=["visual_ids", "clip_id", "source_sha256", *BATCH_COLUMNS],
     )
     ids, parts = [], []
     for (shard, rows), table in zip(wanted, tables, strict=True):

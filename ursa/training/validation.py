@@ -177,10 +177,7 @@ def change_metrics(
     metrics: dict[str, float] = {}
     for grid in grids:
         for old in before:
-            # samples are compared one by one, so there must be as many
-            if len(grid.sample_loss) != len(old.sample_loss) or any(
-                getattr(grid, name) != getattr(old, name) for name in _SAME
-            ):
+            if not comparable(grid, old):
                 continue
             for kind in ("loss", "accuracy"):
                 name = f"{SETTING_PREFIX[grid.setting]}{kind}"
@@ -194,6 +191,19 @@ def change_metrics(
                     error = float(changes.std(ddof=1) / np.sqrt(len(changes)))
                     metrics[f"{prefix}{name}_change_se"] = error
     return metrics
+
+
+def comparable(grid: LossGrid, other: LossGrid) -> bool:
+    """Whether two grids are of one setting and times, and of as many samples.
+
+    Args:
+        grid: A grid.
+        other: Another, on samples of the same data set.
+    """
+    # samples are compared one by one, so there must be as many
+    return len(grid.sample_loss) == len(other.sample_loss) and all(
+        getattr(grid, name) == getattr(other, name) for name in _SAME
+    )
 
 
 def copy_accuracy(samples: TokenSamples, *, batch_size: int) -> float:

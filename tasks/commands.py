@@ -1,0 +1,129 @@
+"""Commands of `ursa models`, in a process of their own: JSON in, JSON out.
+
+The library and its command line know no MLflow and no Prefect, so `ursa.cli.backstage` runs
+`python -m tasks.commands NAME ARGUMENTS` and reads the last line.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks import releases, tracking
+from ursa.decisions import Decision, who
+from ursa.errors import ConfigError, UrsaError
+
+
+def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
+    """Return the versions of a model, the newest first.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        name: Name of the registered model.
+
+    Returns:
+        Of each version, aliases, `loss` in nats, whether the gate holds, what was decided last, and
+        when it was made, seconds since 1970.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with tracking.service(tracking_uri) as client:
+        named: dict[str, list[str]] = {}
+        for alias, version in releases.aliases(client, name).items():
+            named.setdefault(version, []).append(alias)
+        found = client.search_model_versions(f"name = '{name}'")
+        return [
+            {
+                "version": str(item.version),
+                "aliases": sorted(named.get(str(item.version), [])),
+                "is_whole": releases.WHOLE_TAG in item.tags,
+                "gate_passed": item.tags.get("ursa.gate_passed") == "true",
+                "loss": json.loads(item.tags.get("ursa.metrics", "{}")).get("eval/loss"),
+                "decision": item.tags.get("ursa.decision", ""),
+                "made_s": (item.creation_timestamp or 0) / 1000,
+            }
+            for item in sorted(found, key=lambda item: int(item.version), reverse=True)
+        ]
+
+
+def promote(
+    *, tracking_uri: str, root_uri: str, name: str, version: str, reason: str | None
+) -> dict[str, Any] | None:
+    """See `tasks.releases.promote`.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        root_uri: The data root.
+        name: Name of the registered model.
+        version: Number of the version.
+        reason: Why.
+
+    Returns:
+        The decision; None if the version is champion already.
+
+    Raises:
+        UrsaError: What that function raises, and `ServiceError`.
+    """
+    with tracking.service(tracking_uri) as client:
+        registry = releases.Registry(client, name, root_uri, who())
+        decision = releases.promote(_known(registry), version, reason)
+    return None if decision is None else decision.model_dump(mode="json")
+
+
+def rollback(*, tracking_uri: str, root_uri: str, name: str, reason: str | None) -> dict[str, Any]:
+    """See `tasks.releases.rollback`.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        root_uri: The data root.
+        name: Name of the registered model.
+        reason: Why.
+
+    Returns:
+        The decision.
+
+    Raises:
+        UrsaError: What that function raises, and `ServiceError`.
+    """
+    with tracking.service(tracking_uri) as client:
+        registry = releases.Registry(client, name, root_uri, who())
+        decision: Decision = releases.rollback(_known(registry), reason)
+    return decision.model_dump(mode="json")
+
+
+def _known(registry: releases.Registry) -> releases.Registry:
+    """Return a registry that holds the model."""
+    if not registry.client.search_registered_models(f"name = '{registry.name}'"):
+        raise ConfigError(f"the registry holds no model {registry.name!r}; --name says another")
+    return registry
+
+
+COMMANDS: Mapping[str, Callable[..., Any]] = {
+    "list-models": list_models,
+    "promote": promote,
+    "rollback": rollback,
+}
+
+
+def main(name: str, arguments: str) -> int:
+    """Run a command and print its answer.
+
+    Args:
+        name: One of `COMMANDS`.
+        arguments: JSON object.
+
+    Returns:
+        Exit status: 1 after an error, whose message is the last line of stderr.
+    """
+    try:
+        answer = COMMANDS[name](**json.loads(arguments))
+    except UrsaError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    sys.stdout.write(f"{json.dumps(answer)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,259 @@
+"""Champion, challenger and what is on record of them, with real models in a real MLflow store."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tasks import evaluation, registration, releases, tracking
+from tasks.context import RunContext, TrainedModel
+from tests import factories, media
+from tests.damage import noisy_model
+from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
+from ursa.decisions import list_decisions
+from ursa.errors import ConfigError
+from ursa.training.stage import train_stage
+from ursa.video.decode import video_info
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # MLflow warns about its own imports
+]
+CHANGES = {
+    "evaluation": {"max_samples": 12, "sampling": {"num_prompts": 1}},
+    "release": {"gate_min_timestep": 0.9},
+}
+
+
+class Releases(NamedTuple):
+    """A registry, and models to release."""
+
+    context: RunContext
+    trained: TrainedModel
+    worse: ExportedModel
+    good: ExportedModel
+
+    @property
+    def name(self) -> str:
+        return self.context.config.release.model_name
+
+    @property
+    def uri(self) -> str:
+        return self.context.run.tracking_uri
+
+    @property
+    def root(self) -> str:
+        return self.context.data_uri
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    @property
+    def champion(self) -> str | None:
+        return releases.aliases(self.client, self.name).get("champion")
+
+    def registry(self) -> releases.Registry:
+        return releases.Registry(self.client, self.name, self.root, "a test")
+
+    def release(self, model: ExportedModel) -> tuple[EvalReport, ModelVersion]:
+        """Evaluate and register as the flow does."""
+        report = evaluation.evaluate_model.fn(self.context, self.trained, model)
+        return report, registration.register_model.fn(self.context, self.trained, report)
+
+    def ursa(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run the command line."""
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from ursa.cli import main; main()",
+                "models",
+                *arguments,
+                "--name",
+                self.name,
+            ],
+            env={**os.environ, "MLFLOW_TRACKING_URI": self.uri, "URSA_DATA_URI": self.root},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+
+def export(data: factories.TinyData, output_uri: str, max_steps: int) -> Any:
+    from ursa.release import export_model
+
+    request = factories.stage_request(
+        data, "video_pretrain", output_uri, max_steps=max_steps, config=CHANGES
+    )
+    checkpoint = train_stage(request)
+    return request, checkpoint, export_model(request, checkpoint, output_uri=output_uri)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    address = f"sqlite:///{folder}/mlflow.db"
+    MlflowClient(address).create_experiment(
+        tracking.EXPERIMENT, artifact_location=(folder / "files").as_uri()
+    )
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as environment:
+        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            environment.setenv(variable, address)  # MLflow writes both for processes to come
+        yield address
+        mlflow.set_tracking_uri(before)
+        mlflow.set_registry_uri("")
+
+
+@pytest.fixture(scope="module")
+def made(address: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Releases]:
+    """Return a function that takes a name for a registered model."""
+    data = factories.write_tiny_data(str(tmp_path_factory.mktemp("data")), num_validation=12)
+    output_uri = str(tmp_path_factory.mktemp("models"))
+    _, _, worse = export(data, output_uri, 30)
+    request, checkpoint, good = export(data, output_uri, 90)
+    frames = media.panning(30, step=2, height=48, width=64)
+    folder = tmp_path_factory.mktemp("clips")
+    path = media.save_video(folder / "a.mp4", frames, 12.0)
+    clip = factories.clip_of(path, caption=factories.CAPTIONS[0], info=video_info(path))
+    trained = TrainedModel(
+        selection=factories.commit_selection(str(folder / "s"), [clip]),
+        version_uri="",
+        request=request,
+        checkpoint=checkpoint,
+    )
+
+    def make(name: str) -> Releases:
+        root = str(tmp_path_factory.mktemp(name))
+        release = request.config.release.model_copy(update={"model_name": name})
+        context = RunContext(
+            source_uri="videos",
+            data_uri=root,
+            preset="tiny",
+            config=request.config.model_copy(update={"release": release}),
+            sources_uri="",
+            source_fingerprint="s",
+            start=None,
+            fingerprint=name,
+            run=tracking.open_run(address, "run", name, {}, spool_uri=f"{root}/spool"),
+        )
+        return Releases(context, trained, worse, good)
+
+    return make
+
+
+def test_promotion_refusal_and_rollback_are_on_record(made: Any, tmp_path: Path) -> None:
+    opened = made("ursa")
+    first, version = opened.release(opened.worse)
+    assert (first.comparison, first.failed_gates, version.alias) == (None, (), "champion")
+    assert {item.metric for item in first.intervals} == {
+        f"{setting}{kind}" for setting in ("", "async_", "i2v_") for kind in ("loss", "accuracy")
+    }
+
+    better, version = opened.release(opened.good)
+    assert better.comparison is not None
+    assert better.comparison.champion_version == "1"
+    assert better.metrics["eval/vs_champion_loss_high"] < 0
+    assert (version.version, version.alias, opened.champion) == ("2", "champion", "2")
+
+    damaged, version = opened.release(noisy_model(opened.good, tmp_path / "damaged", scale=0.05))
+    assert any("worse than that of champion version 2" in text for text in damaged.failed_gates)
+    assert (version.version, version.alias, opened.champion) == ("3", "challenger", "2")
+    tags = opened.client.get_model_version(opened.name, "3").tags
+    assert "worse than that of champion" in tags["ursa.failed_gates"]
+    assert tags["ursa.comparison"].startswith("against champion version 2 on 12 samples")
+    assert tags["ursa.decision"].startswith("refused by ")
+
+    done = opened.ursa("promote", "3")
+    assert done.returncode == 1
+    assert "the gate refused version 3" in done.stderr
+    done = opened.ursa("rollback", "--reason", "flickers")
+    assert done.stdout == "champion is version 1, was 2\n", done.stderr
+    assert opened.champion == "1"
+
+    done = opened.ursa("history", "--json")
+    records = json.loads(done.stdout)
+    assert [(item["event"], item["version"], item["champion"]) for item in records] == [
+        ("promoted", "1", "1"),
+        ("promoted", "2", "2"),
+        ("refused", "3", "2"),
+        ("rolled_back", "2", "1"),
+    ]
+    assert records[3]["reason"] == "flickers"
+    assert records[2]["report_uri"] == damaged.manifest_uri
+    assert all(item["decided_by"] and item["decided_at"] for item in records)
+    assert "flickers" in opened.ursa("history").stdout
+
+    # the flow runs again: what is on record stays as it is, and what was left stays left
+    opened.release(opened.good)
+    again = evaluation.evaluate_model.fn(opened.context, opened.trained, opened.good)
+    assert again.comparison is not None
+    assert again.comparison.champion_version == "1"
+    assert opened.champion == "1"
+    assert len(list_decisions(opened.root, opened.name)) == 4
+
+    done = opened.ursa("list", "--json")
+    assert [(item["version"], item["aliases"]) for item in json.loads(done.stdout)] == [
+        ("3", ["challenger"]),
+        ("2", []),
+        ("1", ["champion"]),
+    ]
+
+
+def test_there_must_be_something_to_go_back_to(made: Any) -> None:
+    opened = made("first")
+    registry = opened.registry()
+    opened.release(opened.worse)
+    with pytest.raises(ConfigError, match="no champion before version 1 is on record"):
+        releases.rollback(registry, None)
+    with pytest.raises(ConfigError, match="no whole version 9"):
+        releases.promote(registry, "9", None)
+    assert releases.promote(registry, "1", None) is None
+
+
+def test_a_decision_that_a_kill_interrupted_is_finished_once(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the record and before the alias, at each of the three calls that follow it."""
+    opened = made("killed")
+    for model in (opened.worse, opened.good):
+        opened.release(model)
+    for stop in ("set_registered_model_alias", "set_model_version_tag", "set_registered_model_tag"):
+        champion = opened.champion
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, stop, killed)
+            with pytest.raises(KeyboardInterrupt):
+                releases.rollback(opened.registry(), stop)
+        count = len(list_decisions(opened.root, opened.name))
+        decision = releases.rollback(opened.registry(), "again")
+        assert (decision.reason, decision.champion) == (stop, "1")
+        assert (champion, opened.champion) == ("2", "1")
+        assert len(list_decisions(opened.root, opened.name)) == count
+        releases.promote(opened.registry(), "2", "back")
+
+
+def test_an_alias_that_was_moved_by_hand_is_where_a_rollback_begins(made: Any) -> None:
+    opened = made("moved")
+    for model in (opened.worse, opened.good):
+        opened.release(model)
+    opened.client.set_registered_model_alias(opened.name, "champion", "1")
+    assert releases.moved_alias(opened.registry()) == ("2", "1")
+    assert releases.rollback(opened.registry(), None).champion == "2"
+    assert releases.moved_alias(opened.registry()) is None
+    opened.client.set_registered_model_alias(opened.name, "champion", "1")
+    moved = releases.record_move(opened.registry())
+    assert moved is not None
+    assert (moved.event, moved.champion_before, moved.champion) == ("moved", "2", "1")
+    assert releases.record_move(opened.registry()) is None

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from ursa.bootstrap import MIN_UNITS, Units, choose_units, mean_interval
+
+
+def units_of(counts: list[int]) -> Units:
+    return Units("source", tuple(str(unit) for unit, n in enumerate(counts) for _ in range(n)))
+
+
+def coverage(num_units: int, *, by_unit: bool, repeats: int = 400) -> float:
+    """Share of intervals that hold the true difference of two models, paired on the same samples.
+
+    A source has an effect of its own on both models and one on their difference, so that samples of
+    one source differ alike.
+    """
+    random = np.random.default_rng(num_units)
+    true, held = 0.03, 0
+    for _ in range(repeats):
+        counts = [int(n) for n in random.integers(2, 7, num_units)]
+        units = units_of(counts)
+        ease = np.repeat(random.normal(5.0, 1.0, num_units), counts)
+        effect = np.repeat(random.normal(true, 0.1, num_units), counts)
+        champion = ease + random.normal(0, 0.3, len(ease))
+        challenger = champion + effect + random.normal(0, 0.05, len(ease))
+        alone = Units("sample", tuple(map(str, range(len(ease)))))
+        low, high = mean_interval(challenger - champion, units if by_unit else alone)
+        held += low <= true <= high
+    return held / repeats
+
+
+@pytest.mark.parametrize("num_units", [MIN_UNITS, 15, 40])
+def test_interval_holds_the_true_difference_19_times_of_20(num_units):
+    # three standard errors of 400 repeats: 0.033
+    assert 0.915 < coverage(num_units, by_unit=True) < 0.985
+
+
+def test_samples_of_a_source_are_not_taken_for_independent():
+    assert coverage(15, by_unit=False) < 0.8 < coverage(15, by_unit=True)
+
+
+def test_equal_models_differ_by_exactly_nothing():
+    assert mean_interval(np.zeros(24), units_of([3] * 8)) == (0.0, 0.0)
+
+
+def test_interval_is_repeatable_and_moves_with_the_values():
+    units, values = units_of([1] * 10), np.random.default_rng(0).normal(size=10)
+    low, high = mean_interval(values, units)
+    assert mean_interval(values, units) == (low, high)
+    assert low < values.mean() < high
+    shifted = mean_interval(values + 5.0, units)
+    assert shifted == pytest.approx((low + 5.0, high + 5.0))
+
+
+@pytest.mark.parametrize(
+    ("num_sources", "num_clips", "num_samples", "expected"),
+    [(8, 8, 16, "source"), (7, 8, 16, "clip"), (1, 2, 8, "sample"), (1, 2, 7, None)],
+)
+def test_the_largest_units_of_which_there_are_enough(num_sources, num_clips, num_samples, expected):
+    names = [
+        [str(i % count) for i in range(num_samples)]
+        for count in (num_sources, num_clips, num_samples)
+    ]
+    found = choose_units(*names)
+    assert (found and found.kind) == expected
+    assert found is None or found.num_units >= MIN_UNITS

@@ -1,0 +1,106 @@
+"""Bootstrap intervals of means over held-out samples that are not independent of each other.
+
+Samples of one source resemble each other, so whole sources are drawn (cluster bootstrap); the mean
+stays that over samples, and a source with many samples counts with all of them. Percentiles are
+widened for few units as Hesterberg does (expanded percentiles): those of the normal law at
+-sqrt(n / (n - 1)) t with n - 1 degrees of freedom in place of -z. Simulated coverage of the 95 %
+interval of normal effects: 93 to 95 % with 6 to 8 units (87 % without widening), 95 % from 12 on;
+of a heavily skewed law 90 % with 8 to 20.
+
+Dimensions: N = samples, G = units (sources, clips or samples).
+
+References:
+    T. Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69
+    (2015). C. Field and A. Welsh, Bootstrapping Clustered Data, JRSS B 69 (2007).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Unit = Literal["source", "clip", "sample"]
+
+CONFIDENCE = 0.95
+MIN_UNITS = 8
+"""Fewer give intervals that are too narrow."""
+_RESAMPLES = 9_999
+_SEED = 20_251
+"""The same numbers for every metric and model: equal samples give equal intervals."""
+
+
+class Units(NamedTuple):
+    """What is drawn as a whole.
+
+    Attributes:
+        kind: What a unit is.
+        names: Of each sample the name of its unit.
+    """
+
+    kind: Unit
+    names: tuple[str, ...]
+
+    @property
+    def num_units(self) -> int:
+        """How many there are."""
+        return len(set(self.names))
+
+
+def choose_units(
+    sources: Sequence[str], clips: Sequence[str], samples: Sequence[str]
+) -> Units | None:
+    """Return the largest units of which there are enough.
+
+    Sources, if there are `MIN_UNITS`: the interval then holds for sources like these. Else clips,
+    else samples: the interval then holds for these sources alone, and is too narrow where samples
+    of a clip resemble each other.
+
+    Args:
+        sources: Source of each sample.
+        clips: Clip of each sample.
+        samples: Name of each sample.
+
+    Returns:
+        The units; None if there are too few samples.
+    """
+    levels: tuple[tuple[Unit, Sequence[str]], ...] = (
+        ("source", sources),
+        ("clip", clips),
+        ("sample", samples),
+    )
+    for kind, names in levels:
+        if len(set(names)) >= MIN_UNITS:
+            return Units(kind, tuple(names))
+    return None
+
+
+def mean_interval(values: np.ndarray, units: Units) -> tuple[float, float]:
+    """Return the interval of the mean of samples.
+
+    Args:
+        values: One value a sample, shape (N,), finite.
+        units: Of the same samples; at least two.
+
+    Returns:
+        Lower and upper end at the confidence of `CONFIDENCE`. The same for the same arguments.
+    """
+    from scipy import stats  # noqa: PLC0415  (half a second)
+
+    _, places = np.unique(units.names, return_inverse=True)
+    sums = np.bincount(places, weights=np.asarray(values, np.float64))
+    counts = np.bincount(places).astype(np.float64)
+    num_units = len(sums)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, num_units - 1)
+    outside = 2 * stats.norm.cdf(-np.sqrt(num_units / (num_units - 1)) * quantile)
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda total, number, axis=-1: total.sum(axis=axis) / number.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=1000,
+        confidence_level=1 - outside,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)

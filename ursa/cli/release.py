@@ -1,0 +1,136 @@
+"""`ursa models`: versions of a registered model, who is champion, and who has decided it."""
+
+import json
+import time
+
+from cyclopts import App
+
+from ursa.cli.backstage import call_tasks
+from ursa.cli.data import AsJson, root_uri
+from ursa.cli.models import check_answers, registry_uri
+
+app = App(
+    name="models",
+    help="List registered models; promote one, roll back, show who decided what.",
+)
+_DEFAULT = "ursa"
+
+
+@app.command(name="list")
+def list_models(*, name: str = _DEFAULT, as_json: AsJson = False) -> None:
+    """List the versions of a model: aliases, gate, held-out loss, last decision.
+
+    Example: ursa models list
+
+    Args:
+        name: Of the registered model.
+        as_json: Print JSON.
+
+    Raises:
+        ConfigError: If the registry does not answer.
+    """
+    found = call_tasks("list-models", tracking_uri=_registry(), name=name)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for item in found:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(item["made_s"]))
+        loss = "" if item["loss"] is None else f"loss {item['loss']:.4f}"
+        gate = "gate holds" if item["gate_passed"] else "refused"
+        state = gate if item["is_whole"] else "HALF REGISTERED (ursa doctor --fix)"
+        print(f"{item['version']:>4}  {made}  {loss:12} {state:11} {', '.join(item['aliases'])}")
+        if item["decision"]:
+            print(f"      {item['decision']}")
+    if not found:
+        print(f"no version of {name} yet")
+
+
+@app.command
+def promote(
+    version: str, *, reason: str | None = None, name: str = _DEFAULT, root: str | None = None
+) -> None:
+    """Make a version champion, and put it on record.
+
+    Example: ursa models promote 3 --reason "looks better on our own prompts"
+
+    Args:
+        version: Its number.
+        reason: Why; a version that the gate refused needs one.
+        name: Of the registered model.
+        root: The data root, where decisions are on record; URSA_DATA_URI, or .ursa/data.
+
+    Raises:
+        ConfigError: If there is no such version, or it was refused and no reason is given.
+    """
+    decision = call_tasks(
+        "promote",
+        tracking_uri=_registry(),
+        root_uri=root_uri(root),
+        name=name,
+        version=version.removeprefix("v"),
+        reason=reason,
+    )
+    if decision is None:
+        print(f"version {version} is champion already")
+        return
+    before = decision["champion_before"]
+    print(f"champion is version {decision['champion']}" + (f", was {before}" if before else ""))
+
+
+@app.command
+def rollback(*, reason: str | None = None, name: str = _DEFAULT, root: str | None = None) -> None:
+    """Make the version champion again that was it before, and put it on record.
+
+    A second rollback goes back further. Example: ursa models rollback --reason "flickers"
+
+    Args:
+        reason: Why.
+        name: Of the registered model.
+        root: The data root, where decisions are on record; URSA_DATA_URI, or .ursa/data.
+
+    Raises:
+        ConfigError: If no champion before the present one is known.
+    """
+    decision = call_tasks(
+        "rollback",
+        tracking_uri=_registry(),
+        root_uri=root_uri(root),
+        name=name,
+        reason=reason,
+    )
+    print(f"champion is version {decision['champion']}, was {decision['champion_before']}")
+
+
+@app.command
+def history(*, name: str = _DEFAULT, root: str | None = None, as_json: AsJson = False) -> None:
+    """List every promotion, refusal and rollback: when, what, who, why. Needs no server.
+
+    Example: ursa models history
+
+    Args:
+        name: Of the registered model.
+        root: The data root; URSA_DATA_URI, or .ursa/data.
+        as_json: Print JSON: the records as they are committed.
+
+    Raises:
+        ManifestError: If a record is damaged.
+    """
+    from ursa.decisions import list_decisions
+
+    found = list_decisions(root_uri(root), name)
+    if as_json:
+        print(json.dumps([decision.model_dump(mode="json") for decision in found], indent=1))
+        return
+    for item in found:
+        what = item.event.replace("_", " ")
+        champion = f"champion {item.champion_before or '-'} -> {item.champion or '-'}"
+        print(f"{item.number:>4}  {item.decided_at}  {what} version {item.version}  {champion}")
+        print(f"      by {item.decided_by}: {item.reason}")
+    if not found:
+        print(f"no decision about {name} at {root_uri(root)}")
+
+
+def _registry() -> str:
+    uri = registry_uri()
+    check_answers(uri)
+    return uri

@@ -1,0 +1,252 @@
+"""The champion on the held-out samples of another model: measured once, compared sample by sample.
+
+Both predict the same noisy tokens, so that a difference is one of the networks. That needs the same
+codes: losses over the codes of another visual tokenizer mean other things.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+from ursa import storage
+from ursa.artifacts import (
+    SCHEMA_VERSION,
+    Comparison,
+    ExportedModel,
+    GridSetting,
+    HeldOutScores,
+    LossGrid,
+    TokenDatasets,
+)
+from ursa.config import RunConfig, fingerprint
+from ursa.data.addresses import address_seed
+from ursa.data.dataset import TokenSamples, source_ids
+from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.errors import ConfigError, DataError
+from ursa.gate import compare, not_compared
+from ursa.generation import UrsaPipeline
+from ursa.model.transformer import UrsaTransformer
+from ursa.training.validation import measure_grid, settings_of
+
+logger = logging.getLogger(__name__)
+
+
+class Champion(NamedTuple):
+    """The registered version that a model is compared with.
+
+    Attributes:
+        version: Its number in the registry.
+        model_key: `ExportedModel.content_key` of its files.
+        tokens_uri: Manifest of the token data sets that it was trained on; None if unknown.
+        open: Yields its model directory, which is downloaded if it must be measured.
+    """
+
+    version: str
+    model_key: str
+    tokens_uri: str | None
+    open: Callable[[], AbstractContextManager[Path]]
+
+
+class ScoresPlace(NamedTuple):
+    """Where the scores of any model on the held-out samples of a model are committed.
+
+    Attributes:
+        model: The model whose tokenizer and path made the noisy tokens.
+        datasets: Its token data sets; the held-out videos are measured.
+        config: The run; `evaluation` and the seed matter.
+        output_uri: Root of all data of the run.
+    """
+
+    model: ExportedModel
+    datasets: TokenDatasets
+    config: RunConfig
+    output_uri: str
+
+    def uri(self, model_key: str) -> str:
+        """Return where the scores of a model are, or will be.
+
+        Args:
+            model_key: `ExportedModel.content_key` of the model that is measured.
+        """
+        evaluation = self.config.evaluation
+        files = self.model.sha256.items()
+        print_ = fingerprint(
+            "held-out-scores",
+            SCHEMA_VERSION,
+            model_key,
+            self.datasets.video_validation.fingerprint,
+            {name: digest for name, digest in files if name.startswith(("vae/", "scheduler/"))},
+            evaluation.timesteps,
+            evaluation.max_samples,
+            evaluation.batch_size,
+            self.config.seed,
+        )
+        return storage.join(self.output_uri, "scores", print_[:32], "manifest.json")
+
+    def held_out(self) -> TokenSamples:
+        """Return the samples.
+
+        Raises:
+            DataExhaustedError: If there is none.
+            ShardFormatError: If a shard is missing or damaged.
+            StorageError: If the store refuses or does not answer.
+        """
+        limit = self.config.evaluation.max_samples
+        return TokenSamples(self.datasets.video_validation, max_samples=limit)
+
+    def find(self, model_key: str) -> HeldOutScores | None:
+        """Return the scores of a model, if it was measured before.
+
+        Args:
+            model_key: `ExportedModel.content_key` of the model.
+
+        Raises:
+            ManifestError: If the record is damaged.
+            StorageError: If the store refuses or does not answer.
+        """
+        return storage.load_record(self.uri(model_key), HeldOutScores)
+
+    def commit(self, model_key: str, grids: tuple[LossGrid, ...]) -> HeldOutScores | None:
+        """Commit the scores of a model.
+
+        Args:
+            model_key: `ExportedModel.content_key` of the model.
+            grids: What was measured on `held_out`.
+
+        Returns:
+            The committed scores; None without grids, or if a loss is not finite.
+
+        Raises:
+            ShardFormatError: If a shard is missing or damaged.
+            StorageError: If the store refuses or does not answer.
+        """
+        if not grids or not all(grid.is_finite for grid in grids):
+            return None
+        held_out, uri = self.held_out(), self.uri(model_key)
+        return storage.commit_record(
+            uri,
+            HeldOutScores(
+                manifest_uri=uri,
+                model_key=model_key,
+                sample_ids=tuple(held_out.sample_ids),
+                clip_ids=tuple(held_out.clip_ids),
+                source_ids=tuple(held_out.source_ids),
+                grids=grids,
+            ),
+        )
+
+
+def compare_with(
+    champion: Champion, pipeline: UrsaPipeline, scores: HeldOutScores | None, place: ScoresPlace
+) -> Comparison:
+    """Measure the champion where a model was measured, unless that was done before; compare them.
+
+    The champion predicts the same noisy tokens: those of the model's path. What it was trained on
+    is left out.
+
+    Args:
+        champion: The champion.
+        pipeline: The model.
+        scores: What the model does on each held-out sample; None if nothing is held out, or its
+            losses are not finite.
+        place: Where scores on these samples are committed.
+
+    Returns:
+        The comparison; with its problem if the two cannot be compared.
+
+    Raises:
+        ShardFormatError: If a shard is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    if scores is None:
+        return not_compared(champion.version, "there is no finite held-out loss")
+    theirs = place.find(champion.model_key)
+    if theirs is None:
+        with champion.open() as directory:
+            try:
+                other = UrsaPipeline.from_pretrained(directory)
+            except ConfigError as error:
+                return not_compared(champion.version, f"it cannot be read: {error}")
+            if problem := _other_tokens(directory, other, pipeline, place.model):
+                return not_compared(champion.version, problem)
+            held_out = place.held_out()
+            grids = tuple(
+                measure(other, held_out, place.config, setting=setting, path=pipeline.path)
+                for setting in settings_of(held_out)
+            )
+        theirs = place.commit(champion.model_key, grids)
+        if theirs is None:
+            return not_compared(champion.version, "its held-out loss is not finite")
+    return compare(
+        scores,
+        theirs,
+        champion_version=champion.version,
+        known_sources=_trained_sources(champion.tokens_uri),
+        config=place.config.release,
+    )
+
+
+def measure(
+    pipeline: UrsaPipeline,
+    samples: TokenSamples,
+    config: RunConfig,
+    *,
+    setting: GridSetting = "synchronous",
+    network: UrsaTransformer | None = None,
+    path: MetricPath | MixturePath | None = None,
+) -> LossGrid:
+    """Measure a model on samples.
+
+    Args:
+        pipeline: The model.
+        samples: What is measured on.
+        config: The run; `evaluation` and the seed matter.
+        setting: See `LossGrid`.
+        network: Stands in the place of the model's own.
+        path: Likewise: what makes the noise.
+
+    Returns:
+        The grid.
+    """
+    return measure_grid(
+        network or pipeline.transformer,
+        path or pipeline.path,
+        pipeline.text_tokenizer,
+        samples,
+        timesteps=config.evaluation.timesteps,
+        batch_size=config.evaluation.batch_size,
+        max_prompt_length=pipeline.defaults.max_prompt_length,
+        seed=address_seed(config.seed, "validation"),
+        setting=setting,
+    )
+
+
+def _other_tokens(
+    directory: Path, other: UrsaPipeline, pipeline: UrsaPipeline, model: ExportedModel
+) -> str | None:
+    """Return why losses of two models are not of the same tokens; None if they are."""
+    names = [name for name in model.sha256 if name.startswith("vae/")]
+    for name in names:
+        path = directory / name
+        if not path.is_file() or storage.sha256_file(path) != model.sha256[name]:
+            return "its visual tokenizer is another, and losses over other codes mean other things"
+    if type(other.path) is not type(pipeline.path):
+        return "its noise is of another kind"
+    return None
+
+
+def _trained_sources(tokens_uri: str | None) -> set[str] | None:
+    """Return the sources that a model was trained on; None if its data are gone."""
+    if tokens_uri is None:
+        return None
+    try:
+        datasets = storage.load_record(tokens_uri, TokenDatasets)
+        if datasets is None:
+            return None
+        parts = [part for part in datasets.parts() if part.split == "train"]
+        return set().union(*(source_ids(part) for part in parts))
+    except DataError as error:
+        logger.warning("what the champion was trained on cannot be read: %s", error)
+        return None

@@ -1,0 +1,175 @@
+"""The record of releases: every promotion, refusal and rollback of a registered model, for good.
+
+Decisions are numbered and put if absent, as versions of data sets are: of two at once one takes a
+number, and the other looks again. One is written before the alias is moved; what a kill left
+undone is found and finished by the next (`tasks.releases`).
+"""
+
+import getpass
+import re
+import secrets
+import socket
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Literal
+from urllib.parse import quote
+
+from pydantic import Field
+
+from ursa import storage
+from ursa.config import FrozenModel
+
+Event = Literal["promoted", "refused", "rolled_back", "moved"]
+
+
+class Decision(FrozenModel):
+    """A decision about a version of a registered model, committed; it never changes."""
+
+    record_uri: str
+    number: int = Field(ge=1)
+    previous_uri: str | None = Field(
+        description="the decision that was carried out last, in any data root"
+    )
+    model_name: str
+    registry_made_ms: int = Field(
+        description="when the registered model was made, milliseconds since 1970: versions of "
+        "another registry have nothing to do with those of this one"
+    )
+    event: Event = Field(description="`moved`: the alias was moved without a decision")
+    version: str = Field(description="the version that was judged, or was left")
+    champion: str | None = Field(description="version that is champion after it")
+    champion_before: str | None
+    reason: str
+    decided_by: str = Field(description="user@host, with the flow run if it was one")
+    decided_at: str = Field(description="UTC, ISO 8601")
+    report_uri: str | None = Field(description="the EvalReport that decided; None: a person did")
+    key: str = Field(description="the same decision made again has the same")
+
+
+def who(flow_run_id: str | None = None) -> str:
+    """Return who decides.
+
+    Args:
+        flow_run_id: Of the flow run, if it is one.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no such user, as in some containers
+        user = "unknown"
+    name = f"{user}@{socket.gethostname()}"
+    return f"flow run {flow_run_id} of {name}" if flow_run_id else name
+
+
+def record_decision(  # noqa: PLR0913  (the fields of the record)
+    root_uri: str,
+    model_name: str,
+    event: Event,
+    *,
+    registry_made_ms: int,
+    version: str,
+    champion: str | None,
+    champion_before: str | None,
+    previous_uri: str | None,
+    reason: str,
+    decided_by: str,
+    report_uri: str | None = None,
+    key: str | None = None,
+) -> Decision:
+    """Commit the next decision about a model, unless the same was committed before.
+
+    Args:
+        root_uri: The data root.
+        model_name: The registered model.
+        event: What is decided.
+        registry_made_ms: When the registered model was made.
+        version: The version that is judged, or left.
+        champion: Version that is champion after it; None leaves none.
+        champion_before: Version that is champion now.
+        previous_uri: The decision that was carried out last.
+        reason: Why, in words.
+        decided_by: See `who`.
+        report_uri: The evaluation that decided, if one did.
+        key: The same decision has the same key; None is a new one.
+
+    Returns:
+        The decision that stands, with its number and time.
+
+    Raises:
+        ManifestError: If a record is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    key = key or secrets.token_hex(16)
+    while True:
+        known = list_decisions(root_uri, model_name)
+        for decision in known:
+            if decision.key == key:
+                return decision
+        number = known[-1].number + 1 if known else 1
+        decision = Decision(
+            record_uri=storage.join(_folder_uri(root_uri, model_name), f"{number:06d}.json"),
+            number=number,
+            previous_uri=previous_uri,
+            model_name=model_name,
+            registry_made_ms=registry_made_ms,
+            event=event,
+            version=version,
+            champion=champion,
+            champion_before=champion_before,
+            reason=reason,
+            decided_by=decided_by,
+            decided_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            report_uri=report_uri,
+            key=key,
+        )
+        if storage.commit_record(decision.record_uri, decision).key == key:
+            return decision
+        # another decision has taken the number
+
+
+def list_decisions(root_uri: str, model_name: str) -> list[Decision]:
+    """Return all decisions about a model, oldest first.
+
+    Args:
+        root_uri: The data root.
+        model_name: The registered model.
+
+    Raises:
+        ManifestError: If a record is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    try:
+        listed = storage.list_files(_folder_uri(root_uri, model_name), with_etag=False)
+    except FileNotFoundError:
+        return []
+    uris = sorted(item.uri for item in listed if re.search(r"/[0-9]{6}\.json$", item.uri))
+    return [found for found in storage.load_records(uris, Decision) if found is not None]
+
+
+def earlier_champions(decisions: Sequence[Decision], champion: str | None) -> list[str]:
+    """Return the versions that were champion before, the one to go back to first.
+
+    A rollback takes the version that it left off the list, so that a second one goes back further.
+
+    Args:
+        decisions: All of a model, oldest first.
+        champion: Version that is champion now; None if there is none.
+    """
+    before: list[str] = []
+    for decision in decisions:
+        if decision.event == "refused":
+            continue
+        if decision.champion_before and before[-1:] != [decision.champion_before]:
+            before.append(decision.champion_before)
+        if decision.event == "rolled_back":
+            while before and before[-1] != decision.champion:
+                before.pop()
+        if decision.champion and before[-1:] != [decision.champion]:
+            before.append(decision.champion)
+    if before[-1:] == [champion]:
+        before.pop()
+    return before[::-1]
+
+
+def _folder_uri(root_uri: str, model_name: str) -> str:
+    # a name must stay one segment, whatever is in it
+    return storage.join(root_uri, "releases", quote(model_name, safe="").replace(".", "%2E"))
