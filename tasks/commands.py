@@ -1,4 +1,4 @@
-"""Commands of `ursa models`, in a process of their own: JSON in, JSON out.
+"""Commands of `ursa models` and `ursa doctor`, in a process of their own: JSON in, JSON out.
 
 The library and its command line know no MLflow and no Prefect, so `ursa.cli.backstage` runs
 `python -m tasks.commands NAME ARGUMENTS` and reads the last line.
@@ -92,6 +92,33 @@ def rollback(*, tracking_uri: str, root_uri: str, name: str, reason: str | None)
     return decision.model_dump(mode="json")
 
 
+def doctor(
+    *, tracking_uri: str, prefect_url: str, root_uri: str, fix: bool, security: bool
+) -> list[dict[str, str]]:
+    """See `tasks.doctor.examine`.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        prefect_url: Address of the Prefect server.
+        root_uri: The data root.
+        fix: Whether what can be mended is mended.
+        security: Whether ports and passwords are looked at too.
+
+    Returns:
+        `area`, `state`, `text` and `advice` of each finding.
+    """
+    from tasks.doctor import examine  # noqa: PLC0415  (what reads videos: half a second)
+
+    found = examine(
+        tracking_uri=tracking_uri,
+        prefect_url=prefect_url,
+        root_uri=root_uri,
+        fix=fix,
+        security=security,
+    )
+    return [item._asdict() for item in found]
+
+
 def _known(registry: releases.Registry) -> releases.Registry:
     """Return a registry that holds the model."""
     if not registry.client.search_registered_models(f"name = '{registry.name}'"):
@@ -103,6 +130,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "list-models": list_models,
     "promote": promote,
     "rollback": rollback,
+    "doctor": doctor,
 }
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tasks import releases, spool
+from tasks.processes import process_mark
 from ursa import storage
 from ursa.artifacts import SAMPLES_PICTURE, EvalReport, ExportedModel, ModelVersion
 from ursa.config import FrozenModel, RunConfig
@@ -930,6 +931,27 @@ def verify_files(tracking_uri: str, model_uri: str, model: ExportedModel) -> Non
                 )
 
 
+def missing_files(client: "MlflowClient", model_id: str, model: ExportedModel) -> str | None:
+    """Return which exported files a logged model lacks, by name; None if it has all.
+
+    Args:
+        client: MLflow's client.
+        model_id: Id of the logged model.
+        model: What was exported.
+    """
+
+    def names(folder: str) -> Iterator[str]:
+        for item in client.list_logged_model_artifacts(model_id, folder):
+            if item.is_dir:
+                yield from names(item.path)
+            else:
+                yield item.path
+
+    found = {path.split("/", 2)[-1] for path in names("artifacts")}
+    gone = sorted(set(model.sha256) - found)
+    return f"{len(gone)} of its files are gone, such as {gone[0]}" if gone else None
+
+
 def _versions(client: "MlflowClient", name: str, tag: str, value: str) -> list[Any]:
     found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{value}'")
     return sorted(found, key=lambda item: int(item.version))
@@ -1040,6 +1062,7 @@ def _find_or_create(
         for tag, value in tags.items()
         if tag.startswith("prefect.")
     }
+    last["ursa.process"] = process_mark()  # by which it is known whether it is still under way
     with service(beside.tracking_uri) as client:
         found = find()
         if not found:

@@ -1,5 +1,6 @@
 """A real Prefect server and worker: deployments, refused parameters, errors of one line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.doctor import check_flow_runs
 from tests import running_services
 from tests.running_services import ROOT, Running
 
@@ -143,3 +145,32 @@ def test_data_directory_that_cannot_be_written_is_named(
         "run", "--source", str(source), URSA_DATA_URI=str(tmp_path / "file" / "data")
     )
     assert str(tmp_path / "file") in failure(done)
+
+
+def test_doctor_finds_and_ends_a_run_without_a_process(services: Running) -> None:
+    api = f"{services.prefect_url}/api"
+    deployment = services.ask(f"{api}/deployments/name/ursa/full-training")
+    left = services.ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {})
+    state = {"type": "RUNNING", "name": "Running"}
+    services.ask(f"{api}/flow_runs/{left['id']}/set_state", {"state": state, "force": True})
+    told = [
+        [item.state for item in check_flow_runs(services.prefect_url, {}, fix=fix, min_age_s=age)]
+        for fix, age in ((False, 3600.0), (False, 0.0), (True, 0.0), (False, 0.0))
+    ]
+    assert told == [["ok"], ["wrong"], ["mended"], ["ok"]]
+    after = services.ask(f"{api}/flow_runs/{left['id']}")
+    assert after["state"]["type"] == "CRASHED"
+    done = subprocess.run(
+        [sys.executable, "-c", "from ursa.cli import main; main()", "doctor", "--json"],
+        env={
+            **services.environment,
+            "PREFECT_API_URL": api,
+            "MLFLOW_TRACKING_URI": services.mlflow_url,
+            "URSA_DATA_URI": str(services.folder / "data"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    wrong = [item for item in json.loads(done.stdout) if item["state"] == "wrong"]
+    assert (done.returncode, wrong) == (0, []), done.stderr

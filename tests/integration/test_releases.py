@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +15,14 @@ from mlflow.tracking import MlflowClient
 
 from tasks import evaluation, registration, releases, tracking
 from tasks.context import RunContext, TrainedModel
+from tasks.doctor import Patient
 from tests import factories, media
 from tests.damage import noisy_model
+from ursa import storage
 from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
 from ursa.decisions import list_decisions
 from ursa.errors import ConfigError
+from ursa.gate import not_compared
 from ursa.training.stage import train_stage
 from ursa.video.decode import video_info
 
@@ -257,3 +261,139 @@ def test_an_alias_that_was_moved_by_hand_is_where_a_rollback_begins(made: Any) -
     assert moved is not None
     assert (moved.event, moved.champion_before, moved.champion) == ("moved", "2", "1")
     assert releases.record_move(opened.registry()) is None
+
+
+def test_decisions_of_a_registry_that_is_gone_say_nothing_of_this_one(made: Any) -> None:
+    opened = made("emptied")
+    opened.release(opened.worse)
+    opened.client.delete_registered_model(opened.name)
+    report, version = opened.release(opened.good)  # is version 1 again
+    assert (report.comparison, version.version, opened.champion) == (None, "1", "1")
+    with pytest.raises(ConfigError, match="no champion before version 1"):
+        releases.rollback(opened.registry(), None)
+    assert [item.event for item in list_decisions(opened.root, opened.name)] == ["promoted"] * 2
+
+
+KILLED = """
+import json, os, signal, sys
+import mlflow.pyfunc
+from mlflow.tracking import MlflowClient
+from tasks import registration, releases, tracking
+from tasks.context import RunContext, TrainedModel
+from ursa.artifacts import EvalReport
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+given = json.load(sys.stdin)
+context = RunContext.model_validate(given["context"])
+trained = TrainedModel.model_validate(given["trained"])
+owners = {"client": MlflowClient, "tracking": tracking, "releases": releases}
+for (owner, name), report in zip(given["moments"], given["reports"]):
+    child = os.fork()  # before the parent has opened a database
+    if child == 0:
+        setattr(owners[owner], name, die)
+        run = context.run
+        tracking.open_run(run.tracking_uri, "run", context.fingerprint, {}, spool_uri=run.spool_uri)
+        with tracking.child_run(context.run, f"register {name}", {}):
+            registration.register_model.fn(context, trained, EvalReport.model_validate(report))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
+"""
+MOMENTS = (
+    ("client", "finalize_logged_model"),  # a model that is PENDING
+    ("tracking", "verify_files"),  # a model without a version
+    ("releases", "finish_version"),  # a version without aliases
+    ("releases", "_carry_out"),  # a decision on record, the alias where it was
+)
+
+
+def test_what_a_kill_amid_registration_leaves_is_mended(made: Any, tmp_path: Path) -> None:
+    opened = made("doctor")
+    report, _ = opened.release(opened.good)
+    reports = []
+    for number in range(len(MOMENTS)):
+        model = noisy_model(opened.good, tmp_path / str(number), scale=1e-6 * (1 + number))
+        uri = str(tmp_path / f"{number}.json")
+        changes = {
+            "model": model,
+            "manifest_uri": uri,
+            "fingerprint": str(number),
+            "comparison": not_compared("1", "a test"),
+        }
+        reports.append(storage.commit_record(uri, report.model_copy(update=changes)))
+    given = {
+        "context": opened.context.model_dump(mode="json"),
+        "trained": opened.trained.model_dump(mode="json"),
+        "moments": MOMENTS,
+        "reports": [item.model_dump(mode="json") for item in reports],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+    def look(*, fix: bool) -> list[tuple[str, str]]:
+        found = Patient(opened.uri, opened.root, fix, {}).leftovers()
+        return [(item.state, item.text) for item in found if item.state != "note"]
+
+    def count(found: list[tuple[str, str]], state: str, words: str) -> int:
+        return sum(item[0] == state and words in item[1] for item in found)
+
+    before = (opened.champion, len(list_decisions(opened.root, opened.name)))
+    found = look(fix=False)
+    assert count(found, "wrong", "is RUNNING, but its process") == 1 + len(MOMENTS)
+    assert count(found, "wrong", "no version is of it") == 2
+    assert count(found, "wrong", "PENDING") == 1
+    assert count(found, "wrong", "is half registered") == 2
+    assert count(found, "wrong", "was not carried out") == 1
+    assert (opened.champion, len(list_decisions(opened.root, opened.name))) == before
+
+    mended = look(fix=True)
+    assert not [item for item in mended if item[0] == "wrong"]
+    assert look(fix=False) == [("ok", "no run, model, version or alias is left over")]
+    assert opened.champion == "3"
+    decisions = list_decisions(opened.root, opened.name)
+    assert [(item.event, item.version) for item in decisions] == [
+        ("promoted", "1"),
+        ("promoted", "3"),
+        ("refused", "2"),  # it was never compared with the third, which is champion now
+    ]
+    assert "version 3 became champion meanwhile" in decisions[2].reason
+    assert set(releases.whole_versions(opened.registry())) == {"1", "2", "3"}
+    # the others are registered by the next try
+    version = registration.register_model.fn(opened.context, opened.trained, reports[0])
+    assert (version.version, version.is_new) == ("4", True)
+
+
+def test_an_alias_of_a_version_without_its_files_goes_back(made: Any) -> None:
+    opened = made("broken")
+    for model in (opened.worse, opened.good):
+        opened.release(model)
+    version = opened.client.get_model_version(opened.name, "2")
+    model_id = version.source.rpartition("/")[2]
+    stored = opened.client.get_logged_model(model_id).artifact_location
+    next(storage.local_path(stored).rglob("*.safetensors")).unlink()
+    opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
+    patient = Patient(opened.uri, opened.root, fix=True, marks={})
+    texts = [item.text for item in patient.leftovers() if opened.name in item.text]
+    assert any("1 of its files are gone" in text and "rolled back" in text for text in texts)
+    assert (opened.champion, releases.aliases(opened.client, opened.name)["challenger"]) == (
+        "1",
+        "1",
+    )
+    texts = [item.text for item in patient.leftovers() if opened.name in item.text]
+    assert any("half registered" in text and "deleted" in text for text in texts)
+    assert [str(item.version) for item in releases.all_versions(opened.registry())] == ["1"]
+
+
+def test_a_run_that_is_under_way_is_left_alone(made: Any) -> None:
+    opened = made("alive")  # its run is RUNNING, and its process is this one
+    with tracking.child_run(opened.context.run, "evaluate", {}) as run:
+        list(Patient(opened.uri, opened.root, fix=True, marks={}).leftovers())
+        assert opened.client.get_run(run.run_id).info.status == "RUNNING"
+        assert opened.client.get_run(opened.context.run.run_id).info.status == "RUNNING"

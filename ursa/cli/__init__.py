@@ -9,6 +9,7 @@ from ursa import __version__
 from ursa.cli import data, path, release
 from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
+from ursa.cli.doctor import doctor
 from ursa.cli.generate import generate
 from ursa.cli.merge import merge
 from ursa.cli.plan import plan
@@ -24,6 +25,7 @@ app.command(generate)
 app.command(demo)
 app.command(plan)
 app.command(merge)
+app.command(doctor)
 app.command(path.app)
 app.command(data.app)
 app.command(release.app)
