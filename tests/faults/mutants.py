@@ -405,6 +405,7 @@ MUTANTS = (
     Mutant("the loser of a number takes the next", "versions", _loser_skips_a_number),
     Mutant("the same version again", "versions", _same_version_again),
     Mutant("a version overwrites another", "versions", _unconditional_put),
+    Mutant("a decision overwrites another", "decisions", _unconditional_put),
     Mutant("a stage begins anew", "training", _no_resume),
     Mutant("the record goes before the directory", "release", _manifest_before_directory),
     Mutant("no record of a unit", "tokenization", _no_unit_record),

@@ -54,6 +54,7 @@ from ursa.data.versions import (
     read_changes,
     read_version_files,
 )
+from ursa.decisions import list_decisions, record_decision
 from ursa.errors import CheckpointError, UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
@@ -775,10 +776,64 @@ def release_scenario(folder: Path, patch: pytest.MonkeyPatch, data: factories.Ti
     )
 
 
+# --- decisions ------------------------------------------------------------------------------------
+
+
+def decisions_scenario(
+    _folder: Path, _patch: pytest.MonkeyPatch, _data: Any = None, *, keys: Sequence[str] = "abcdef"
+) -> Scenario:
+    """Decisions about a model, each made again by every run: all numbered, none there twice."""
+
+    work = Work()
+
+    def run() -> None:
+        for key in keys:
+            record_decision(
+                ROOT,
+                "model",
+                "refused",
+                registry_made_ms=0,
+                version=key,
+                champion=None,
+                champion_before=None,
+                previous_uri=None,
+                reason="r",
+                decided_by=f"writer {work.writer}",
+                key=key,
+            )
+
+    def interrupted(store: MemoryStore) -> list[str]:
+        with in_use(store):
+            found = list_decisions(ROOT, "model")
+        wrong = damaged_objects(store)
+        if [item.number for item in found] != list(range(1, len(found) + 1)):
+            wrong.append(f"numbers {[item.number for item in found]}")
+        if len({item.key for item in found}) != len(found):
+            wrong.append(f"a decision is there twice: {[item.key for item in found]}")
+        return wrong
+
+    def problems(store: MemoryStore) -> list[str]:
+        with in_use(store):
+            missing = set(keys) - {item.key for item in list_decisions(ROOT, "model")}
+        return interrupted(store) + [f"{key} is lost" for key in sorted(missing)]
+
+    return Scenario(
+        "decisions",
+        MemoryStore(),
+        run,
+        problems,
+        interrupted,
+        rework=0,
+        work=work,
+        is_reproducible=False,
+    )
+
+
 SCENARIOS: dict[str, Callable[..., Scenario]] = {
     "ingestion": ingestion_scenario,
     "tokenization": tokenization_scenario,
     "versions": versions_scenario,
     "training": training_scenario,
     "release": release_scenario,
+    "decisions": decisions_scenario,
 }
