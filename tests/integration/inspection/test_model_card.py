@@ -31,7 +31,7 @@ def test_the_card_says_what_the_records_say(root, tmp_path):
     checkpoint = train_stage(request)
     model = export_model(request, checkpoint, output_uri=root.uri)
     report: EvalReport = evaluate(
-        model, root.datasets, root.selection, config, output_uri=root.uri, champion_metrics=None
+        model, root.datasets, root.selection, config, output_uri=root.uri, champion=None
     )
     version = commit_version(
         root.uri, config, root.selection, (visual, text), root.datasets, code={"ursa": "0"}
