@@ -11,7 +11,10 @@ from tasks.options import announce, step
 from tasks.retraining import NETWORK_TAG, network_fingerprint, started_from
 from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
+from ursa.data.versions import DatasetVersion
 from ursa.decisions import who
+
+CARD = "model_card.md"
 
 
 @step(run_name="look for a registered version")
@@ -83,8 +86,34 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
         decided_by=who(reports.flow_run_tags().get("prefect.flow_run_id")),
     )
     tracking.tag_run(context.run, sample_tags(context, report))
+    _log_card(context, trained, report, version)
     announce("registered %s as %s", version.model_uri, version.alias)
     return version
+
+
+def _log_card(
+    context: RunContext, trained: TrainedModel, report: EvalReport, version: ModelVersion
+) -> None:
+    """Write the model card beside the run; none if the data set version is gone."""
+    from ursa.inspection.model_card import model_card  # noqa: PLC0415  (matplotlib: a second)
+
+    data = storage.load_record(trained.version_uri, DatasetVersion)
+    if data is None:
+        return
+    origin = {
+        "registered version": version.model_uri,
+        "MLflow run": context.run.url,
+        "source": context.source_uri,
+        "preset": context.preset,
+        "data set version": trained.version_uri,
+        "checkpoint": trained.checkpoint.uri,
+        "configuration and source": context.fingerprint,
+        **tracking.source_version(),
+        **started_from(context, trained),
+    }
+    name = f"{version.name} version {version.version}"
+    card = model_card(report, trained.request, [trained.checkpoint], data, name=name, origin=origin)
+    tracking.log_text(context.run, card, CARD)
 
 
 def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_tracking_has_a_parent_with_a_child_a_step(finished: Finished) -> None:
         assert [item["step"] for item in history["metrics"]] == [1, 2, 3, 4]
 
 
+def test_the_run_has_a_model_card(finished: Finished) -> None:
+    services = finished.services
+    (run,) = mlflow_runs(services, "tags.`ursa.stage` = 'run' and tags.`ursa.alias` != ''")
+    run_id = run["info"]["run_id"]
+    address = f"{services.mlflow_url}/get-artifact?path=model_card.md&run_uuid={run_id}"
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        card = answer.read().decode()
+    assert card.startswith("---\nlibrary_name: ursa")
+    assert "# ursa version 1" in card
+    assert tags(run)["ursa.model_directory"] in card
+
+
 def test_stages_show_samples_at_intervals(finished: Finished) -> None:
     """Pictures under one key with the steps as a slider, and clips of stages on videos."""
     services = finished.services
@@ -107,6 +120,7 @@ def test_second_run_does_nothing(finished: Finished) -> None:
     changed = dict(tags(after).items() - tags(run).items())
     assert changed.pop("prefect.last_flow_run_id") == again["id"]
     assert again["id"] in changed.pop("prefect.last_flow_run_url")
+    changed.pop("ursa.process")  # whose run it was last, for `ursa doctor`
     assert changed == {}, "the run keeps what its first flow run has noted"
     assert "MLflow run" in done.stdout
 
