@@ -287,7 +287,12 @@ def token_shards(datasets: TokenDatasets) -> None:
         for dataset in datasets.parts()
         for shard in dataset.shards[:250]
     ]
-    table("token-shards", rows, "Token shards in Parquet; the first 250 of each data set.")
+    lost = (
+        f" Clips that could not be tokenized: {datasets.num_failed_clips}, of which "
+        f"{datasets.num_unavailable_clips} are tried again by the next run; too short for a video, "
+        f"so images alone: {datasets.num_short_clips}."
+    )
+    table("token-shards", rows, "Token shards in Parquet; the first 250 of each data set." + lost)
 
 
 def dataset_version(version: DatasetVersion, changes: Sequence[FileChange]) -> None:

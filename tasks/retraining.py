@@ -98,8 +98,12 @@ def _num_new(listing: SourceListing, newest: dict[str, str], settings: RuntimeSe
     except ManifestError:  # damaged, or of an older schema: what was there is not known
         before = None
     if before is None or before.source_uri != listing.source_uri:
-        return len(listing.sources)
-    return len({item.etag for item in listing.sources} - {item.etag for item in before.sources})
+        return len(_contents(listing))
+    return len(_contents(listing) - _contents(before))
+
+
+def _contents(listing: SourceListing) -> set[str]:
+    return {item.etag for item in listing.sources if item.problem is None}
 
 
 def _champion(tracking_uri: str, name: str) -> Start | None:

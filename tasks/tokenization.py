@@ -65,6 +65,13 @@ def tokenize_clips(
             output_uri=context.data_uri,
         )
     reports.token_shards(datasets)
+    lost = {
+        "data/num_untokenized_clips": float(datasets.num_failed_clips),
+        "data/num_unavailable_clips": float(datasets.num_unavailable_clips),
+        "data/num_short_clips": float(datasets.num_short_clips),
+    }
+    if datasets.num_failed_clips:
+        announce("%d clips could not be tokenized", datasets.num_failed_clips)
     with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
         tracking.log_inputs(
             run,
@@ -82,7 +89,8 @@ def tokenize_clips(
                 )
                 for modality in MODALITIES
                 for split in SPLITS
-            },
+            }
+            | lost,
         )
     announce(
         "%d image and %d video samples to train on",

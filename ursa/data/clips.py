@@ -433,13 +433,17 @@ def local_clip(clip: Clip) -> Iterator[Path]:
         ClipUnavailableError: If the file is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    try:
-        with storage.local_copy(clip.media_uri) as path:
-            if storage.sha256_file(path) != clip.media_sha256:
-                raise ClipUnavailableError(
-                    f"{clip.media_uri} is damaged: its bytes do not have the hash of the clip; run "
-                    "`ursa data repair`"
-                )
-            yield path
-    except FileNotFoundError:
-        raise ClipUnavailableError(f"{clip.media_uri} is missing; run `ursa data repair`") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(storage.local_copy(clip.media_uri))
+            digest = storage.sha256_file(path)
+        except FileNotFoundError:
+            raise ClipUnavailableError(
+                f"{clip.media_uri} is missing; run `ursa data repair`"
+            ) from None
+        if digest != clip.media_sha256:
+            raise ClipUnavailableError(
+                f"{clip.media_uri} is damaged: its bytes do not have the hash of the clip; run "
+                "`ursa data repair`"
+            )
+        yield path

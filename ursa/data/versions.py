@@ -45,6 +45,7 @@ DATA_SECTIONS = (
 )
 """The parts of a configuration that decide a data set."""
 _OK = "ok"
+_ETAG = "etag:"
 _METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
 FILE_SCHEMA = pa.schema(
     [
@@ -194,7 +195,9 @@ def commit_version(
                 folder_uri, "changes", CHANGE_SCHEMA, (change._asdict() for change in changes)
             ),
             num_files=len(files),
-            num_unchanged=len(files) - sum(item.change != Change.REMOVED for item in changes),
+            # what a manifest names but nobody found is no file, here as in the changes
+            num_unchanged=len(_contents(files))
+            - sum(item.change != Change.REMOVED for item in changes),
             changes={kind: sum(item.change == kind for item in changes) for kind in Change},
             clips=clips,
             selection=selection,
@@ -460,12 +463,22 @@ def compare_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[F
     A file is what its bytes are: the same bytes under another name are renamed, also where another
     file was; other bytes under the same name are edited, or added where the old ones have moved on.
     Of bytes that are gone from one name and there under two new ones, the first new name is renamed
-    and the second added. Bytes over which others were moved are removed.
+    and the second added. Bytes over which others were moved are removed. Where the bytes of one of
+    both are not known, as nobody could read them, a file is taken for the same.
 
     Args:
         before: Content by URI.
         after: Content by URI.
     """
+    known_once = {
+        uri
+        for uri in before.keys() & after.keys()
+        if before[uri].startswith(_ETAG) != after[uri].startswith(_ETAG)
+    }
+    before, after = (
+        {uri: content for uri, content in side.items() if uri not in known_once}
+        for side in (before, after)
+    )
     left: defaultdict[str, list[str]] = defaultdict(list)
     for uri, content in sorted(before.items(), reverse=True):
         if after.get(uri) != content:
@@ -663,7 +676,7 @@ def _contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 def _content_of(etag: str) -> str:
     """Return the content that an etag stands for: of local files it is the sha256."""
-    return etag if re.fullmatch(r"[0-9a-f]{64}", etag) else f"etag:{etag}"
+    return etag if re.fullmatch(r"[0-9a-f]{64}", etag) else f"{_ETAG}{etag}"
 
 
 def _folder_uri(root_uri: str, source_uri: str) -> str:

@@ -277,7 +277,15 @@ def _tokens(stats: DataStats) -> str:
         )
         for part in stats.tokens
     ]
-    return _table(("data set", "latent size", "of", "samples", "tokens", "shards", "MB"), rows)
+    head = ("data set", "latent size", "of", "samples", "tokens", "shards", "MB")
+    lost = {
+        part.manifest_uri: f"{part.manifest_uri.split('/')[-2][:8]}: of the kept clips "
+        f"{part.num_failed_clips:,} could not be tokenized, {part.num_short_clips:,} are too short "
+        "for a video sample and give images alone."
+        for part in stats.tokens
+    }
+    words = "<br>".join(map(escape, lost.values()))
+    return f'{_table(head, rows)}<div class="small">{words}</div>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, kind: str = "") -> str:

@@ -51,6 +51,8 @@ class TokenCount(FrozenModel):
     """Samples of one modality, split and size."""
 
     manifest_uri: str
+    num_failed_clips: int
+    num_short_clips: int
     modality: Modality
     split: Split
     latent_shape: tuple[int, int, int]
@@ -253,6 +255,8 @@ def _count_tokens(
         counts += [
             TokenCount(
                 manifest_uri=datasets.manifest_uri,
+                num_failed_clips=datasets.num_failed_clips,
+                num_short_clips=datasets.num_short_clips,
                 modality=part.modality,
                 split=part.split,
                 latent_shape=part.latent_shape,

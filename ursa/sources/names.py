@@ -123,12 +123,13 @@ def tar_of(uri: str) -> str:
 
 
 def stand_in_etag(*parts: object) -> str:
-    """Return an etag for what has none, 64 hexadecimal digits.
+    """Return an etag for what has none; it does not look like the sha256 of content.
 
     Args:
         *parts: All that tells it from others.
     """
-    return hashlib.sha256(":".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()
+    digest = hashlib.sha256(":".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()
+    return f"stand-in-{digest}"
 
 
 def resolve_name(manifest_uri: str, name: str) -> str:

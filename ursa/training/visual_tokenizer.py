@@ -384,7 +384,11 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
     """Read fitting windows at ZOOM times the sample size, evenly spread if there are many.
 
-    A clip that cannot be decoded is left out: tokenization names it and counts it as failed.
+    A clip that cannot be decoded is left out: tokenization names it and counts it as failed. One
+    that cannot be read for now is an error, since a fit without it would be kept for good.
+
+    Raises:
+        ClipUnavailableError: If a clip is missing or damaged, or time or memory ran out.
     """
     samples = config.tokenization
     spans = [(clip, indices) for clip in clips for _, indices in clip_windows(clip, samples)]
@@ -401,6 +405,8 @@ def _read_windows(clips: Sequence[Clip], config: RunConfig) -> np.ndarray:
                 with local_clip(clip) as path:
                     (frames,) = reader.read(path, wanted, [FrameSize(*shape[1:3])])
             except VideoDecodeError as error:
+                if error.transient:
+                    raise
                 logger.warning("left out of the fit: %s", error)
                 continue
             place = {index: position for position, index in enumerate(wanted)}

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 
 from tests import factories
 from ursa import storage
-from ursa.artifacts import Clip, ClipScores, VideoInfo
+from ursa.artifacts import (
+    Clip,
+    ClipScores,
+    FailureReason,
+    IngestedVideo,
+    SourceVideo,
+    VideoInfo,
+)
 from ursa.config import fingerprint
-from ursa.data.clips import FAILURE_SCHEMA, put_table
+from ursa.data.clips import FAILURE_SCHEMA, failure_row, put_table
 from ursa.data.units import _spans
 from ursa.data.versions import (
     Change,
@@ -80,6 +87,13 @@ FILES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("UVWXYZ"))
             {"a": "X", "b": "X"},
             {"b": "X", "c": "X"},
             [FileChange(Change.RENAMED, "c", "X", previous_uri="a")],
+        ),
+        # nobody could read it before, or now: whether it was edited is not known
+        ({"a": "etag:1", "b": "X"}, {"a": "X", "b": "etag:2"}, []),
+        (
+            {"a": "etag:1"},
+            {"a": "etag:2"},
+            [FileChange(Change.EDITED, "a", "etag:2", None, "etag:1")],
         ),
     ],
 )
@@ -381,3 +395,39 @@ def test_records_without_hash_and_new_kinds_are_read(ledger):
     assert Change.RECAPTIONED not in found.changes
     assert len(read_changes(found)) == 1
     assert ledger.commit([clip("a"), clip("b")]).parent_uri == one.manifest_uri
+
+
+def test_a_name_that_nobody_found_is_no_file(ledger):
+    """A manifest may name what is not there: it is neither new nor as before."""
+
+    def commit(*names, missing=()):
+        selection = ledger.select([clip(name) for name in names])
+        rows = [
+            failure_row(
+                IngestedVideo(
+                    source=SourceVideo(uri=f"file:///videos/{name}.mp4", num_bytes=0, etag="none"),
+                    source_sha256=None,
+                    info=None,
+                    clips=(),
+                    failure=FailureReason.MISSING,
+                    detail="",
+                )
+            )
+            for name in missing
+        ]
+        place = selection.clips.clips_uri.rpartition("/")[0]
+        for item in storage.list_files(place, with_etag=False):
+            if "failures" in item.uri:
+                storage.remove_file(item.uri)
+        put_table(place, "failures", FAILURE_SCHEMA, rows)
+        clips = selection.clips.model_copy(update={"num_failed": len(rows)})
+        selection = selection.model_copy(update={"clips": clips})
+        tokenizers = (ledger._data.visual_tokenizer, ledger.text_tokenizer)
+        return commit_version(
+            ledger.uri, CONFIG, selection, tokenizers, ledger._data.datasets, code={}
+        )
+
+    one = commit("a", "b", "c", missing=("d",))
+    assert (one.changes[Change.ADDED], one.num_unchanged) == (3, 0)
+    two = commit("a", "b", missing=("d",))
+    assert (two.changes[Change.REMOVED], two.num_unchanged) == (1, 2)

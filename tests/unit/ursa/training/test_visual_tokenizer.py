@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from tests import factories
 from ursa import storage
 from ursa.data.clips import read_clips
-from ursa.errors import ConfigError, DataExhaustedError
+from ursa.errors import ClipUnavailableError, ConfigError, DataExhaustedError
 from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
 from ursa.tokenizers.visual import load_visual_tokenizer, save_visual_tokenizer
 from ursa.training import visual_tokenizer as module
@@ -75,6 +76,20 @@ def test_a_clip_that_cannot_be_decoded_is_left_out(selection, tmp_path, caplog):
     assert ref.metrics["psnr_train"] > 5
     assert "left out of the fit" in caplog.text
     assert "broken.mp4" in caplog.text
+
+
+def test_a_clip_that_is_away_is_an_error_and_nothing_is_committed(selection, tmp_path):
+    """A fit without it would be taken for the whole one when it is back."""
+    clips = read_clips(selection.clips)
+    path = tmp_path / "away.mp4"
+    shutil.copy(storage.local_path(clips[0].media_uri), path)
+    away = factories.clip_of(path, caption="away", info=clips[0].info, index=2)
+    mixed = factories.commit_selection(str(tmp_path / "s"), [away, *clips], num_validation=1)
+    few = config(max_steps=1, max_windows=32)
+    path.unlink()
+    with pytest.raises(ClipUnavailableError, match=r"away\.mp4 is missing"):
+        fit_visual_tokenizer(mixed, few, output_uri=str(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("manifest.json"))
 
 
 def test_a_fit_that_ends_below_its_start_is_refused(selection, tmp_path):
