@@ -1,6 +1,10 @@
 """Hostile and damaged files against the limits of the decoding process."""
 
+import contextlib
+import ctypes
 import os
+import struct
+import sys
 import time
 
 import pytest
@@ -90,22 +94,65 @@ def test_random_damage_always_ends_as_clips_or_a_reason(tmp_path, seed):
     assert video.failure is not FailureReason.CRASHED
 
 
+@contextlib.contextmanager
+def opened_below(folder):
+    """Names of files of a folder and of its folders that any process opens meanwhile."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        assert libc.inotify_add_watch(watch, os.fsencode(place), 0x20) >= 0, "IN_OPEN"
+    names = set()
+    try:
+        yield names
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(watch, 1 << 16)
+                while data:
+                    length = struct.unpack_from("iIII", data)[3]
+                    names.add(os.fsdecode(data[16 : 16 + length].rstrip(b"\0")))
+                    data = data[16 + length :]
+                continue
+            break
+    finally:
+        os.close(watch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify")
 def test_playlists_do_not_reach_other_files(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     secret = media.save_video(tmp_path / "secret.mp4", media.panning(48, step=2), 24.0)
+    hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n"
     playlists = {
-        "hls.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n",
+        "hls.mp4": hls,
+        "hls_url.mp4": hls.replace(str(secret), f"file://{secret}"),
+        "hls_late.mp4": f"\n \n{hls}",
+        "hls_marked.mp4": f"\ufeff{hls}",
+        "hls_key.mkv": f'#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="{secret}"\n#EXTINF:2,\nx\n',
         "concat.mkv": f"ffconcat version 1.0\nfile '{secret}'\n",
+        "concat.mp4": f"ffconcat version 1.0\nfile 'concat:{secret}|{secret}'\n",
+        "protocol.webm": f"concat:{secret}|{secret}",
+        "subfile.mp4": f"subfile,,start,0,end,0,,:{secret}",
+        "data.mp4": f"data:video/mp4;base64,AAAAIGZ0eXBpc29t\n{secret}",
         "dash.mp4": f"<?xml version='1.0'?><MPD><BaseURL>file://{secret}</BaseURL></MPD>",
+        "smil.mov": f"<smil><body><video src='{secret}'/></body></smil>",
+        "pls.avi": f"[playlist]\nFile1={secret}\nNumberOfEntries=1\n",
+        "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
         "url.mp4": "http://127.0.0.1:9/video.mp4",
+        "path.mp4": str(secret),
     }
     for name, text in playlists.items():
-        (source / name).write_text(text)
+        (source / name).write_text(text, "utf-8")
+    wide = hls.encode("utf-16")
+    (source / "hls_wide.mp4").write_bytes(wide)
     config = media.ingestion_config()
-    for video in discover_videos(str(source)):
-        result = ingest_video(video, str(tmp_path / "data"), config)
-        assert result.failure is FailureReason.NOT_A_VIDEO
+    with opened_below(tmp_path) as opened:
+        for video in discover_videos(str(source)):
+            result = ingest_video(video, str(tmp_path / "data"), config)
+            assert result.failure is FailureReason.NOT_A_VIDEO, video.uri
+        (source / "hls.mp4").read_bytes()
+    assert "hls.mp4" in opened
+    assert secret.name not in opened
 
 
 def test_a_folder_of_trouble_loses_no_file(tmp_path):
