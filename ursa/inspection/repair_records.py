@@ -1,5 +1,6 @@
 """Mend what belongs to records: remove damaged ones that are made again, and tables of versions."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -36,7 +37,8 @@ def remove_records(uris: Sequence[str]) -> Iterator[Repair]:
     """
     for uri in uris:
         if _is_damaged(uri):
-            storage.remove_file(uri)
+            with contextlib.suppress(FileNotFoundError):  # another repair was faster
+                storage.remove_file(uri)
             yield done(uri, "it was damaged and is removed; a run that needs it makes it again")
         else:
             yield done(uri, "it is not damaged any more")

@@ -99,3 +99,19 @@ def test_a_record_that_was_read_by_halves_is_not_removed(records, monkeypatch):
     assert len(cut) == 2
     assert [storage.local_path(repair.uri) for repair in report.repairs] == [path]
     assert path.read_bytes() == before
+
+
+def test_a_record_that_another_repair_has_just_removed(records, monkeypatch):
+    path, remove = records.units()[0], storage.remove_file
+    flip(path)
+
+    def late(uri):
+        if storage.local_path(uri) == path:
+            path.unlink()
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove_file", late)
+    report = repair_root(records.root.uri)
+    assert report.num_left == 0
+    assert [storage.local_path(repair.uri) for repair in report.repairs] == [path]
+    assert not path.exists()
