@@ -265,6 +265,8 @@ def read_recipe(datasets: TokenDatasets) -> TokenizationRecipe | str | None:
 def recipe_difference(recipe: TokenizationRecipe) -> str | None:
     """Return in what a recipe differs from the records that it repeats; None if it does not.
 
+    Records that are missing or damaged say nothing about the recipe.
+
     Args:
         recipe: The recipe of a token data set.
 
@@ -274,11 +276,24 @@ def recipe_difference(recipe: TokenizationRecipe) -> str | None:
     for part in (recipe.selection, recipe.visual_tokenizer):
         try:
             committed = storage.load_record(part.manifest_uri, type(part))
-        except ManifestError as error:
-            return str(error)
-        if committed != part:
-            return f"differs from {part.manifest_uri}: one of both is damaged or missing"
+        except ManifestError:
+            continue  # named where these are verified
+        if committed not in (None, part):
+            return f"differs from {part.manifest_uri}: one of both is damaged"
     return None
+
+
+def missing_parts(recipe: TokenizationRecipe) -> list[str]:
+    """Return the URIs of the records that a recipe repeats and that are gone.
+
+    Args:
+        recipe: The recipe of a token data set.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    parts = (recipe.selection.manifest_uri, recipe.visual_tokenizer.manifest_uri)
+    return [uri for uri in parts if not storage.exists(uri)]
 
 
 def recipe_uri(datasets: TokenDatasets) -> str:

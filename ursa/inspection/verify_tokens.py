@@ -36,6 +36,7 @@ from ursa.inspection.root import (
     find_recipe,
     iter_records,
     list_below,
+    missing_parts,
     read_recipe,
     recipe_difference,
     recipe_uri,
@@ -43,6 +44,10 @@ from ursa.inspection.root import (
 
 KEY_DIGITS = 16
 """How much of a unit's key is in the name of its shards."""
+_LOST_PART = (
+    "put it back from a copy, or run the pipeline again, which makes it again; the token data set "
+    "and its recipe are whole, leave them"
+)
 
 
 def verify_token_sets(tally: Tally, settings: Sequence[TokenizationConfig]) -> None:
@@ -140,6 +145,13 @@ class _TokenSet:
         if detail is not None:
             hint = "delete it, and name the settings with --preset and --set; training needs none"
             self._tally.add(ProblemKind.MANIFEST, recipe_uri(self._datasets), detail, hint)
+        if isinstance(recipe, str):
+            return
+        named = {problem.uri for problem in self._tally.problems}
+        for uri in missing_parts(recipe):
+            if uri not in named:  # another data set was made with it too
+                detail = f"it is missing; {self._manifest_uri} was made with what it names"
+                self._tally.add(ProblemKind.MANIFEST, uri, detail, _LOST_PART)
 
     def _verify_header(self, dataset: TokenDataset) -> None:
         """Compare what the manifest says of one data set with what else is known."""

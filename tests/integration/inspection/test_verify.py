@@ -168,6 +168,17 @@ def test_without_a_recipe_the_configuration_can_be_named(root):
     assert verify_root(root.uri, with_media=True, config=root.config).not_checked == ()
 
 
+@pytest.mark.parametrize("folder", ["tokenizers/visual", "selections"])
+def test_a_lost_part_of_a_recipe_is_named_and_not_the_recipe(root, folder):
+    (path,) = Path(root.uri).glob(f"{folder}/*/manifest.json")
+    path.unlink()
+    (problem,) = problems(root)
+    assert storage.local_path(problem.uri) == path
+    assert problem.detail.startswith("it is missing; ")
+    assert "put it back" in problem.repair
+    assert "delete" not in problem.repair
+
+
 def test_a_copied_root_is_not_taken_for_the_first(root, tmp_path):
     storage.upload_directory(Path(root.uri), str(tmp_path / "copy"))
     found = verify_root(str(tmp_path / "copy"))
