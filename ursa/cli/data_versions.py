@@ -87,16 +87,11 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         as_json: Print JSON.
     """
-    import os
-    from pathlib import Path
-
     from ursa.data.versions import find_uses
     from ursa.inspection.root import models_of
 
     data_uri = root_uri(root)
-    is_name = "://" in what or (len(what) == 64 and not Path(what).exists())
-    # names are compared as they are listed: links are not followed
-    uri = what if is_name else Path(os.path.abspath(Path(what).expanduser())).as_uri()  # noqa: PTH100
+    names = _listed_names(what)
     rows: list[dict[str, Any]] = [
         {
             "version": version.number,
@@ -108,7 +103,7 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
             "clips": row["num_clips"],
             "models": [model.directory_uri for model in models_of(data_uri, version.tokens_uri)],
         }
-        for version, row in find_uses(data_uri, uri)
+        for version, row in find_uses(data_uri, *names)
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -119,8 +114,31 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
             print(f"  model {model}")
     if not rows:
         if not as_json:
-            print(f"no version holds {uri}")
+            print(f"no version holds {names[0]}")
         sys.exit(1)
+
+
+def _listed_names(what: str) -> list[str]:
+    """Return how a file may be listed that a person names: its URI, or that of a tar's member."""
+    from pathlib import Path
+
+    from ursa.sources.names import member_uri
+    from ursa.storage import absolute_uri
+
+    if len(what) == 64 and "/" not in what and not Path(what).exists():
+        return [what]  # a sha256
+
+    def listed(name: str) -> str:
+        place = absolute_uri(name)
+        return place if "://" in place else Path(place).as_uri()
+
+    names = [listed(what)]
+    for index in (index for index, letter in enumerate(what) if letter == "#"):
+        tar_uri, member = listed(what[:index]), what[index + 1 :]
+        # as a person writes its name, and as a list of files does
+        names += [member_uri(tar_uri, member), f"{tar_uri}#{member}"]
+    # a manifest's addresses are listed as they stand there
+    return [*names, what] if "://" in what else names
 
 
 def _choose(

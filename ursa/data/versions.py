@@ -634,13 +634,13 @@ def _tokenizer_settings(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return settings
 
 
-def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, Any]]]:
+def find_uses(root_uri: str, *what: str) -> list[tuple[DatasetVersion, dict[str, Any]]]:
     """Return the versions that hold a file, with its row: where content was used.
 
     Args:
         root_uri: The data root.
-        what: URI of the file as listed, of a tar file for all of its members, or a sha256. All
-            content that ever was at a URI counts, under any name.
+        *what: URIs of the file as it may be listed, of a tar file for all of its members, or a
+            sha256. All content that ever was at a URI counts, under any name.
 
     Returns:
         Version and row of `FILE_SCHEMA`, by source and number. Versions that are damaged, or whose
@@ -655,11 +655,12 @@ def find_uses(root_uri: str, what: str) -> list[tuple[DatasetVersion, dict[str, 
             tables.append((version, _file_table(version)))
         except ShardFormatError as error:
             logger.warning("the files of %s are not known: %s", version.manifest_uri, error)
-    contents = {what, what.lower()}
+    contents = {name for item in what for name in (item, item.lower())}
     for _, table in tables:
         names = table["source_uri"]
-        own = pc.or_(pc.equal(names, what), pc.starts_with(names, f"{what}#"))
-        contents |= set(table.filter(own)["content"].to_pylist())
+        for item in what:
+            own = pc.or_(pc.equal(names, item), pc.starts_with(names, f"{item}#"))
+            contents |= set(table.filter(own)["content"].to_pylist())
     wanted = pa.array(sorted(contents))
     return [
         (version, row)

@@ -17,6 +17,7 @@ from ursa.artifacts import (
     SourceVideo,
     VideoInfo,
 )
+from ursa.cli import main
 from ursa.config import fingerprint
 from ursa.data.clips import FAILURE_SCHEMA, failure_row, put_table
 from ursa.data.units import _spans
@@ -431,3 +432,41 @@ def test_a_name_that_nobody_found_is_no_file(ledger):
     assert (one.changes[Change.ADDED], one.num_unchanged) == (3, 0)
     two = commit("a", "b", missing=("d",))
     assert (two.changes[Change.REMOVED], two.num_unchanged) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [
+        ("file:///x/x.tar#v3.mp4", "/x/x.tar#v3.mp4"),
+        ("file:///x/x.tar#a%20b/v3.mp4", "/x/x.tar#a b/v3.mp4"),
+        ("file:///x/x.tar#a%20b/v3.mp4", "file:///x/x.tar#a%20b/v3.mp4"),
+        ("file:///x/x.tar#a%23b.mp4", "FILE:///x/../x//x.tar#a#b.mp4"),
+        ("file:///x/a%23b.mp4", "/x/a#b.mp4"),
+        ("file:///x/x.tar#v3.mp4", "/x/./x.tar"),
+        ("s3://b/x.tar#v3.mp4", "s3://b//x.tar#v3.mp4"),
+        ("file:///v/v0.mp4", "file:///other/../v/v0.mp4"),
+        ("file:///v/v0.mp4", "file:///v//v0.mp4"),
+        ("file:///v/v0.mp4", "file://localhost/v/v0.mp4"),
+        ("file:///v/v0.mp4", "FILE:///v/v0.mp4"),
+        ("file:///v/v%200.mp4", "file:///v/v 0.mp4"),
+        ("s3://b/k.mp4", "s3://b//k.mp4"),
+        ("s3://b/k.mp4", "S3://b/k.mp4"),
+        ("https://a.org/k.mp4", "HTTPS://A.org:443/k.mp4"),
+        ("https://A.org/k.mp4", "https://A.org/k.mp4"),
+    ],
+)
+def test_a_file_is_found_however_it_is_spelled(ledger, capsys, held, asked):
+    ledger.commit([clip("a", source_uri=held), clip("b")])
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "uses", asked, ledger.uri])
+    assert not stopped.value.code
+    assert f"  {held}: ok, 1 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", ["/videos", "/videos/c.mp4", "a.mp4#b.mp4", "0" * 64])
+def test_a_file_that_no_version_holds_is_not_found(ledger, capsys, asked):
+    ledger.commit([clip("a"), clip("b")])
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "uses", asked, ledger.uri])
+    assert stopped.value.code == 1
+    assert "no version holds" in capsys.readouterr().out
