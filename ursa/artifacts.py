@@ -455,6 +455,11 @@ class ExportedModel(FrozenModel):
     directory_uri: str
     checkpoint: CheckpointRef
     tokens_uri: str = Field(description="manifest of the token data sets of its last stage")
+    started_from_uri: str | None = Field(
+        default=None,
+        description="directory of the weights that its first stage began with; None were drawn, or "
+        "an older release has written this",
+    )
     sha256: dict[str, str] = Field(description="sha256 of every file by its relative path")
     fingerprint: str
 

@@ -4,7 +4,7 @@ import shutil
 
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
-from ursa.config import fingerprint
+from ursa.config import STAGES, fingerprint
 from ursa.data.dataset import motion_scores
 from ursa.generation import UrsaPipeline
 from ursa.tokenizers.text import load_text_tokenizer
@@ -79,7 +79,17 @@ def export_model(
             directory_uri=directory_uri,
             checkpoint=checkpoint,
             tokens_uri=request.datasets.manifest_uri,
+            started_from_uri=_started_from_uri(request),
             sha256=hashes,
             fingerprint=print_,
         ),
     )
+
+
+def _started_from_uri(request: StageRequest) -> str | None:
+    """Return where the weights lie that the stages up to this one began with; None were drawn."""
+    stages = STAGES[: STAGES.index(request.stage) + 1]
+    starts = [getattr(request.config.stages, name).init_from for name in stages]
+    # stages before the last start of its own decide nothing
+    uri = next((uri for uri in reversed(starts) if uri is not None), None)
+    return None if uri is None else storage.absolute_uri(uri)

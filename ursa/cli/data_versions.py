@@ -80,6 +80,8 @@ def changes(
 def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None:
     """Name the data set versions and models that a file is in, whatever it was called.
 
+    Models that began with the weights of such a model are named too.
+
     Exit status 1 if it is in none. Example: ursa data uses videos/tree_hand.mp4 .ursa/data
 
     Args:
@@ -87,24 +89,30 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         as_json: Print JSON.
     """
+    from ursa.artifacts import ExportedModel
     from ursa.data.versions import find_uses
-    from ursa.inspection.root import models_of
+    from ursa.inspection.root import MODELS, good_records, models_of
 
     data_uri = root_uri(root)
     names = _listed_names(what)
-    rows: list[dict[str, Any]] = [
-        {
-            "version": version.number,
-            "source": version.source_uri,
-            "manifest": version.manifest_uri,
-            "file": row["source_uri"],
-            "content": row["content"],
-            "status": row["status"],
-            "clips": row["num_clips"],
-            "models": [model.directory_uri for model in models_of(data_uri, version.tokens_uri)],
-        }
-        for version, row in find_uses(data_uri, *names)
-    ]
+    found = find_uses(data_uri, *names)
+    models = good_records(data_uri, MODELS, ExportedModel) if found else []
+    rows: list[dict[str, Any]] = []
+    for version, row in found:
+        trained, descendants = models_of(models, version.tokens_uri)
+        rows.append(
+            {
+                "version": version.number,
+                "source": version.source_uri,
+                "manifest": version.manifest_uri,
+                "file": row["source_uri"],
+                "content": row["content"],
+                "status": row["status"],
+                "clips": row["num_clips"],
+                "models": [model.directory_uri for model in trained],
+                "descendants": [model.directory_uri for model in descendants],
+            }
+        )
     if as_json:
         print(json.dumps(rows, indent=1))
     for row in rows if not as_json else ():
@@ -112,6 +120,8 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
         print(f"  {row['file']}: {row['status']}, {row['clips']} clips")
         for model in row["models"]:
             print(f"  model {model}")
+        for model in row["descendants"]:
+            print(f"  model {model}, whose weights began with those of a model above")
     if not rows:
         if not as_json:
             print(f"no version holds {names[0]}")

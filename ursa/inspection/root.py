@@ -226,18 +226,37 @@ def find_recipe(
     return next((item for item in candidates if item.fingerprint == datasets.fingerprint), None)
 
 
-def models_of(root_uri: str, tokens_uri: str) -> list[ExportedModel]:
-    """Return the exported models whose last stage was trained on a token data set.
+def models_of(
+    models: Sequence[ExportedModel], tokens_uri: str
+) -> tuple[list[ExportedModel], list[ExportedModel]]:
+    """Return the models that were trained on a token data set, and those that descend from them.
 
     Args:
-        root_uri: The data root.
+        models: All exported models of a data root; one that is not among them ends a descent.
         tokens_uri: Manifest of the token data sets.
 
-    Raises:
-        StorageError: If the store refuses or does not answer.
+    Returns:
+        Models whose last stage was trained on it; others whose weights began with those of one of
+        these, or of one that descends from it.
     """
-    models = good_records(root_uri, MODELS, ExportedModel)
-    return [model for model in models if model.tokens_uri == tokens_uri]
+    trained = [model for model in models if model.tokens_uri == tokens_uri]
+    descendants: list[ExportedModel] = []
+    left = [model for model in models if model.tokens_uri != tokens_uri]
+    parents = trained
+    while parents:
+        parents = [model for model in left if any(_began_with(model, item) for item in parents)]
+        descendants += parents
+        left = [model for model in left if model not in parents]
+    return trained, descendants
+
+
+def _began_with(model: ExportedModel, parent: ExportedModel) -> bool:
+    # older releases recorded only the start of the last stage
+    start = model.started_from_uri or model.checkpoint.parent_uri
+    if start is None:
+        return False
+    place, folder = storage.absolute_uri(start), storage.absolute_uri(parent.directory_uri)
+    return place == folder or place.startswith(f"{folder}/")  # its `transformer/` alone
 
 
 def read_recipe(datasets: TokenDatasets) -> TokenizationRecipe | str | None:

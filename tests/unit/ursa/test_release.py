@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from tests import factories
@@ -24,4 +25,27 @@ def test_export_holds_the_averaged_weights_and_hashes(tiny_data, tmp_path):
     assert pipeline.defaults.motion_score == 6.0  # the median of the measured motion
     assert (pipeline.scheduler.alpha, pipeline.scheduler.c) == (1.0, 5.0)
     assert model.checkpoint == checkpoint
+    assert model.started_from_uri is None
     assert export_model(request, checkpoint, output_uri=uri) == model
+
+
+@pytest.mark.parametrize("stage", ["video_pretrain", "async_finetune"])
+def test_an_export_says_what_the_first_of_its_stages_began_with(
+    exported_model, tiny_data, tmp_path, stage
+):
+    start = exported_model.directory_uri
+    first = factories.stage_request(
+        tiny_data,
+        "video_pretrain",
+        str(tmp_path),
+        init_from_uri=start,
+        config={"stages": {"async_finetune": {"max_steps": 1}}},
+        max_steps=1,
+    )
+    checkpoint = train_stage(first)
+    request = first
+    if stage == "async_finetune":
+        request = first.model_copy(update={"stage": stage, "init_from": checkpoint})
+        checkpoint = train_stage(request)
+    model = export_model(request, checkpoint, output_uri=str(tmp_path))
+    assert model.started_from_uri == start

@@ -470,3 +470,41 @@ def test_a_file_that_no_version_holds_is_not_found(ledger, capsys, asked):
         main(["data", "uses", asked, ledger.uri])
     assert stopped.value.code == 1
     assert "no version holds" in capsys.readouterr().out
+
+
+def test_models_that_began_with_one_that_saw_a_file_are_listed(
+    ledger, exported_model, tiny_data, capsys
+):
+    one, two = ledger.grow(2)
+    seen = exported_model.tokens_uri  # every version of this ledger has these tokens
+    assert one.tokens_uri == two.tokens_uri == seen
+
+    def export(name, tokens_uri, started_from_uri=None, parent_uri=None):
+        place = storage.join(ledger.uri, "models", name)
+        changes = {
+            "manifest_uri": f"{place}/manifest.json",
+            "directory_uri": f"{place}/model",
+            "tokens_uri": tokens_uri,
+            "started_from_uri": started_from_uri,
+            "checkpoint": exported_model.checkpoint.model_copy(update={"parent_uri": parent_uri}),
+        }
+        model = exported_model.model_copy(update=changes)
+        return storage.commit_record(model.manifest_uri, model).directory_uri
+
+    saw = export("f", seen)
+    child = export("e", "/newer.json", started_from_uri=f"{saw}/transformer", parent_uri="/step-1")
+    grandchild = export("d", "/newest.json", started_from_uri=Path(child).as_uri())
+    by_older_code = export("c", "/newer.json", parent_uri=saw)
+    # a sibling whose name begins alike, and one that was drawn
+    export("b", "/newer.json", started_from_uri=f"{saw}2")
+    export("a", "/newer.json", parent_uri="/checkpoints/step-1")
+    with pytest.raises(SystemExit):
+        main(["data", "uses", "/videos/b.mp4", ledger.uri, "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["models"] == [saw]
+    assert row["descendants"] == [by_older_code, child, grandchild]
+    with pytest.raises(SystemExit):
+        main(["data", "uses", "/videos/b.mp4", ledger.uri])
+    out = capsys.readouterr().out
+    assert f"  model {saw}\n" in out
+    assert f"  model {grandchild}, whose weights began with those of a model above\n" in out
