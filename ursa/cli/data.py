@@ -36,7 +36,7 @@ def verify(
 
     Args:
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
-        media: Read all clip files too.
+        media: Read all clip files, models and checkpoints too.
         preset: What made data sets without a recipe; else the presets are tried.
         changes: Overrides of the preset, such as tokenization.fps=12; may be given again.
         as_json: Print JSON.

@@ -92,14 +92,25 @@ class Tally:
             fingerprint: What its folder must be named after.
         """
         name = uri.split("/")[-2]
-        if not same_place(uri, recorded_uri):
-            detail = f"says that it lies at {recorded_uri}: this data root was copied or moved"
-            hint = "move it back: the files that a manifest names are where they were written"
-            self.add(ProblemKind.CONTENT, uri, detail, hint)
+        if not self.is_in_place(uri, recorded_uri):
             return False
         if not fingerprint.startswith(name):
             detail = f"has the fingerprint {fingerprint[: len(name)]}, but is in the folder {name}"
             self.add(ProblemKind.MANIFEST, uri, detail, remake_hint(uri))
+            return False
+        return True
+
+    def is_in_place(self, uri: str, recorded_uri: str) -> bool:
+        """Whether a record lies where it says; if not, note it.
+
+        Args:
+            uri: Where the record was found.
+            recorded_uri: Where it says that it is.
+        """
+        if not same_place(uri, recorded_uri):
+            detail = f"says that it lies at {recorded_uri}: this data root was copied or moved"
+            hint = "move it back: the files that a record names are where they were written"
+            self.add(ProblemKind.CONTENT, uri, detail, hint)
             return False
         return True
 

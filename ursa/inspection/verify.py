@@ -35,7 +35,8 @@ def verify_root(
 
     Args:
         root_uri: The data root.
-        with_media: Read every clip file and compare its hash; else they only must be there.
+        with_media: Read every clip file, model and checkpoint and compare its hash; else they only
+            must be there.
         config: What to try for data sets that have no recipe beside them; None tries the presets.
 
     Returns:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ursa import storage
 from ursa.annotation.records import Annotation, AnnotationReport
 from ursa.annotation.units import REPORT_NAME
-from ursa.artifacts import IngestedVideo
+from ursa.artifacts import CheckpointRef, ExportedModel, IngestedVideo, TokenizerRef
 from ursa.config import FrozenModel, fingerprint
 from ursa.data.clips import read_table
 from ursa.data.versions import (
@@ -25,19 +25,25 @@ from ursa.data.versions import (
 )
 from ursa.errors import ManifestError, SchemaVersionError, ShardFormatError
 from ursa.inspection.problems import ProblemKind, Tally, remake_hint, repair_hint
-from ursa.inspection.root import CLIP_SETS, MANIFEST_NAME, Record, list_below, same_place
+from ursa.inspection.root import CLIP_SETS, MANIFEST_NAME, Record, list_below
+from ursa.inspection.verify_folders import (
+    CHECKPOINTS,
+    MERGED,
+    checkpoint_hint,
+    verify_checkpoint,
+    verify_model,
+    verify_stage,
+    verify_tokenizer,
+)
 
 OTHER_FOLDERS = (
     "prepared",
     "trained",
     "sources",
     "schedules",
-    "tokenizers",
-    "models",
     "evaluations",
-    "checkpoints",
 )
-"""Where manifests lie that nothing else here reads."""
+"""Where manifests lie that nothing else here reads, and that name no files."""
 LOST_VERSION = (
     "put it back from a copy, if there is one; else leave it where it is: its number stays taken, "
     "and runs, lists and later versions go on without it"
@@ -52,7 +58,8 @@ def verify_records(tally: Tally, media: Mapping[str, str], *, with_media: bool) 
     Args:
         tally: Collects counts and problems.
         media: sha256 by URI of the clip files that have been looked at.
-        with_media: Read further clip files and compare their hashes; else they must be there.
+        with_media: Read further clip files, models and checkpoints and compare their hashes; else
+            they must be there.
 
     Raises:
         StorageError: If the store refuses or does not answer.
@@ -63,6 +70,9 @@ def verify_records(tally: Tally, media: Mapping[str, str], *, with_media: bool) 
     _verify_reports(reader)
     _verify_versions(reader)
     _verify_others(reader)
+    _verify_models(reader, with_media=with_media)
+    _verify_tokenizers(reader, with_media=with_media)
+    _verify_checkpoints(reader, with_media=with_media)
     reader.tell()
 
 
@@ -209,7 +219,7 @@ def _verify_versions(reader: _Reader) -> None:
         tally.num_versions += 1
         if isinstance(version, ManifestError):
             tally.add(ProblemKind.VERSION, uri, str(version), LOST_VERSION)
-        elif version is not None and _is_in_its_place(tally, uri, version):
+        elif version is not None and tally.is_in_place(uri, version.manifest_uri):
             named |= {item.rpartition("/")[2] for item in (version.files_uri, version.changes_uri)}
             for detail in _version_errors(version, set(uris)):
                 tally.add(ProblemKind.VERSION, uri, detail, LOST_VERSION)
@@ -221,16 +231,6 @@ def _verify_versions(reader: _Reader) -> None:
         except ShardFormatError as error:
             hint = f"delete {uri}: no version that can be read names it"
             tally.add(ProblemKind.TABLE, uri, str(error), hint)
-
-
-def _is_in_its_place(tally: Tally, uri: str, version: DatasetVersion) -> bool:
-    """Whether a version lies where it says; if not, note it."""
-    if not same_place(uri, version.manifest_uri):
-        detail = f"says that it lies at {version.manifest_uri}: this data root was copied or moved"
-        hint = "move it back: the files that a version names are where they were written"
-        tally.add(ProblemKind.CONTENT, uri, detail, hint)
-        return False
-    return True
 
 
 def _version_errors(version: DatasetVersion, uris: set[str]) -> Iterator[str]:
@@ -281,8 +281,67 @@ def _verify_version_tables(tally: Tally, version: DatasetVersion) -> None:
 
 def _verify_others(reader: _Reader) -> None:
     for folder in OTHER_FOLDERS:
-        uris = _records_below(reader.tally.root_uri, folder)
-        manifests = [uri for uri in uris if uri.endswith(f"/{MANIFEST_NAME}")]
-        for uri, error in reader.read(manifests, None):
-            if error is not None:
-                reader.tally.add(ProblemKind.MANIFEST, uri, str(error), remake_hint(uri))
+        for _ in _manifests(reader, folder, None):
+            pass
+
+
+def _manifests(
+    reader: _Reader, folder: str, kind: type[Record] | None
+) -> Iterator[tuple[str, Record]]:
+    """Yield the whole manifests below a folder, and note the others."""
+    uris = _records_below(reader.tally.root_uri, folder)
+    manifests = [uri for uri in uris if uri.endswith(f"/{MANIFEST_NAME}")]
+    for uri, found in reader.read(manifests, kind):
+        if isinstance(found, ManifestError):
+            reader.tally.add(ProblemKind.MANIFEST, uri, str(found), remake_hint(uri))
+        elif found is not None:
+            yield uri, found
+
+
+def _verify_models(reader: _Reader, *, with_media: bool) -> None:
+    tally, count = reader.tally, 0
+    for uri, model in _manifests(reader, "models", ExportedModel):
+        count += 1
+        if tally.is_in_place(uri, model.manifest_uri):
+            verify_model(tally, model, with_media=with_media)
+    if count and not with_media:
+        tally.not_checked.append(f"the bytes of {count} models (--media reads them)")
+
+
+def _verify_tokenizers(reader: _Reader, *, with_media: bool) -> None:
+    tally, count = reader.tally, 0
+    for uri, tokenizer in _manifests(reader, "tokenizers", TokenizerRef):
+        count += 1
+        if tally.is_in_place(uri, tokenizer.manifest_uri):
+            verify_tokenizer(tally, tokenizer, with_media=with_media)
+    if count:
+        tally.not_checked.append(
+            f"every bit of {count} tokenizers: no hash of their files is recorded"
+        )
+
+
+def _verify_checkpoints(reader: _Reader, *, with_media: bool) -> None:
+    tally, count = reader.tally, 0
+    uris = [
+        uri for folder in (CHECKPOINTS, MERGED) for uri in _records_below(tally.root_uri, folder)
+    ]
+    if not uris:
+        return
+    from ursa.training.checkpoint import (  # noqa: PLC0415  (torch takes seconds)
+        MARKER_FILE,
+        STATE_FILE,
+        CheckpointMarker,
+    )
+
+    markers = [uri for uri in uris if uri.endswith(f"/{MARKER_FILE}")]
+    for uri, marker in reader.read(markers, CheckpointMarker):
+        count += 1
+        if isinstance(marker, ManifestError):
+            tally.add(ProblemKind.MANIFEST, uri, str(marker), checkpoint_hint(uri))
+        elif marker is not None:
+            state_uri = storage.join(uri.rpartition("/")[0], STATE_FILE)
+            verify_checkpoint(tally, uri, state_uri, marker.state_sha256, with_media=with_media)
+    for uri, checkpoint in _manifests(reader, CHECKPOINTS, CheckpointRef):
+        verify_stage(tally, uri, checkpoint, MARKER_FILE)
+    if count and not with_media:
+        tally.not_checked.append(f"the bytes of {count} checkpoints (--media reads them)")
