@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from ursa.diffusion.draws import draw
 from ursa.diffusion.path import MaskedPath, MetricPath, MixturePath
-from ursa.diffusion.solver import draw_posterior, euler_step, guide
+from ursa.diffusion.solver import draw_posterior, euler_step, exact_step, guide
 from ursa.diffusion.timesteps import inference_times, shift_time, training_times
 
 times = st.floats(0.0, 0.9921875, allow_subnormal=False, width=32)
@@ -141,6 +141,48 @@ def test_step_keeps_ids_in_range_and_moves_closer(case, t, fraction):
         path, x_t, x_1, t=torch.tensor(t), t_next=torch.tensor(t_next), uniforms=uniforms
     )
     assert torch.equal(moved, again)
+
+
+@few
+@given(st.integers(2, 12), st.integers(0, 11), times, st.floats(0, 1, width=32))
+def test_exact_steps_of_the_baselines_carry_their_law(size, place, t, fraction):
+    x_1 = torch.tensor(place % size)
+    t_next = min(t + fraction * (1 - t), 1 - 2.0**-20)
+    # evenly spread numbers: a token jumps in a share that is wrong by one number at most
+    count = 400
+    spread = ((torch.arange(count) + 0.5) / count).double()
+    for path in (MixturePath(size), MaskedPath(size)):
+        every = torch.arange(path.num_states).repeat_interleave(count)
+        numbers = spread.repeat(path.num_states).expand(3, -1)
+        moved = exact_step(
+            path,
+            every,
+            x_1.expand_as(every),
+            t=t,
+            t_next=t_next,
+            numbers=numbers.clone,
+        )
+        share = torch.nn.functional.one_hot(moved, path.num_states).double()
+        transition = share.view(path.num_states, count, -1).mean(1)
+        carried = path.probs(x_1, t).double() @ transition
+        expected = path.probs(x_1, t_next).double()
+        torch.testing.assert_close(carried, expected, rtol=0, atol=1.1 / count)
+
+
+@few
+@given(cases(), times)
+def test_the_last_step_ends_at_the_clean_tokens(case, t):
+    path, x_1, _, generator = case
+    for each in every_path(path):
+        x_t = each.sample(x_1, t, generator=generator)
+        kept = x_t.clone()
+        assert torch.equal(each.last_step(x_t, x_1), x_1)
+        assert torch.equal(x_t, kept)
+    # of tokens that are drawn again, those that were seen stay
+    masked = MaskedPath(path.codebook_size)
+    x_t, drawn = masked.sample(x_1, t, generator=generator), x_1.flip(0)
+    ended = masked.last_step(x_t, drawn)
+    assert torch.equal(ended, torch.where(x_t == masked.mask_id, drawn, x_1))
 
 
 @few

@@ -12,8 +12,8 @@ Every path has the same interface and moves every token on its own:
   d/dt p_t(x) = sum_y p_t(y) u_t(x; y) - p_t(x) sum_z u_t(z; x) (Kolmogorov's forward equation);
 - `rate(x_t, x_1, t)`: their sum, and `jump(x_t, x_1, t)`: a draw in proportion to them;
 - `rate_over(x_t, x_1, t, t_next)`: the rate of t in the path's own time, times that time;
-- `exact_step(x_t, x_1, t, t_next, numbers)`: x_t carried to t_next by that process, without an
-  error of time;
+- `exact_step(x_t, x_1, t, t_next, numbers)`: x_t carried to t_next < 1 by that process, without an
+  error of time, and `last_step(x_t, x_1)`: to 1;
 - `rests_at_start`: whether all rates are 0 at t = 0.
 
 `probs` and `velocity` are the readable reference and hold (..., S) tensors; the others do not.
@@ -267,6 +267,10 @@ class MetricPath:
         start, end = (self.beta(_time(each, x_1, self.dtype)) for each in (t, t_next))
         return self.codebook.exact_step(x_t, x_1, start, end, numbers)
 
+    def last_step(self, x_t: Tensor, x_1: Tensor) -> Tensor:  # noqa: ARG002
+        """Return where a token is at t = 1: at x_1."""
+        return x_1
+
 
 class _ToClean:
     """What the baselines share: a jump goes to x_1, at a rate of 1 / (1 - t)."""
@@ -300,6 +304,10 @@ class _ToClean:
             numbers()[0].to(x_1.device) < (end - start) / (1 - start)
         )
         return torch.where(jumps, x_1.long(), x_t.long())
+
+    def last_step(self, x_t: Tensor, x_1: Tensor) -> Tensor:  # noqa: ARG002
+        """Return where a token is at t = 1: at x_1."""
+        return x_1
 
 
 class MixturePath(_ToClean):
@@ -402,8 +410,7 @@ class MaskedPath(_ToClean):
     V + 1 states: the last column of `probs` and `velocity`. Same interface as `MetricPath`, whose
     docstrings hold shapes and errors; x_1 has ids in [0, V), x_t in [0, V].
 
-    A code never moves again: whoever draws the last step from the posterior draws it for the
-    tokens that are still the mask.
+    A code never moves again, not even in the last step.
     """
 
     def __init__(self, codebook_size: int, *, dtype: torch.dtype = torch.float32) -> None:
@@ -478,6 +485,10 @@ class MaskedPath(_ToClean):
         x_1 = check_ids("x_1", x_1, self.codebook_size)
         x_t = check_like("x_t", x_t, x_1, self.num_states)
         return torch.where(x_t == self.mask_id, (1 / (1 - t)).to(self.dtype), 0.0)
+
+    def last_step(self, x_t: Tensor, x_1: Tensor) -> Tensor:
+        """Return where a token is at t = 1: at x_1 if it is still the mask, else where it is."""
+        return torch.where(x_t == self.mask_id, x_1, x_t)
 
 
 ProbabilityPath = MetricPath | MixturePath | MaskedPath

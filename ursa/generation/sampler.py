@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ursa.diffusion.draws import draw_multinomial
-from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.diffusion.path import ProbabilityPath
 from ursa.diffusion.solver import draw_from_head, euler_step, exact_step, guide, official_step
 from ursa.errors import ConfigError
 from ursa.generation.conditions import frame_clock
@@ -125,7 +125,7 @@ class Draws:
 
         return more
 
-    def source(self, path: MetricPath | MixturePath) -> Tensor:
+    def source(self, path: ProbabilityPath) -> Tensor:
         """Draw codes at t = 0.
 
         Args:
@@ -138,9 +138,7 @@ class Draws:
             return path.source(self._shape, generator=self.single)
         return path.source(self._shape, uniform=self.uniform())
 
-    def noised(
-        self, path: MetricPath | MixturePath, codes: Tensor, given: Tensor, t: float
-    ) -> Tensor:
+    def noised(self, path: ProbabilityPath, codes: Tensor, given: Tensor, t: float) -> Tensor:
         """Draw x_t of codes; the official order draws for the given frames alone.
 
         Args:
@@ -163,7 +161,7 @@ class Draws:
 
 def sample(  # noqa: PLR0913  (what the steps read)
     transformer: UrsaTransformer,
-    path: MetricPath | MixturePath,
+    path: ProbabilityPath,
     codes: Tensor,
     *,
     begins: Tensor,
@@ -214,7 +212,9 @@ def sample(  # noqa: PLR0913  (what the steps read)
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
             )
-            if not is_last:
+            if is_last:
+                moved = path.last_step(codes, moved)
+            else:
                 moved = _carry(path, codes, moved, begin, end, draws, sampling.solver)
         waits = (begins >= t_next).to(codes.device)[:, None, None]
         codes, stops = on_step(step, t, torch.where(waits, codes, moved))
@@ -224,7 +224,7 @@ def sample(  # noqa: PLR0913  (what the steps read)
 
 
 def _carry(
-    path: MetricPath | MixturePath,
+    path: ProbabilityPath,
     codes: Tensor,
     clean: Tensor,
     begin: Tensor,

@@ -25,7 +25,7 @@ from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch
 from ursa.data.mixed_loader import MixedLoader
 from ursa.diffusion.loss import linear_posterior_loss
-from ursa.diffusion.path import MetricPath
+from ursa.diffusion.path import ProbabilityPath
 from ursa.diffusion.timesteps import training_times
 from ursa.errors import NonFiniteLossError
 from ursa.model.adapters import dropouts
@@ -70,7 +70,7 @@ class Trainer:
         config: StageConfig,
         seed: int,
         model: UrsaTransformer,
-        path: MetricPath,
+        path: ProbabilityPath,
         text_tokenizer: TextTokenizer,
         loader: MixedLoader,
         max_prompt_length: int,
@@ -309,7 +309,7 @@ def peak_memory_bytes() -> int:
 
 def make_noisy_batch(
     batch: TokenBatch,
-    path: MetricPath,
+    path: ProbabilityPath,
     config: StageConfig,
     text_tokenizer: TextTokenizer,
     *,

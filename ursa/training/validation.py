@@ -18,7 +18,7 @@ from ursa.artifacts import GridSetting, LossGrid
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch, TokenSamples
 from ursa.diffusion.loss import linear_posterior_loss
-from ursa.diffusion.path import MetricPath, MixturePath
+from ursa.diffusion.path import ProbabilityPath
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer
 from ursa.training.distributed import drop_gathered
@@ -45,7 +45,7 @@ class _Case(NamedTuple):
 @torch.inference_mode()
 def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
     model: UrsaTransformer,
-    path: MetricPath | MixturePath,
+    path: ProbabilityPath,
     text_tokenizer: TextTokenizer,
     samples: TokenSamples,
     *,
@@ -268,7 +268,7 @@ def settings_of(samples: TokenSamples) -> tuple[GridSetting, ...]:
     return tuple(SETTING_PREFIX) if num_frames > GIVEN_FRAMES else ("synchronous",)
 
 
-def _noisy(batch: TokenBatch, path: MetricPath | MixturePath, t: float, seed: int) -> Tensor:
+def _noisy(batch: TokenBatch, path: ProbabilityPath, t: float, seed: int) -> Tensor:
     """Return the codes of a batch at time t, shape (B, F, H, W)."""
     uniform = torch.stack(
         [
