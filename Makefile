@@ -4,6 +4,7 @@ PYTHON ?= python3
 PRESET ?= tiny
 SOURCE ?= tests/data/videos
 PARAMS ?=
+ARGS ?=
 export PRESET SOURCE PARAMS
 # threads that wait must not spin: beside other processes spinning costs a factor of nine
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -15,7 +16,7 @@ SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down status deploy check check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
-  bench-steps bench-plan
+  bench-steps bench-plan ablation
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,3 +96,6 @@ bench-steps: setup ## quality against number of forwards on the newest model of 
 
 bench-plan: setup ## memory and time of training, planned and measured: some minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/plan.py
+
+ablation: setup ## paths, schedules, shifts, clocks of frames on a tiny model: half an hour on two cores
+	PYTHONPATH=. $(BIN)/python tests/bench/ablation.py --preset "$$PRESET" --source "$$SOURCE" $(ARGS)
