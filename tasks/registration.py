@@ -94,10 +94,11 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
 def _log_card(
     context: RunContext, trained: TrainedModel, report: EvalReport, version: ModelVersion
 ) -> None:
-    """Write the model card beside the run; none if the data set version is gone."""
+    """Write the model card beside the run; none if there is no data set version (any more)."""
     from ursa.inspection.model_card import model_card  # noqa: PLC0415  (matplotlib: a second)
 
-    data = storage.load_record(trained.version_uri, DatasetVersion)
+    has_version = bool(trained.version_uri)
+    data = storage.load_record(trained.version_uri, DatasetVersion) if has_version else None
     if data is None:
         return
     origin = {
