@@ -66,7 +66,7 @@ def finish_version(registry: Registry, version: str, report: EvalReport) -> None
         report: Its evaluation.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
+        ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
     registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)
@@ -86,7 +86,7 @@ def decide_by_gate(registry: Registry, version: str, report: EvalReport) -> Deci
         The decision, carried out; the same report gives one decision.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
+        ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
     settle(registry)
@@ -137,7 +137,7 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
     Raises:
         ConfigError: If there is no such version, or it is not whole, or was refused and there is no
             reason.
-        ManifestError: If a decision on record is damaged.
+        ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
     versions = whole_versions(registry)
@@ -172,7 +172,7 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
 
     Raises:
         ConfigError: If there is no champion, or none before it is on record or there any more.
-        ManifestError: If a decision on record is damaged.
+        ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
     finished = settle(registry)
@@ -204,7 +204,7 @@ def settle(registry: Registry) -> list[Decision]:
         These decisions, oldest first.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
+        ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
     pending = pending_decisions(registry)
@@ -220,7 +220,6 @@ def pending_decisions(registry: Registry) -> list[Decision]:
         registry: The registered model.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
         StorageError: If the store refuses or does not answer.
     """
     decisions = decisions_of(registry)
@@ -251,7 +250,6 @@ def decisions_of(registry: Registry) -> list[Decision]:
         registry: The registered model.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
         StorageError: If the store refuses or does not answer.
     """
     made_ms = _made_ms(registry)
@@ -279,7 +277,7 @@ def record_move(registry: Registry) -> Decision | None:
         registry: The registered model; nothing is pending.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
+        ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
     moved = moved_alias(registry)
@@ -309,7 +307,6 @@ def moved_alias(registry: Registry) -> tuple[str | None, str | None] | None:
         registry: The registered model; nothing is pending.
 
     Raises:
-        ManifestError: If a decision on record is damaged.
         StorageError: If the store refuses or does not answer.
     """
     decisions = decisions_of(registry)

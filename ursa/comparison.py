@@ -24,7 +24,7 @@ from ursa.config import RunConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples, source_ids
 from ursa.diffusion.path import MetricPath, MixturePath
-from ursa.errors import ConfigError, DataError
+from ursa.errors import ConfigError, DataError, ManifestError
 from ursa.gate import compare, not_compared
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import UrsaTransformer
@@ -97,16 +97,19 @@ class ScoresPlace(NamedTuple):
         return TokenSamples(self.datasets.video_validation, max_samples=limit)
 
     def find(self, model_key: str) -> HeldOutScores | None:
-        """Return the scores of a model, if it was measured before.
+        """Return the scores of a model, if it was measured before; damaged ones count as none.
 
         Args:
             model_key: `ExportedModel.content_key` of the model.
 
         Raises:
-            ManifestError: If the record is damaged.
             StorageError: If the store refuses or does not answer.
         """
-        return storage.load_record(self.uri(model_key), HeldOutScores)
+        try:
+            return storage.load_lasting(self.uri(model_key), HeldOutScores)
+        except ManifestError as error:
+            logger.warning("the model is measured again: %s", error)
+            return None
 
     def commit(self, model_key: str, grids: tuple[LossGrid, ...]) -> HeldOutScores | None:
         """Commit the scores of a model.
@@ -125,17 +128,19 @@ class ScoresPlace(NamedTuple):
         if not grids or not all(grid.is_finite for grid in grids):
             return None
         held_out, uri = self.held_out(), self.uri(model_key)
-        return storage.commit_record(
-            uri,
-            HeldOutScores(
-                manifest_uri=uri,
-                model_key=model_key,
-                sample_ids=tuple(held_out.sample_ids),
-                clip_ids=tuple(held_out.clip_ids),
-                source_ids=tuple(held_out.source_ids),
-                grids=grids,
-            ),
+        scores = HeldOutScores(
+            manifest_uri=uri,
+            model_key=model_key,
+            sample_ids=tuple(held_out.sample_ids),
+            clip_ids=tuple(held_out.clip_ids),
+            source_ids=tuple(held_out.source_ids),
+            grids=grids,
         )
+        try:
+            return storage.commit_record(uri, scores)
+        except ManifestError as error:  # they are no less true for it
+            logger.warning("%s; delete it, and the next run writes it again", error)
+            return scores
 
 
 def compare_with(

@@ -1,11 +1,13 @@
 """The record of releases: every promotion, refusal and rollback of a registered model, for good.
 
 Decisions are numbered and put if absent, as versions of data sets are: of two at once one takes a
-number, and the other looks again. One is written before the alias is moved; what a kill left
+number, and the other looks again; a damaged one keeps its number and is passed over with a
+warning. One is written before the alias is moved; what a kill left
 undone is found and finished by the next (`tasks.releases`).
 """
 
 import getpass
+import logging
 import re
 import secrets
 import socket
@@ -18,6 +20,9 @@ from pydantic import Field
 
 from ursa import storage
 from ursa.config import FrozenModel
+from ursa.errors import ManifestError
+
+logger = logging.getLogger(__name__)
 
 Event = Literal["promoted", "refused", "rolled_back", "moved"]
 
@@ -95,18 +100,19 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
         The decision that stands, with its number and time.
 
     Raises:
-        ManifestError: If a record is damaged.
+        ManifestError: If another run takes the number with a damaged record.
         StorageError: If the store refuses or does not answer.
     """
     key = key or secrets.token_hex(16)
     while True:
-        known = list_decisions(root_uri, model_name)
-        for decision in known:
+        # one listing for both: what another run writes after it takes the number that is next here
+        numbers = _numbers(root_uri, model_name)
+        for decision in _readable(root_uri, model_name, numbers):
             if decision.key == key:
                 return decision
-        number = known[-1].number + 1 if known else 1
+        number = max(numbers, default=0) + 1
         decision = Decision(
-            record_uri=storage.join(_folder_uri(root_uri, model_name), f"{number:06d}.json"),
+            record_uri=_record_uri(root_uri, model_name, number),
             number=number,
             previous_uri=previous_uri,
             model_name=model_name,
@@ -127,22 +133,18 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
 
 
 def list_decisions(root_uri: str, model_name: str) -> list[Decision]:
-    """Return all decisions about a model, oldest first.
+    """Return all decisions about a model that can be read, oldest first.
+
+    A damaged one is named in a warning.
 
     Args:
         root_uri: The data root.
         model_name: The registered model.
 
     Raises:
-        ManifestError: If a record is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    try:
-        listed = storage.list_files(_folder_uri(root_uri, model_name), with_etag=False)
-    except FileNotFoundError:
-        return []
-    uris = sorted(item.uri for item in listed if re.search(r"/[0-9]{6}\.json$", item.uri))
-    return [found for found in storage.load_records(uris, Decision) if found is not None]
+    return _readable(root_uri, model_name, _numbers(root_uri, model_name))
 
 
 def earlier_champions(decisions: Sequence[Decision], champion: str | None) -> list[str]:
@@ -168,6 +170,33 @@ def earlier_champions(decisions: Sequence[Decision], champion: str | None) -> li
     if before[-1:] == [champion]:
         before.pop()
     return before[::-1]
+
+
+def _readable(root_uri: str, model_name: str, numbers: Sequence[int]) -> list[Decision]:
+    decisions = []
+    for number in numbers:
+        try:
+            found = storage.load_lasting(_record_uri(root_uri, model_name, number), Decision)
+        except ManifestError as error:
+            logger.warning("a decision is passed over: %s", error)
+            continue
+        if found is not None:
+            decisions.append(found)
+    return decisions
+
+
+def _numbers(root_uri: str, model_name: str) -> list[int]:
+    """Return the numbers that are taken, ascending."""
+    try:
+        listed = storage.list_files(_folder_uri(root_uri, model_name), with_etag=False)
+    except FileNotFoundError:
+        return []
+    found = (re.search(r"/([0-9]{6})\.json$", item.uri) for item in listed)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _record_uri(root_uri: str, model_name: str, number: int) -> str:
+    return storage.join(_folder_uri(root_uri, model_name), f"{number:06d}.json")
 
 
 def _folder_uri(root_uri: str, model_name: str) -> str:

@@ -111,9 +111,6 @@ def history(*, name: str = _DEFAULT, root: str | None = None, as_json: AsJson = 
         name: Of the registered model.
         root: The data root; URSA_DATA_URI, or .ursa/data.
         as_json: Print JSON: the records as they are committed.
-
-    Raises:
-        ManifestError: If a record is damaged.
     """
     from ursa.decisions import list_decisions
 

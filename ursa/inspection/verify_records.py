@@ -23,6 +23,7 @@ from ursa.data.versions import (
     read_changes,
     version_fingerprint,
 )
+from ursa.decisions import Decision
 from ursa.errors import ManifestError, SchemaVersionError, ShardFormatError
 from ursa.inspection.problems import ProblemKind, Tally, remake_hint, repair_hint
 from ursa.inspection.root import CLIP_SETS, MANIFEST_NAME, Record, list_below
@@ -41,9 +42,14 @@ OTHER_FOLDERS = (
     "trained",
     "sources",
     "schedules",
+    "scores",
     "evaluations",
 )
 """Where manifests lie that nothing else here reads, and that name no files."""
+LOST_DECISION = (
+    "put it back from a copy, if there is one; else leave it where it is: its number stays taken, "
+    "and `ursa models` goes on without it"
+)
 LOST_VERSION = (
     "put it back from a copy, if there is one; else leave it where it is: its number stays taken, "
     "and runs, lists and later versions go on without it"
@@ -69,6 +75,7 @@ def verify_records(tally: Tally, media: Mapping[str, str], *, with_media: bool) 
     _verify_annotations(reader)
     _verify_reports(reader)
     _verify_versions(reader)
+    _verify_decisions(reader)
     _verify_others(reader)
     _verify_models(reader, with_media=with_media)
     _verify_tokenizers(reader, with_media=with_media)
@@ -277,6 +284,13 @@ def _verify_version_tables(tally: Tally, version: DatasetVersion) -> None:
         if counts != Counter(version.changes):
             detail = f"counts {dict(version.changes)}, its table of changes {dict(counts)}"
             tally.add(ProblemKind.VERSION, version.manifest_uri, detail, LOST_VERSION)
+
+
+def _verify_decisions(reader: _Reader) -> None:
+    uris = _records_below(reader.tally.root_uri, "releases")
+    for uri, found in reader.read(uris, Decision):
+        if isinstance(found, ManifestError):
+            reader.tally.add(ProblemKind.VERSION, uri, str(found), LOST_DECISION)
 
 
 def _verify_others(reader: _Reader) -> None:

@@ -12,6 +12,7 @@ from ursa import storage
 from ursa.annotation.records import AnnotationReport
 from ursa.annotation.units import REPORT_NAME
 from ursa.cli import main
+from ursa.decisions import record_decision
 from ursa.inspection.problems import ProblemKind, Tally
 from ursa.inspection.verify import verify_root
 from ursa.inspection.verify_records import verify_records
@@ -236,3 +237,24 @@ def test_a_person_sees_the_warning(records):
     assert done.returncode == 0
     assert f"passed over: {one.as_uri()}: not a manifest" in done.stderr
     assert "`ursa data repair` mends it or says what to do" in done.stderr
+
+
+def test_a_damaged_decision_is_named_and_keeps_its_place(records):
+    decision = record_decision(
+        records.root.uri,
+        "ursa",
+        "refused",
+        registry_made_ms=0,
+        version="1",
+        champion=None,
+        champion_before=None,
+        previous_uri=None,
+        reason="worse",
+        decided_by="a test",
+    )
+    assert look(records.root).problems == ()
+    path = storage.local_path(decision.record_uri)
+    path.write_text(path.read_text("utf-8").replace("worse", "better"), "utf-8")
+    (problem,) = look(records.root).problems
+    assert storage.local_path(problem.uri) == path
+    assert "its number stays taken" in problem.repair

@@ -75,6 +75,10 @@ def test_a_damaged_model_is_refused_and_the_champion_measured_once(model, data, 
     assert any(reason.startswith("loss is worse than that of champion") for reason in reasons)
     assert compare_with(champion, pipeline, scores, place) == comparison
     assert opened == [model.directory_uri]  # what it does there is on record
+    stored = storage.local_path(place.uri(champion.model_key))
+    stored.write_bytes(stored.read_bytes()[:-20])
+    assert compare_with(champion, pipeline, scores, place) == comparison
+    assert len(opened) == 2  # a damaged record is none
 
 
 def test_a_copy_differs_by_exactly_nothing(model, data, opened, tmp_path):

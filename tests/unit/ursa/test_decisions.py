@@ -86,3 +86,14 @@ def test_a_second_rollback_goes_back_further(tmp_path):
     assert champions("4") == ["1"]
     # somebody has moved the alias by hand: the champion on record is the one before
     assert champions("7") == ["4", "1"]
+
+
+def test_a_damaged_decision_keeps_its_number_and_is_passed_over(tmp_path, caplog):
+    root = str(tmp_path)
+    first, second = (record(root, "refused", number, None, None) for number in "12")
+    path = storage.local_path(second.record_uri)
+    path.write_bytes(path.read_bytes().replace(b"because", b"became "))
+    third = record(root, "refused", "3", None, None)
+    assert third.number == 3
+    assert list_decisions(root, "ursa") == [first, third]
+    assert "000002.json" in caplog.text
