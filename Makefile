@@ -16,7 +16,7 @@ SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down status deploy check check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
-  bench-steps bench-plan ablation
+  bench-steps bench-plan bench-gpu ablation
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ bench-steps: setup ## quality against number of forwards on the newest model of 
 
 bench-plan: setup ## memory and time of training, planned and measured: some minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/plan.py
+
+bench-gpu: setup ## training and sampling of 0.6B parameters on a GPU: some minutes; ARGS="--device cpu --small" without
+	PYTHONPATH=. $(BIN)/python tests/bench/gpu.py $(ARGS)
 
 ablation: setup ## paths, schedules, shifts, clocks of frames on a tiny model: half an hour on two cores
 	PYTHONPATH=. $(BIN)/python tests/bench/ablation.py --preset "$$PRESET" --source "$$SOURCE" $(ARGS)

@@ -46,7 +46,9 @@ class RuntimeSettings(BaseSettings):
     cpus_per_train_worker: int = Field(
         default=0, ge=0, description="cores of a training process; 0 shares out this machine's"
     )
-    gpus_per_train_worker: int = Field(default=0, ge=0, description="GPUs of a training process")
+    gpus_per_train_worker: int = Field(
+        default=0, ge=0, le=1, description="1: each training process has a GPU of its own"
+    )
     train_strategy: Strategy = Field(
         default="replicated",
         description="fsdp: each training process holds a part of weights, optimizer and average",
@@ -97,6 +99,7 @@ class RuntimeSettings(BaseSettings):
             strategy=self.train_strategy,
             activation_checkpointing=self.activation_checkpointing,
             compile_layers=self.compile_layers,
+            device="cuda" if self.gpus_per_train_worker else "cpu",
         )
 
     def uri(self, *parts: str) -> str:

@@ -1,6 +1,8 @@
 """Layers of the network that keep less, or are compiled; names and values of weights stay."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,10 +33,18 @@ def checkpoint_activations(model: UrsaTransformer, level: Recomputed) -> None:
         }
         for part in parts[level]:
             assert isinstance(part, nn.Module)
-            # nothing in a layer is random but the masks of adapters, which follow from seeds
-            part.forward = functools.partial(
-                checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            part.forward = _recomputed(part.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward pass that keeps its inputs alone; a plain function, which compiles."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # nothing in a layer is random but the masks of adapters, which follow from seeds
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return wrapped
 
 
 def compile_layers(model: UrsaTransformer) -> None:

@@ -101,7 +101,7 @@ def restore_state(
         state: Named tensors of `training_state`, whole, the same on all ranks.
         model: Its weights are replaced; sharded or not, as the average and the optimizer.
         average: Its weights and count are replaced.
-        optimizer: Its moments are replaced.
+        optimizer: Its moments are replaced; they go where the weights are.
 
     Raises:
         RuntimeError: If names or shapes of the weights do not fit the network.
@@ -113,10 +113,13 @@ def restore_state(
             {name: shard_like(value, known.get(name, value)) for name, value in weights.items()}
         )
     average.n_averaged.copy_(state["ema_num_averaged"])
+    is_fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in model.named_parameters():
         suffix = f".{name}"
         optimizer.state[parameter] = {
-            key.removeprefix("optimizer.").removesuffix(suffix): _moment(value, parameter)
+            key.removeprefix("optimizer.").removesuffix(suffix): _moment(
+                value, parameter, is_fused=is_fused
+            )
             for key, value in state.items()
             if key.startswith("optimizer.") and key.split(".", 2)[2] == name
         }
@@ -371,9 +374,14 @@ def _committed(stage_uri: str) -> list[tuple[str, int]]:
     return sorted(found, key=lambda item: item[1], reverse=True)
 
 
-def _moment(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy for the optimizer, sharded as its parameter; the step count is a number."""
-    return shard_like(value, parameter).clone() if value.shape == parameter.shape else value.clone()
+def _moment(value: Tensor, parameter: Tensor, *, is_fused: bool) -> Tensor:
+    """Return a copy for the optimizer, sharded as its parameter; the step count is a number.
+
+    A fused optimizer counts its steps on the device.
+    """
+    if value.shape == parameter.shape:
+        return shard_like(value, parameter).to(parameter.device, copy=True)
+    return value.to(parameter.device if is_fused else "cpu", copy=True)
 
 
 def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ References:
     Sharding: ZeRO, arXiv 1910.02054, stage 3; PyTorch FSDP, arXiv 2304.11277.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ursa.errors import ConfigError
 from ursa.model.transformer import UrsaTransformer
+from ursa.training.execution import DeviceType
 
 Found = TypeVar("Found")
 
@@ -129,6 +131,30 @@ def current_group() -> Group:
     if dist.is_available() and dist.is_initialized():
         return Group(dist.get_rank(), dist.get_world_size())
     return Group(0, 1)
+
+
+def local_device(kind: DeviceType) -> torch.device:
+    """Return where this process computes; on a GPU it becomes torch's current device.
+
+    Launchers number the processes of a machine in the variable LOCAL_RANK.
+
+    Args:
+        kind: cuda is the GPU of that number.
+
+    Raises:
+        ConfigError: If there is no such GPU.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(
+            f"training process {number} of this machine is to have a GPU, and torch finds {count}; "
+            "set URSA_GPUS_PER_TRAIN_WORKER to 0, lower URSA_NUM_TRAIN_WORKERS, or check the "
+            "driver and that torch is built for it"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def shard_model(model: UrsaTransformer, *, precision: torch.dtype = torch.float32) -> None:

@@ -10,6 +10,7 @@ from ursa.config import FrozenModel
 from ursa.model.size import Recomputed
 
 Strategy = Literal["replicated", "fsdp"]
+DeviceType = Literal["cpu", "cuda"]
 CPU_BACKEND = "gloo"
 GPU_BACKEND = "cpu:gloo,cuda:nccl"
 """Flags, records and what lies on the CPU go by gloo, tensors of GPUs by NCCL."""
@@ -25,11 +26,15 @@ class Execution(FrozenModel):
         activation_checkpointing: What is computed again in the backward pass instead of kept: the
             inside of the MLPs; that of MLPs and attention; all of a layer but its input.
         compile_layers: Whether `torch.compile` turns each layer into machine code.
+        device: Where the network is: cuda is the GPU of the number that the process has on its
+            machine. Prompts, times and noise are drawn on the CPU either way, so that a step learns
+            from the same tokens everywhere.
     """
 
     strategy: Strategy = "replicated"
     activation_checkpointing: Recomputed = "none"
     compile_layers: bool = False
+    device: DeviceType = "cpu"
 
 
 DEFAULT_EXECUTION = Execution()

@@ -6,6 +6,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,14 @@ def build_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
             they stand on, and other weights to 0.
         config: The stage: rate, betas, weight decay.
     """
+    parameters = list(model.parameters())
     return torch.optim.AdamW(
-        model.parameters(),
+        parameters,
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
+        # one kernel without copies of all weights; on a CPU it has other bits than the plain one
+        fused=True if parameters[0].device.type == "cuda" else None,
     )
 
 
@@ -80,9 +84,12 @@ def build_average(model: nn.Module, config: StageConfig) -> AveragedModel:
         config: The stage: `ema_decay`.
     """
 
-    def update(average: Tensor, value: Tensor, num_averaged: Tensor | int) -> Tensor:
-        count = float(num_averaged)
+    def update(
+        averages: Sequence[Tensor], values: Sequence[Tensor], num_averaged: Tensor | int
+    ) -> None:
+        count = float(num_averaged)  # once a step: on a GPU reading it waits for all that goes on
         decay = min(config.ema_decay, (1 + count) / (10 + count))
-        return average.lerp(value, 1 - decay)
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, 1 - decay)
 
-    return AveragedModel(model, avg_fn=update)
+    return AveragedModel(model, multi_avg_fn=update)

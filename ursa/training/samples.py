@@ -110,6 +110,7 @@ class StageSamples:
             if is_main:
                 average = UrsaTransformer(trainer.model.config)
                 average.load_state_dict(state)
+                average.to(trainer.device)
         if not is_main:
             return
         assert isinstance(average, UrsaTransformer)
@@ -155,7 +156,7 @@ class StageSamples:
     @cached_property
     def _visual_tokenizer(self) -> AutoencoderTokenizer:
         with storage.local_directory(self._request.visual_tokenizer.directory_uri) as folder:
-            return load_visual_tokenizer(folder)
+            return load_visual_tokenizer(folder).to(device=self._trainer.device)
 
     def _pipeline(self, average: UrsaTransformer) -> UrsaPipeline:
         request = self._request

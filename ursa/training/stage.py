@@ -47,7 +47,7 @@ from ursa.training.checkpoint import (
     training_state,
 )
 from ursa.training.distributed import Group, current_group
-from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, Execution
+from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, GPU_BACKEND, Execution
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.merging import publish_merged
 from ursa.training.optim import build_average, build_optimizer, trained_part
@@ -249,7 +249,7 @@ def launch_local(
     execution: Execution = DEFAULT_EXECUTION,
     on_metrics: OnMetrics | None = None,
 ) -> CheckpointRef:
-    """Run `train_stage` in gloo processes of this machine; one worker runs in this process.
+    """Run `train_stage` in processes of this machine; one worker runs in this process.
 
     Args:
         request: Everything that decides the stage.
@@ -719,6 +719,10 @@ class _Validation:
                 max_prompt_length=self.trainer.max_prompt_length,
                 seed=address_seed(self.request.config.seed, "validation"),
                 setting=setting,
+                # float32 takes ten times as long on a GPU, on a CPU hardly longer
+                precision=self.trainer.precision
+                if self.trainer.device.type == "cuda"
+                else torch.float32,
             )
         self.spent_s += time.perf_counter() - began
         return grid
@@ -766,8 +770,12 @@ def _local_worker(
     on_metrics: OnMetrics | None,
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group(
-        CPU_BACKEND, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+        CPU_BACKEND if execution.device == "cpu" else GPU_BACKEND,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
     )
     try:
         train_stage(request, execution=execution, on_metrics=on_metrics)

@@ -33,7 +33,13 @@ from ursa.model.size import Clip
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
 from ursa.training.blocks import checkpoint_activations, compile_layers
-from ursa.training.distributed import Group, drop_gathered, shard_model, whole
+from ursa.training.distributed import (
+    Group,
+    drop_gathered,
+    local_device,
+    shard_model,
+    whole,
+)
 from ursa.training.execution import DEFAULT_EXECUTION, Execution
 from ursa.training.optim import build_average, build_optimizer, learning_rate, trained_part
 from ursa.training.plan import training_flops
@@ -85,7 +91,8 @@ class Trainer:
             stage: Name of the stage, part of the address of every draw.
             config: Its settings.
             seed: Of the run.
-            model: The network; its weights change, or those of its adapters.
+            model: The network; it is moved to the device of `execution`, and its weights change, or
+                those of its adapters.
             path: The probability path.
             text_tokenizer: Turns prompts into ids.
             loader: Training samples; `close` closes it too.
@@ -94,8 +101,11 @@ class Trainer:
             execution: How it is computed.
 
         Raises:
-            ConfigError: If layers are to be compiled and that does not work on this machine.
+            ConfigError: If there is no such device, or layers are to be compiled and that does not
+                work on this machine.
         """
+        self.device = local_device(execution.device)
+        model.to(self.device)
         self.stage = stage
         self.config = config
         self.seed = seed
@@ -108,7 +118,7 @@ class Trainer:
         self._noising = ThreadPoolExecutor(1, thread_name_prefix="noising")
         self._ahead: dict[int, Future[NoisyBatch]] = {}
         self.is_sharded = execution.strategy == "fsdp" and group.world_size > 1
-        self._precision = getattr(torch, config.precision)
+        self.precision = getattr(torch, config.precision)
         self._dropouts = dropouts(model)
         is_whole = trained_part(model) is model
         if is_whole:  # a copy, so before the layers are changed
@@ -118,7 +128,7 @@ class Trainer:
             compile_layers(model)
         if self.is_sharded:
             # validation computes in float32, with adapters on this network too
-            shard_model(model, precision=self._precision if is_whole else torch.float32)
+            shard_model(model, precision=self.precision if is_whole else torch.float32)
             if is_whole:
                 average = self.average.module
                 assert isinstance(average, UrsaTransformer)
@@ -269,17 +279,18 @@ class Trainer:
             for each in (batch.text_ids, batch.x_t, batch.x_1.flatten(1), torch.tensor(batch.seeds))
         ]
         means = []
-        for text_ids, x_t, x_1, seeds in zip(*parts, strict=True):
+        for *part, seeds in zip(*parts, strict=True):
+            text_ids, x_t, x_1 = (each.to(self.device) for each in part)
             self._seed_dropouts(seeds.tolist())
             # the last part may be smaller than the others
             weight = len(x_1) / len(batch.x_1)
             with torch.autocast(
-                x_t.device.type, self._precision, enabled=self._precision != torch.float32
+                x_t.device.type, self.precision, enabled=self.precision != torch.float32
             ):
                 hidden = self.model.hidden_states(text_ids, x_t)
             # the head multiplies in the type of the states; softmax and loss are float32
             result = linear_posterior_loss(
-                hidden.to(self._precision), self.model.lm_head.weight, x_1
+                hidden.to(self.precision), self.model.lm_head.weight, x_1
             )
             (result.loss * weight).backward()
             means.append(torch.stack([result.loss.detach(), result.accuracy]) * weight)

@@ -54,6 +54,7 @@ def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
     max_prompt_length: int,
     seed: int,
     setting: GridSetting = "synchronous",
+    precision: torch.dtype = torch.float32,
 ) -> LossGrid:
     """Measure mean cross-entropy and accuracy by time and latent frame in one pass over the grid.
 
@@ -68,11 +69,13 @@ def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
         seed: Decides the noise, together with t and the name of the sample.
         setting: What each frame sees around it; see `LossGrid`. With one latent frame the settings
             but "synchronous" measure nothing that it does not.
+        precision: In which matrices are multiplied.
 
     Returns:
         The grid. len(timesteps) forward passes a sample, whatever the setting.
     """
     model.eval()
+    device = model.lm_head.weight.device
     times = tuple(dict.fromkeys(timesteps))
     count = len(samples)
     given = GIVEN_FRAMES if setting == "image_to_video" else 0
@@ -81,13 +84,14 @@ def measure_grid(  # noqa: PLR0913  (a model, what goes with it, and the grid)
     by_sample = torch.zeros(2, count, dtype=torch.float64)
     for start in range(0, count, batch_size):
         batch = samples.batch(range(start, min(start + batch_size, count)))
-        text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length)
-        clean = batch.visual_ids[:, given:].flatten(1)
+        text = text_tokenizer.encode(batch.captions, max_length=max_prompt_length).to(device)
+        clean = batch.visual_ids[:, given:].flatten(1).to(device)
         noisy = torch.stack([_noisy(batch, path, t, seed) for t in times])
         for number in range(len(times)):
             case = _case(batch, noisy, number, setting, seed)
-            hidden = model.hidden_states(text, case.x_t)[:, -clean.shape[1] :]
-            measured = linear_posterior_loss(hidden, model.lm_head.weight, clean)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                hidden = model.hidden_states(text, case.x_t.to(device))[:, -clean.shape[1] :]
+            measured = linear_posterior_loss(hidden.to(precision), model.lm_head.weight, clean)
             size = len(batch.sample_ids)
             totals[number] += torch.stack([measured.loss, measured.accuracy]).double().cpu() * size
             # (2, B, F): loss and accuracy of each frame, added to the time that the frame is at

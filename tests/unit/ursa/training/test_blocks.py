@@ -172,6 +172,26 @@ def test_compiled_layers_with_adapters_learn_the_same(make_request, exported_mod
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("level", ["attention", "layer"])
+def test_what_is_computed_again_is_compiled(level):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of torch's own compiler
+        if not can_compile():
+            pytest.skip("torch.compile needs a C++ compiler")
+        model = build_transformer(factories.transformer_config(), seed=0)
+        checkpoint_activations(model, level)
+        compile_layers(model)
+        text, visual = (torch.zeros(1, *shape, dtype=torch.long) for shape in ((9,), (2, 4, 4)))
+        model.hidden_states(text, visual).sum().backward()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            model.hidden_states(text, visual).sum().backward()
+    names = {event.name for event in profiler.events()}
+    assert any("Compiled" in name for name in names)
+    assert "aten::silu" not in names, "the MLPs run operation by operation"
+
+
 def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
     script = """
 from tests import factories

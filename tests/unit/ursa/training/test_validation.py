@@ -39,7 +39,7 @@ def measured(make_request):
 
     trainer.model.hidden_states = note
 
-    def measure(setting="synchronous", *, timesteps=TIMES, batch_size=6):
+    def measure(setting="synchronous", *, timesteps=TIMES, batch_size=6, precision=torch.float32):
         shown.clear()
         grid = measure_grid(
             trainer.model,
@@ -51,12 +51,21 @@ def measured(make_request):
             max_prompt_length=trainer.max_prompt_length,
             seed=7,
             setting=setting,
+            precision=precision,
         )
         return grid, list(shown)
 
     measure.trainer, measure.samples = trainer, samples
     yield measure
     trainer.close()
+
+
+def test_half_precision_sees_the_same_tokens_and_stays_near(measured):
+    grid, shown = measured()
+    half, shown_half = measured(precision=torch.bfloat16)
+    assert all(torch.equal(*pair) for pair in zip(shown, shown_half, strict=True))
+    assert half.loss_by_time == pytest.approx(grid.loss_by_time, rel=0.01)
+    assert half.loss_by_time != grid.loss_by_time
 
 
 def test_a_cell_is_the_mean_over_the_tokens_of_its_frame(measured):

@@ -1,0 +1,106 @@
+"""Training on a GPU: the curve of a CPU, checkpoints that either can go on from, samples."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import factories
+from ursa import storage
+from ursa.config import STAGES
+from ursa.errors import ConfigError
+from ursa.training.execution import Execution
+from ursa.training.samples import step_folder
+from ursa.training.stage import samples_uri, train_stage
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+GPU, CPU = Execution(device="cuda"), Execution()
+SETTINGS = {"max_steps": 12, "checkpoint_every": 4, "log_every": 1, "precision": "float32"}
+
+
+class StopError(Exception):
+    """Ends a stage as a crash would, once."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> factories.TinyData:
+    return factories.write_tiny_data(str(tmp_path_factory.mktemp("data")))
+
+
+def train(
+    data, folder: Path, execution: Execution, *, stop_at: int = 0, stage=STAGES[1], **changes
+):
+    """Train a stage; return its loss at every step and the checkpoint, None if it was stopped."""
+    request = factories.stage_request(data, stage, str(folder), **(SETTINGS | changes))
+    losses: dict[int, float] = {}
+
+    def note(step, metrics) -> None:
+        losses[step] = metrics["train/loss"]
+        if step == stop_at:
+            raise StopError
+
+    try:
+        return losses, train_stage(request, execution=execution, on_metrics=note)
+    except StopError:
+        return losses, None
+
+
+def assert_near(found: dict[int, float], expected: dict[int, float], relative: float) -> None:
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=relative), step
+
+
+def test_the_curve_is_that_of_the_cpu(data, tmp_path):
+    expected, cpu = train(data, tmp_path / "cpu", CPU)
+    found, gpu = train(data, tmp_path / "gpu", GPU)
+    assert_near(found, expected, 1e-4)
+    assert len(found) == SETTINGS["max_steps"]
+    assert gpu.metrics["val/loss"] == pytest.approx(cpu.metrics["val/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("devices", [(GPU, GPU), (GPU, CPU), (CPU, GPU)])
+def test_a_stage_goes_on_from_a_checkpoint_of_either(data, tmp_path, devices):
+    expected, _ = train(data, tmp_path / "whole", devices[0])
+    _, stopped = train(data, tmp_path / "parts", devices[0], stop_at=6)
+    assert stopped is None
+    rest, _ = train(data, tmp_path / "parts", devices[1])
+    assert min(rest) == 5
+    assert_near(rest, expected, 1e-4)
+
+
+def test_half_precision_stays_near(data, tmp_path):
+    expected, _ = train(data, tmp_path / "cpu", CPU)
+    found, gpu = train(data, tmp_path / "gpu", GPU, precision="bfloat16")
+    assert_near(found, expected, 0.02)
+    assert gpu.metrics["val/loss"] < found[1]
+
+
+def test_samples_are_drawn_there(data, tmp_path):
+    changes = SETTINGS | {"sample_every": 6}
+    request = factories.stage_request(data, STAGES[1], str(tmp_path), **changes)
+    train_stage(request, execution=GPU)
+    for step in (6, 12):
+        folder = step_folder(samples_uri(request), step)
+        names = [item.uri.rsplit("/", 1)[1] for item in storage.list_files(folder)]
+        assert {"samples.png", "0.mp4"} <= set(names)
+
+
+def test_adapters_are_trained_and_merged_there(data, tmp_path):
+    pytest.importorskip("peft")
+    _, parent = train(data, tmp_path / "parent", GPU)
+    request = factories.stage_request(
+        data, STAGES[2], str(tmp_path / "lora"), init_from=parent, lora={}, **SETTINGS
+    )
+    found = train_stage(request, execution=GPU)
+    assert found.merged_uri is not None
+    assert found.metrics["val/loss"] < parent.metrics["val/loss"] + 0.5
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch, data, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(ConfigError, match="URSA_GPUS_PER_TRAIN_WORKER"):
+        train(data, tmp_path, GPU)
