@@ -808,10 +808,15 @@ def parse_record(uri: str, data: bytes, kind: type[Record]) -> Record:
     """
     envelope = _open(uri, data)
     if envelope.schema_version != SCHEMA_VERSION or envelope.kind != kind.__name__:
-        error = SchemaVersionError if envelope.schema_version != SCHEMA_VERSION else ManifestError
-        raise error(
+        found = (
             f"{uri}: holds {envelope.kind} of schema version {envelope.schema_version}, "
             f"expected {kind.__name__} of version {SCHEMA_VERSION}"
+        )
+        if envelope.schema_version == SCHEMA_VERSION:
+            raise ManifestError(found)
+        raise SchemaVersionError(
+            f"{found}; records of another version are read by the release that wrote them: go back "
+            "to it, or begin in an empty root"
         )
     try:
         return kind.model_validate(envelope.record)

@@ -29,6 +29,7 @@ from ursa.artifacts import (
     VideoInfo,
 )
 from ursa.config import TokenizationConfig
+from ursa.data.schema import schema_difference
 from ursa.errors import ClipUnavailableError, ShardFormatError
 
 _VERSION_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
@@ -322,11 +323,11 @@ def read_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pa.Table:
     except pa.ArrowException as error:
         raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
     num_rows = table.num_rows if num_rows is None else num_rows
-    if not table.schema.equals(schema, check_metadata=True) or table.num_rows != num_rows:
-        raise ShardFormatError(
-            f"{uri}: {table.num_rows} rows of schema {table.schema.metadata}, expected {num_rows} "
-            f"of {schema.metadata}"
-        )
+    difference = schema_difference(table.schema, schema)
+    if difference:
+        raise ShardFormatError(f"{uri}: {difference}")
+    if table.num_rows != num_rows:
+        raise ShardFormatError(f"{uri}: {table.num_rows} rows, expected {num_rows}")
     return table
 
 

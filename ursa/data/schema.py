@@ -1,4 +1,4 @@
-"""The Parquet schema of token shards and its version. Documented in docs/data-format.md."""
+"""The Parquet schema of token shards, its version, and how schemas differ (docs/data-format.md)."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,6 +7,52 @@ from ursa.artifacts import SCHEMA_VERSION
 
 SMALL_CODEBOOK = 1 << 16
 """Ids of codebooks up to this size are stored in 16 bits, larger ones in 32."""
+
+
+_WHAT_TO_DO = (
+    "read it with the release of ursa that wrote it, or let this one make the data again in an "
+    "empty root"
+)
+
+
+def schema_difference(found: pa.Schema, expected: pa.Schema) -> str:
+    """Say how the schema of a file differs from the one that it must have.
+
+    Args:
+        found: Of the file.
+        expected: What this release reads.
+
+    Returns:
+        The differences and what to do; "" if there is none. Columns must be the same in name, order
+        and type, and so must the metadata.
+    """
+    if found.equals(expected, check_metadata=True):
+        return ""
+    here, there = found.metadata or {}, expected.metadata or {}
+    parts = [
+        f"{key.decode(errors='replace')} is {_shown(here.get(key))}, expected "
+        f"{_shown(there.get(key))}"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+    parts += [f"column {name} is missing" for name in expected.names if name not in found.names]
+    parts += [f"column {name} is unknown" for name in found.names if name not in expected.names]
+    parts += [
+        f"column {field.name} is {_kind(found.field(field.name))}, expected {_kind(field)}"
+        for field in expected
+        if found.names.count(field.name) == 1 and not found.field(field.name).equals(field)
+    ]
+    if not parts:
+        parts = [f"columns stand as {', '.join(found.names)}, expected {', '.join(expected.names)}"]
+    return f"{'; '.join(parts)}; {_WHAT_TO_DO}"
+
+
+def _shown(value: bytes | None) -> str:
+    return "missing" if value is None else value.decode(errors="replace")[:80]
+
+
+def _kind(field: pa.Field) -> str:
+    return f"{field.type}{'' if field.nullable else ' not null'}"
 
 
 def id_type(codebook_size: int) -> type[np.unsignedinteger]:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ursa import storage
-from ursa.artifacts import SCHEMA_VERSION, ShardInfo
-from ursa.data.schema import token_schema
+from ursa.artifacts import ShardInfo
+from ursa.data.schema import schema_difference, token_schema
 from ursa.errors import ShardFormatError
 
 READ_THREADS = 4
@@ -107,10 +107,9 @@ def read_shard(
         table = file.read(columns=named, use_threads=False)
     except pa.ArrowException as error:
         raise ShardFormatError(f"{shard.uri}: no Parquet file ({error})") from error
-    if not file.schema_arrow.equals(token_schema(codebook_size), check_metadata=True):
-        raise ShardFormatError(
-            f"{shard.uri}: schema differs from version {SCHEMA_VERSION} with {codebook_size} codes"
-        )
+    difference = schema_difference(file.schema_arrow, token_schema(codebook_size))
+    if difference:
+        raise ShardFormatError(f"{shard.uri}: {difference}")
     if table.num_rows != shard.num_samples:
         raise ShardFormatError(f"{shard.uri}: {table.num_rows} rows, expected {shard.num_samples}")
     return table if columns is None else table.select(list(columns))
