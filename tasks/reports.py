@@ -340,7 +340,11 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
         pictures_url: Page with all samples and their prompts.
         strip_url: Address of the picture that shows them side by side.
     """
-    ends = {f"eval/{item.metric}": item for item in report.intervals}
+    ends = {
+        f"eval/{item.metric}": f"{item.low:.5g} to {item.high:.5g}"
+        for item in (*report.intervals, *report.measurements.measures)
+        if item.low is not None and item.high is not None
+    }
     rows: list[dict[str, Any]] = [
         _metric_row("gate", "passed" if report.gate_passed else "refused"),
         *(_metric_row("refused because", reason) for reason in report.failed_gates),
@@ -361,11 +365,13 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
         )
         for change in (comparison.changes if comparison else ())
     ]
-    for key, value in sorted(report.metrics.items()):
-        interval = ends.get(key)
-        between = f"{interval.low:.5g} to {interval.high:.5g}" if interval else ""
-        rows.append(_metric_row(key, f"{value:.5g}", between))
-    table("eval-report", rows, "Measured on clips that were never trained on.")
+    is_end = {f"{key}_{end}" for key in ends for end in ("low", "high")}
+    rows += [
+        _metric_row(key, f"{value:.5g}", ends.get(key, ""))
+        for key, value in sorted(report.metrics.items())
+        if key not in is_end
+    ]
+    table("eval-report", rows, "What each metric is: docs/evaluation.md and docs/runbook.md.")
     link(
         "sample-grid", strip_url, "noise, sample, real", f"All samples with prompts: {pictures_url}"
     )

@@ -75,6 +75,14 @@ OVERRIDES: dict[str, Any] = {
         "max_samples": 4,
         "batch_size": 4,
         "sampling": {"num_inference_steps": 3, "num_prompts": 2},
+        "clips": {
+            "num_prompts": 2,
+            "seeds_per_prompt": 2,
+            "num_windows": 3,
+            "max_train_windows": 8,
+            "asked_motion": [2.0, 32.0],
+            "fewer_steps": [1],
+        },
     },
 }
 _STAGE = {

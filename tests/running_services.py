@@ -59,6 +59,14 @@ TINY: dict[str, Any] = {
         "max_samples": 4,
         "batch_size": 4,
         "sampling": {"num_inference_steps": 2, "num_prompts": 1},
+        "clips": {
+            "num_prompts": 1,
+            "seeds_per_prompt": 2,
+            "num_windows": 2,
+            "max_train_windows": 8,
+            "asked_motion": [2.0, 32.0],
+            "fewer_steps": [1],
+        },
     },
 }
 """Overrides that make a whole run a matter of seconds."""

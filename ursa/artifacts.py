@@ -469,6 +469,10 @@ class ExportedModel(FrozenModel):
         return fingerprint(self.sha256)
 
 
+BootstrapUnit = Literal["source", "prompt", "clip", "sample"]
+"""What `ursa.bootstrap` may draw as a whole."""
+
+
 class HeldOutScores(FrozenModel):
     """What a model does on each held-out sample of a data set, committed."""
 
@@ -512,7 +516,7 @@ class Comparison(FrozenModel):
 
     champion_version: str
     problem: str | None = Field(description="why they cannot be compared; None if they are")
-    unit: Literal["source", "clip", "sample"] | None = Field(
+    unit: BootstrapUnit | None = Field(
         description="what the bootstrap draws as a whole; None of too few samples"
     )
     num_units: int = Field(ge=0)
@@ -522,6 +526,35 @@ class Comparison(FrozenModel):
         "training data are gone, so that nobody knows"
     )
     changes: tuple[MetricChange, ...]
+
+
+class MeasuredCases(FrozenModel):
+    """What metrics of a model were measured on: drawn clips, or windows of real ones."""
+
+    name: str = Field(description="such as t2v; metrics name their cases by it")
+    cases: tuple[str, ...] = Field(description="the same for all models, if data and seed are")
+    units: tuple[str, ...] = Field(description="of each case what the bootstrap draws as a whole")
+    unit: BootstrapUnit | None = Field(description="what that is; None of too few cases")
+
+
+class Measure(FrozenModel):
+    """A metric of a model with its 95 % bootstrap interval."""
+
+    metric: str = Field(description="its name in MLflow, without the `eval/` before it")
+    value: float
+    low: float | None = Field(description="None of too few cases, and where nothing is drawn")
+    high: float | None
+    unit: str = Field(description="of the value")
+    better: Literal["higher", "lower"] | None = Field(description="None if neither is")
+    cases: str | None = Field(description="name of the `MeasuredCases`; None if there are none")
+    values: tuple[float, ...] = Field(description="by case; empty if it is no mean over cases")
+
+
+class Measurements(FrozenModel):
+    """What a model does, with what it was measured on."""
+
+    measures: tuple[Measure, ...] = ()
+    cases: tuple[MeasuredCases, ...] = ()
 
 
 class EvalReport(FrozenModel):
@@ -538,6 +571,9 @@ class EvalReport(FrozenModel):
     )
     comparison: Comparison | None = Field(
         default=None, description="with the champion; None if there was no other champion"
+    )
+    measurements: Measurements = Field(
+        default=Measurements(), description="on drawn clips, real ones and reconstructions"
     )
     gate_passed: bool
     failed_gates: tuple[str, ...]

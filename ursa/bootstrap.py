@@ -14,17 +14,19 @@ References:
     (2015). C. Field and A. Welsh, Bootstrapping Clustered Data, JRSS B 69 (2007).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-Unit = Literal["source", "clip", "sample"]
+Unit = Literal["source", "prompt", "clip", "sample"]
 
 CONFIDENCE = 0.95
 MIN_UNITS = 8
 """Fewer give intervals that are too narrow."""
 _RESAMPLES = 9_999
+_FEW_RESAMPLES = 999
+"""Of what is slower to compute than a mean."""
 _SEED = 20_251
 """The same numbers for every metric and model: equal samples give equal intervals."""
 
@@ -63,11 +65,18 @@ def choose_units(
     Returns:
         The units; None if there are too few samples.
     """
-    levels: tuple[tuple[Unit, Sequence[str]], ...] = (
-        ("source", sources),
-        ("clip", clips),
-        ("sample", samples),
-    )
+    return largest_units((("source", sources), ("clip", clips), ("sample", samples)))
+
+
+def largest_units(levels: Sequence[tuple[Unit, Sequence[str]]]) -> Units | None:
+    """Return the first level that has enough units.
+
+    Args:
+        levels: What a unit may be, the largest first, with the name of the unit of each sample.
+
+    Returns:
+        The units; None if no level has `MIN_UNITS`.
+    """
     for kind, names in levels:
         if len(set(names)) >= MIN_UNITS:
             return Units(kind, tuple(names))
@@ -89,9 +98,6 @@ def mean_interval(values: np.ndarray, units: Units) -> tuple[float, float]:
     _, places = np.unique(units.names, return_inverse=True)
     sums = np.bincount(places, weights=np.asarray(values, np.float64))
     counts = np.bincount(places).astype(np.float64)
-    num_units = len(sums)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, num_units - 1)
-    outside = 2 * stats.norm.cdf(-np.sqrt(num_units / (num_units - 1)) * quantile)
     found = stats.bootstrap(
         (sums, counts),
         lambda total, number, axis=-1: total.sum(axis=axis) / number.sum(axis=axis),
@@ -99,8 +105,40 @@ def mean_interval(values: np.ndarray, units: Units) -> tuple[float, float]:
         vectorized=True,
         n_resamples=_RESAMPLES,
         batch=1000,
-        confidence_level=1 - outside,
+        confidence_level=1 - _outside(len(sums)),
         method="percentile",
         rng=np.random.default_rng(_SEED),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def statistic_interval(
+    statistic: Callable[[np.ndarray], float], units: Units
+) -> tuple[float, float]:
+    """Return the interval of what is no mean over samples.
+
+    Args:
+        statistic: Takes how often each sample is drawn, shape (N,), float64.
+        units: Of the same samples; at least two.
+
+    Returns:
+        Lower and upper end at the confidence of `CONFIDENCE`. The same for the same arguments.
+    """
+    _, places = np.unique(units.names, return_inverse=True)
+    num_units = int(places.max()) + 1
+    rng = np.random.default_rng(_SEED)
+    found = []
+    for _ in range(_FEW_RESAMPLES):
+        times = np.bincount(rng.integers(num_units, size=num_units), minlength=num_units)
+        found.append(statistic(times[places].astype(np.float64)))
+    outside = _outside(num_units)
+    low, high = np.quantile(found, [outside / 2, 1 - outside / 2])
+    return float(low), float(high)
+
+
+def _outside(num_units: int) -> float:
+    """Return the share of resamples outside of an interval, widened for few units."""
+    from scipy import stats  # noqa: PLC0415  (half a second)
+
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, num_units - 1)
+    return float(2 * stats.norm.cdf(-np.sqrt(num_units / (num_units - 1)) * quantile))

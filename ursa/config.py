@@ -652,6 +652,30 @@ class SamplingConfig(ConfigSection):
     num_prompts: int = Field(gt=0, description="training captions sampled, most frequent first")
 
 
+class ClipEvaluationConfig(ConfigSection):
+    """What clips are drawn for metrics, and what they are compared with."""
+
+    num_prompts: int = Field(
+        ge=0, description="training captions, most frequent first; 0 draws nothing from prompts"
+    )
+    seeds_per_prompt: int = Field(gt=0, description="clips of each prompt")
+    num_windows: int = Field(
+        ge=0, description="held-out windows that are continued from their first frame; 0: none"
+    )
+    max_train_windows: int = Field(
+        gt=0, description="training windows among which the nearest to a clip is looked for"
+    )
+    asked_motion: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        description="motion asked of each clip of a prompt, px/s at 256 px width; one asks nothing"
+    )
+    fewer_steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        description="further numbers of steps: quality against steps"
+    )
+    features: Literal["statistics", "latents"] = Field(
+        description="of the Frechet distance: colour, detail and motion, or the tokenizer's codes"
+    )
+
+
 class EvaluationConfig(ConfigSection):
     """What is measured on held-out clips."""
 
@@ -659,6 +683,7 @@ class EvaluationConfig(ConfigSection):
     max_samples: int = Field(gt=0, description="held-out samples used at most")
     batch_size: int = Field(gt=0)
     sampling: SamplingConfig
+    clips: ClipEvaluationConfig
 
 
 class ReleaseConfig(ConfigSection):

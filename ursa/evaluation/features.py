@@ -1,0 +1,164 @@
+"""Distances between clips and between sets of clips, by features that need no download.
+
+A thumbnail is the whole clip, 16 pixels wide: its distance sees layout, colour and motion, and no
+detail. Frechet distances of the features here are no FVD: that name is for the I3D network.
+
+Dimensions: N, M = clips, D = features.
+
+References:
+    Energy distance: Szekely and Rizzo, J. Stat. Plan. Inference 143 (2013). Frechet distance of
+    normal laws: Dowson and Landau, J. Multivar. Anal. 12 (1982).
+"""
+
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from ursa.evaluation.clips import ClipValues
+from ursa.tokenizers.visual import AutoencoderTokenizer
+
+THUMBNAIL_WIDTH_PX = 16
+Extractor = Callable[[np.ndarray], np.ndarray]
+"""Frames of a clip, uint8 (F, H, W, 3), to features (D,)."""
+
+
+def thumbnail(frames: np.ndarray) -> np.ndarray:
+    """Return a clip as a small one in one row.
+
+    Args:
+        frames: uint8 (F, H, W, 3).
+
+    Returns:
+        Levels, float32 (D,).
+    """
+    height_px, width_px = frames.shape[1:3]
+    height = max(1, round(height_px * THUMBNAIL_WIDTH_PX / width_px))
+    size = (THUMBNAIL_WIDTH_PX, height)
+    small = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames]
+    return np.stack(small).astype(np.float32).ravel()
+
+
+def rms_distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the root mean square difference of every pair of rows.
+
+    Args:
+        one: Shape (N, D).
+        other: Shape (M, D).
+
+    Returns:
+        Shape (N, M), in the unit of the rows.
+    """
+    pairs = torch.cdist(torch.from_numpy(one).double(), torch.from_numpy(other).double())
+    return np.asarray(pairs / np.sqrt(one.shape[1]))
+
+
+def energy_distance(
+    within_one: np.ndarray,
+    between: np.ndarray,
+    within_other: np.ndarray,
+    *,
+    one_weights: np.ndarray | None = None,
+    other_weights: np.ndarray | None = None,
+) -> float:
+    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, X' and Y' other clips than X and Y.
+
+    Args:
+        within_one: Distances of clips to each other, shape (N, N).
+        between: Distances to the others, shape (N, M).
+        within_other: Distances of the others, shape (M, M).
+        one_weights: How often each clip counts, shape (N,); None counts each once.
+        other_weights: Likewise of the others, shape (M,).
+
+    Returns:
+        In the unit of the distances; 0 on the mean for two sets of one law, else more.
+    """
+    one = np.ones(len(within_one)) if one_weights is None else one_weights
+    other = np.ones(len(within_other)) if other_weights is None else other_weights
+    across = one @ between @ other / (one.sum() * other.sum())
+    return float(2 * across - _mean_within(within_one, one) - _mean_within(within_other, other))
+
+
+def _mean_within(distances: np.ndarray, weights: np.ndarray) -> float:
+    """Return the mean distance of two clips that are not the same one."""
+    pairs = weights.sum() ** 2 - (weights**2).sum()
+    return float(weights @ distances @ weights / pairs) if pairs else 0.0
+
+
+def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the squared Frechet distance of the normal laws of two sets of features.
+
+    Few rows make it too large; `reduce_features` keeps fewer features than rows.
+
+    Args:
+        one: Shape (N, D), N > 1.
+        other: Shape (M, D), M > 1.
+
+    Returns:
+        At least 0.
+    """
+    shift = one.mean(axis=0) - other.mean(axis=0)
+    first, second = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (one, other))
+    roots = np.sqrt(np.clip(np.linalg.eigvals(first @ second).real, 0, None)).sum()
+    found = shift @ shift + np.trace(first) + np.trace(second) - 2 * roots
+    return float(max(found, 0.0))
+
+
+def reduce_features(reference: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scale features by their spread in a reference and keep its main directions.
+
+    Args:
+        reference: Features of real clips, shape (M, D).
+        rows: Features of other clips, shape (N, D).
+
+    Returns:
+        Both with at most half as many features as there are rows in the smaller set.
+    """
+    spread = reference.std(axis=0)
+    centre, scale = reference.mean(axis=0), np.where(spread > 1e-9, spread, 1.0)
+    real, drawn = (reference - centre) / scale, (rows - centre) / scale
+    count = max(1, min(len(real), len(drawn)) // 2)
+    if real.shape[1] <= count:
+        return real, drawn
+    _, _, directions = np.linalg.svd(real, full_matrices=False)
+    return real @ directions[:count].T, drawn @ directions[:count].T
+
+
+def statistics(frames: np.ndarray, values: ClipValues) -> np.ndarray:
+    """Return colour, contrast, detail and motion of a clip.
+
+    Args:
+        frames: uint8 (F, H, W, 3).
+        values: Its measurements.
+
+    Returns:
+        Mean and deviation of each channel over the clip, and logarithms of sharpness, motion,
+        change of frames and flicker of brightness, shape (10,).
+    """
+    pixels = frames.reshape(-1, 3).astype(np.float64)
+    logs = [values.sharpness, values.motion, 255 * (1 - values.temporal_flicker)]
+    logs.append(values.luminance_flicker)
+    return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0), np.log1p(logs)])
+
+
+def latents(tokenizer: AutoencoderTokenizer, clips: Sequence[np.ndarray]) -> np.ndarray:
+    """Return mean, deviation and mean change in time of the codes of clips.
+
+    Args:
+        tokenizer: The visual tokenizer; its codebook has C channels.
+        clips: uint8 (F, H, W, 3) each.
+
+    Returns:
+        Shape (N, 3C), or (N, 2C) of clips of one latent frame.
+    """
+    rows = []
+    for frames in clips:
+        codes = tokenizer.encode(frames[None])[0]
+        values = tokenizer.codebook.cpu().double()[codes.cpu()]  # (T, h, w, C)
+        flat = values.flatten(0, 2)
+        parts = [flat.mean(0), flat.std(0)]
+        if len(values) > 1:
+            parts.append(values.diff(dim=0).abs().mean((0, 1, 2)))
+        rows.append(torch.cat(parts).numpy())
+    return np.stack(rows)
