@@ -182,7 +182,7 @@ def prepare(source: str, uri: str, settings: Settings, pool: Executor) -> Prepar
     plan = ingestion.plan_ingestion(source, files, uri, config.ingestion)
     unit = functools.partial(ingestion.ingest_video, output_uri=uri, config=config.ingestion)
     clips = plan.committed or ingestion.commit_clips(
-        source, (*plan.done, *pool.map(unit, plan.todo)), uri, plan.fingerprint, config.ingestion
+        source, (*plan.done, *pool.map(unit, plan.todo)), uri, plan, config.ingestion
     )
     selection = ingestion.select_clips(clips, config.selection, output_uri=uri)
     visual = fit_visual_tokenizer(selection, config, output_uri=uri)
