@@ -28,6 +28,8 @@ from ursa.artifacts import (
     ClipSet,
     EvalReport,
     IngestedVideo,
+    Measure,
+    MetricInterval,
     ModelVersion,
     SelectedClip,
     TokenDatasets,
@@ -340,9 +342,13 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
         pictures_url: Page with all samples and their prompts.
         strip_url: Address of the picture that shows them side by side.
     """
+    measured: list[MetricInterval | Measure] = [
+        *report.intervals,
+        *report.measurements.measures,
+    ]
     ends = {
         f"eval/{item.metric}": f"{item.low:.5g} to {item.high:.5g}"
-        for item in (*report.intervals, *report.measurements.measures)
+        for item in measured
         if item.low is not None and item.high is not None
     }
     rows: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
 """Measurements of a clip, from its frames alone.
 
 Flicker and smoothness reward a clip that stands still, so they are only read beside the motion.
-Motion, sharpness and flicker of brightness are those of `ursa.video.scores`, as of the clips that
-were trained on.
+Motion, sharpness and flicker of brightness are measured as those of the clips that were trained on
+(`ursa.video.scores`).
 
 References:
     Temporal flickering, motion smoothness and dynamic degree: VBench, arXiv 2311.17982. Where it
@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 
 from ursa.tokenizers.visual import psnr_db
-from ursa.video.motion import MOTION_WIDTH_PX
-from ursa.video.scores import ClipMeter
+from ursa.video.exposure import flicker_levels
+from ursa.video.motion import MOTION_FPS, MOTION_WIDTH_PX, Displacement, FlowMeter
+from ursa.video.stillness import StillnessMeter
 
 DYNAMIC_PX = 6.0
 """A frame moves if the fastest spots do so by that much, pixels at 256 px width in 1/8 second."""
@@ -61,21 +62,30 @@ def measure_clip(frames: np.ndarray, fps: float) -> ClipValues:
         frames: RGB, uint8 (F, H, W, 3), at least three.
         fps: Frames per second.
     """
-    meter = ClipMeter(fps=fps, num_frames=len(frames))
-    for frame in frames:
-        meter.add(frame)
-    scores = meter.scores()
-    pictures = _at_motion_width(frames)
-    flows = _flows(pictures)
-    change = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean()
+    lumas = _lumas(frames)
+    small = _at_motion_width(lumas)
+    moved = _displacements(small, fps)
     return ClipValues(
-        temporal_flicker=float(1 - change / 255),
-        motion_smoothness=motion_smoothness(pictures),
-        motion=scores.motion_px_per_s or 0.0,
-        dynamic_degree=float(_is_dynamic(flows, fps)),
-        sharpness=scores.sharpness or 0.0,
-        luminance_flicker=scores.flicker or 0.0,
+        temporal_flicker=float(1 - np.abs(np.diff(frames.astype(np.float32), axis=0)).mean() / 255),
+        motion_smoothness=motion_smoothness(_at_motion_width(frames)),
+        motion=_speed(moved, fps),
+        dynamic_degree=float(_is_dynamic(moved, fps)),
+        sharpness=float(np.mean([cv2.Laplacian(luma, cv2.CV_32F).var() for luma in lumas])),
+        luminance_flicker=flicker_levels(_distinct_means(lumas, small, fps)) or 0.0,
     )
+
+
+def measure_motion(frames: np.ndarray, fps: float) -> float:
+    """Return the motion of a clip alone, as `ClipScores.motion_px_per_s` has it.
+
+    Args:
+        frames: RGB, uint8 (F, H, W, 3).
+        fps: Frames per second.
+
+    Returns:
+        px/s at 256 px width; 0 of a single frame.
+    """
+    return _speed(_displacements(_at_motion_width(_lumas(frames)), fps), fps)
 
 
 def motion_smoothness(frames: np.ndarray) -> float:
@@ -92,7 +102,7 @@ def motion_smoothness(frames: np.ndarray) -> float:
     errors = []
     flow_of: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     rows, columns = np.mgrid[: frames.shape[1], : frames.shape[2]].astype(np.float32)
-    lumas = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    lumas = _lumas(frames)
     for middle in range(1, len(frames) - 1, 2):
         before, after = frames[middle - 1], frames[middle + 1]
         half = flow_of.calc(lumas[middle - 1], lumas[middle + 1], None) / 2
@@ -155,29 +165,43 @@ def _blur(values: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.GaussianBlur(values, size, _SSIM_SIGMA, borderType=cv2.BORDER_REFLECT))
 
 
-def _is_dynamic(lengths: Sequence[np.ndarray], fps: float) -> bool:
+def _motion_step(fps: float) -> int:
+    """Return how many frames lie between the two whose flow is measured."""
+    return max(1, round(fps / MOTION_FPS))
+
+
+def _displacements(lumas: np.ndarray, fps: float) -> list[Displacement]:
+    meter = FlowMeter()
+    return [meter.measure(*pair) for pair in itertools.pairwise(lumas[:: _motion_step(fps)])]
+
+
+def _speed(moved: Sequence[Displacement], fps: float) -> float:
+    if not moved:
+        return 0.0
+    return float(np.mean([each.total_px for each in moved])) * fps / _motion_step(fps)
+
+
+def _is_dynamic(moved: Sequence[Displacement], fps: float) -> bool:
     """Whether enough frames move, by the mean of the fastest spots of each."""
-    num_fastest = max(1, round(_FASTEST * lengths[0].size))
-    fastest = [
-        np.partition(length.ravel(), -num_fastest)[-num_fastest:].mean() for length in lengths
-    ]
-    moving = np.array(fastest) * fps / _DYNAMIC_FPS >= DYNAMIC_PX
-    return bool(moving.mean() >= DYNAMIC_SHARE)
+    pair_s = _motion_step(fps) / fps
+    fastest = np.zeros(len(moved))
+    for place, each in enumerate(moved):
+        if each.length_px is not None:
+            count = max(1, round(_FASTEST * each.length_px.size))
+            fastest[place] = np.partition(each.length_px.ravel(), -count)[-count:].mean()
+    return bool((fastest / pair_s >= DYNAMIC_PX * _DYNAMIC_FPS).mean() >= DYNAMIC_SHARE)
 
 
-def _flows(pictures: np.ndarray) -> list[np.ndarray]:
-    """Return the length of the flow from each frame to the next, pixels, float32 (H, W)."""
-    flow_of: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    lumas = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in pictures]
-    lengths = []
-    for one, two in itertools.pairwise(lumas):
-        # a repeated frame has moved by nothing; the search would find noise
-        if np.array_equal(one, two):
-            lengths.append(np.zeros(one.shape, np.float32))
-            continue
-        flow = flow_of.calc(one, two, None)
-        lengths.append(cv2.magnitude(flow[..., 0], flow[..., 1]))
-    return lengths
+def _distinct_means(lumas: np.ndarray, small: np.ndarray, fps: float) -> list[float]:
+    """Return the mean luma of the frames that are not the one before once more."""
+    meter = StillnessMeter(fps)
+    for luma in small:
+        meter.add(luma)
+    return [float(lumas[index].mean()) for index in meter.distinct_frames()]
+
+
+def _lumas(frames: np.ndarray) -> np.ndarray:
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
 
 
 def _at_motion_width(frames: np.ndarray) -> np.ndarray:

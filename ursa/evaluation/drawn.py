@@ -2,12 +2,15 @@
 
 Every clip has a generator of its own, seeded by what it is: all models of the same data and seed
 are drawn with the same prompts, first frames and random numbers, and compared clip by clip.
+
+References:
+    Energy distance: Szekely and Rizzo, J. Stat. Plan. Inference 143 (2013).
 """
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,9 +20,8 @@ from ursa.artifacts import Measure, MeasuredCases, Measurements, SelectedClip
 from ursa.config import RunConfig
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows
-from ursa.evaluation.clips import ClipValues, measure_clip, psnr, ssim
+from ursa.evaluation.clips import ClipValues, measure_clip, measure_motion, psnr, ssim
 from ursa.evaluation.features import (
-    energy_distance,
     frechet_distance,
     latents,
     reduce_features,
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_FRAMES = 3
 """Shorter clips have no motion to measure."""
-_REFERENCE_CLIPS = 64
+_REFERENCE_CLIPS = 32
 """Training windows whose features stand for real clips."""
 
 
@@ -300,31 +302,63 @@ def _from_prompts(
         usual = real.nearest([window.frames for window in real.held_out]).mean()
         ratios = list(nearest / max(usual, 1e-9))
         measures.append(mean_measure("t2v_nearest_train_ratio", ratios, group))
-    within = rms_distances(real.thumbnails, real.thumbnails)
-    measures.append(_energy_measure("t2v_energy_distance", clips, real, within, group))
-    for count in config.evaluation.clips.fewer_steps:
-        fewer = draw_clips(pipeline, draws, config, num_steps=count).frames
-        name = f"steps{count}_t2v_energy_distance"
-        measures.append(_energy_measure(name, fewer, real, within, group))
     if len(clips) > 1 and len(real.some) > 1:
         measures.append(_frechet_measure(pipeline, clips, values, real, config, group))
-    if config.evaluation.clips.seeds_per_prompt > 1:
-        part = _diversity(prompts, clips, real, within, config)
-        measures += part.measures
-        groups += part.cases
+    by_prompt = _RealByPrompt.of(prompts, real)
+    if by_prompt.prompts and config.evaluation.clips.seeds_per_prompt > 1:
+        prompt_group = group_cases("prompts", by_prompt.prompts, ())
+        groups.append(prompt_group)
+        drawn = by_prompt.compare(prompts, clips)
+        measures += [
+            mean_measure("t2v_diversity", drawn.within, prompt_group),
+            mean_measure("real_diversity", by_prompt.within, prompt_group),
+            mean_measure("t2v_energy_distance", drawn.energy, prompt_group),
+        ]
+        for count in config.evaluation.clips.fewer_steps:
+            fewer = draw_clips(pipeline, draws, config, num_steps=count).frames
+            name = f"steps{count}_t2v_energy_distance"
+            energy = by_prompt.compare(prompts, fewer).energy
+            measures.append(mean_measure(name, energy, prompt_group))
     return Measurements(measures=tuple(measures), cases=tuple(groups))
 
 
-def _energy_measure(
-    name: str, clips: np.ndarray, real: _Real, within: np.ndarray, group: MeasuredCases
-) -> Measure:
-    rows = np.stack([thumbnail(frames) for frames in clips])
-    own, between = rms_distances(rows, rows), rms_distances(rows, real.thumbnails)
+class _Compared(NamedTuple):
+    """Of each prompt the mean distance of two of its clips, and their distance from real ones."""
 
-    def distance(weights: np.ndarray) -> float:
-        return energy_distance(own, between, within, one_weights=weights)
+    within: list[float]
+    energy: list[float]
 
-    return statistic_measure(name, distance, group)
+
+class _RealByPrompt(NamedTuple):
+    """Training windows of each prompt that has two of them or more, and their mean distance."""
+
+    prompts: list[str]
+    rows: list[np.ndarray]
+    within: list[float]
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], real: _Real) -> Self:
+        captions = np.array(real.captions)
+        known = [prompt for prompt in prompts if (captions == prompt).sum() > 1]
+        rows = [real.thumbnails[captions == prompt] for prompt in known]
+        return cls(known, rows, [_mean_pair(rms_distances(each, each)) for each in rows])
+
+    def compare(self, prompts: Sequence[str], clips: np.ndarray) -> _Compared:
+        """Compare clips with the windows of their prompt; those of a prompt lie side by side."""
+        count = len(clips) // len(prompts)
+        found = _Compared([], [])
+        for prompt, real, within in zip(self.prompts, self.rows, self.within, strict=True):
+            place = prompts.index(prompt) * count
+            rows = np.stack([thumbnail(frames) for frames in clips[place : place + count]])
+            own = _mean_pair(rms_distances(rows, rows))
+            found.within.append(own)
+            found.energy.append(2 * float(rms_distances(rows, real).mean()) - own - within)
+        return found
+
+
+def _mean_pair(distances: np.ndarray) -> float:
+    """Return the mean distance of two clips that are not the same one."""
+    return float(distances[np.triu_indices(len(distances), 1)].mean())
 
 
 def _frechet_measure(
@@ -353,33 +387,6 @@ def _frechet_measure(
     return statistic_measure(f"t2v_frechet_{name}", distance, group)
 
 
-def _diversity(
-    prompts: Sequence[str],
-    clips: np.ndarray,
-    real: _Real,
-    within: np.ndarray,
-    config: RunConfig,
-) -> Measurements:
-    """Measure how much clips of one prompt differ, and the real ones of the same caption."""
-    count = config.evaluation.clips.seeds_per_prompt
-    pairs = np.triu_indices(count, 1)
-    drawn, found = [], []
-    for place, prompt in enumerate(prompts):
-        rows = [thumbnail(frames) for frames in clips[place * count : (place + 1) * count]]
-        drawn.append(float(rms_distances(np.stack(rows), np.stack(rows))[pairs].mean()))
-        own = np.flatnonzero(np.array(real.captions) == prompt)
-        if len(own) > 1:
-            among = within[np.ix_(own, own)][np.triu_indices(len(own), 1)]
-            found.append((prompt, float(among.mean())))
-    group = group_cases("prompts", prompts, ())
-    measures, groups = [mean_measure("t2v_diversity", drawn, group)], [group]
-    if found:
-        known = group_cases("real_prompts", [prompt for prompt, _ in found], ())
-        measures.append(mean_measure("real_diversity", [mean for _, mean in found], known))
-        groups.append(known)
-    return Measurements(measures=tuple(measures), cases=tuple(groups))
-
-
 def _asked_motion(
     pipeline: UrsaPipeline, prompts: Sequence[str], config: RunConfig
 ) -> Measurements:
@@ -389,7 +396,7 @@ def _asked_motion(
     produced = np.array(
         [
             [
-                measure_clip(frames, config.tokenization.fps).motion
+                measure_motion(frames, config.tokenization.fps)
                 for frames in draw_clips(pipeline, draws, config, motion=score).frames
             ]
             for score in asked

@@ -6,8 +6,7 @@ detail. Frechet distances of the features here are no FVD: that name is for the 
 Dimensions: N, M = clips, D = features.
 
 References:
-    Energy distance: Szekely and Rizzo, J. Stat. Plan. Inference 143 (2013). Frechet distance of
-    normal laws: Dowson and Landau, J. Multivar. Anal. 12 (1982).
+    Frechet distance of normal laws: Dowson and Landau, J. Multivar. Anal. 12 (1982).
 """
 
 from collections.abc import Callable, Sequence
@@ -52,38 +51,6 @@ def rms_distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """
     pairs = torch.cdist(torch.from_numpy(one).double(), torch.from_numpy(other).double())
     return np.asarray(pairs / np.sqrt(one.shape[1]))
-
-
-def energy_distance(
-    within_one: np.ndarray,
-    between: np.ndarray,
-    within_other: np.ndarray,
-    *,
-    one_weights: np.ndarray | None = None,
-    other_weights: np.ndarray | None = None,
-) -> float:
-    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, X' and Y' other clips than X and Y.
-
-    Args:
-        within_one: Distances of clips to each other, shape (N, N).
-        between: Distances to the others, shape (N, M).
-        within_other: Distances of the others, shape (M, M).
-        one_weights: How often each clip counts, shape (N,); None counts each once.
-        other_weights: Likewise of the others, shape (M,).
-
-    Returns:
-        In the unit of the distances; 0 on the mean for two sets of one law, else more.
-    """
-    one = np.ones(len(within_one)) if one_weights is None else one_weights
-    other = np.ones(len(within_other)) if other_weights is None else other_weights
-    across = one @ between @ other / (one.sum() * other.sum())
-    return float(2 * across - _mean_within(within_one, one) - _mean_within(within_other, other))
-
-
-def _mean_within(distances: np.ndarray, weights: np.ndarray) -> float:
-    """Return the mean distance of two clips that are not the same one."""
-    pairs = weights.sum() ** 2 - (weights**2).sum()
-    return float(weights @ distances @ weights / pairs) if pairs else 0.0
 
 
 def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from tests import media
-from ursa.evaluation.clips import measure_clip, motion_smoothness, psnr, ssim
+from ursa.evaluation.clips import measure_clip, measure_motion, motion_smoothness, psnr, ssim
+from ursa.video.scores import ClipMeter
 
 HEIGHT, WIDTH = 64, 96
 
@@ -23,6 +24,19 @@ def test_motion_is_that_of_the_pan():
     assert 0.5 * 8 * 256 / 96 < slow.motion < 1.1 * 8 * 256 / 96
     assert fast.motion > 2.5 * slow.motion
     assert (slow.dynamic_degree, fast.dynamic_degree) == (0.0, 1.0)
+
+
+def test_motion_sharpness_and_flicker_are_those_of_clips_that_are_trained_on():
+    frames = textured(9, step=2)
+    values = measure_clip(frames, 8.0)
+    meter = ClipMeter(fps=8.0, num_frames=9)
+    for frame in frames:
+        meter.add(frame)
+    scores = meter.scores()
+    assert values.motion == pytest.approx(scores.motion_px_per_s)
+    assert measure_motion(frames, 8.0) == values.motion
+    assert values.sharpness == pytest.approx(scores.sharpness)
+    assert values.luminance_flicker == pytest.approx(scores.flicker)
 
 
 def test_shuffled_frames_are_less_smooth():

@@ -4,7 +4,6 @@ import pytest
 from tests import factories, media
 from ursa.evaluation.clips import measure_clip
 from ursa.evaluation.features import (
-    energy_distance,
     frechet_distance,
     latents,
     reduce_features,
@@ -22,20 +21,6 @@ def test_distance_of_thumbnails_is_in_levels():
     rows = np.stack([thumbnail(dark), thumbnail(dark + np.uint8(7))])
     assert rows.shape == (2, 3 * 9 * 16 * 3)
     np.testing.assert_allclose(rms_distances(rows, rows), [[0, 7], [7, 0]], atol=1e-6)
-
-
-def test_energy_distance_tells_laws_apart():
-    one, same = RNG(0).normal(size=(200, 3)), RNG(1).normal(size=(200, 3))
-    other = same + 1.0
-
-    def distance(left, right, **weights):
-        pairs = (rms_distances(*pair) for pair in ((left, left), (left, right), (right, right)))
-        return energy_distance(*pairs, **weights)
-
-    assert abs(distance(one, same)) < 0.02 < 0.2 < distance(one, other)
-    # a row that counts twice is no second clip: its distance to itself is left out
-    twice = distance(one, other, one_weights=np.full(200, 2.0))
-    assert twice == pytest.approx(distance(one, other), abs=1e-3)
 
 
 def test_frechet_distance_of_normal_laws():
