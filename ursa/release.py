@@ -5,14 +5,8 @@ import shutil
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, CheckpointRef, ExportedModel, StageRequest
 from ursa.config import STAGES, fingerprint
-from ursa.data.dataset import motion_scores
-from ursa.generation import UrsaPipeline
-from ursa.tokenizers.text import load_text_tokenizer
-from ursa.tokenizers.visual import load_visual_tokenizer
 from ursa.training.merging import ADAPTER_FOLDER
-from ursa.training.samples import sample_defaults
-from ursa.training.schedule import scheduler_config
-from ursa.training.stage import load_average
+from ursa.training.trained import trained_pipeline
 
 _LAYOUT_VERSION = 3
 """Of the model directory; a directory of another layout is written again, not taken for done."""
@@ -48,23 +42,8 @@ def export_model(
     done = storage.load_record(manifest_uri, ExportedModel)
     if done is not None:
         return done
-    motion = motion_scores(request.datasets.video_train)
-    with (
-        storage.local_directory(request.visual_tokenizer.directory_uri) as visual,
-        storage.local_directory(request.text_tokenizer.directory_uri) as text,
-        storage.scratch_directory("export") as scratch,
-    ):
-        pipeline = UrsaPipeline(
-            transformer=load_average(checkpoint, request),
-            scheduler=scheduler_config(request, shift=sampling.timestep_shift),
-            visual_tokenizer=load_visual_tokenizer(visual),
-            text_tokenizer=load_text_tokenizer(text),
-            defaults=sample_defaults(
-                request.config,
-                motion_score=sorted(motion)[len(motion) // 2] if motion else None,
-                loss_curve=checkpoint.loss_curve,
-            ),
-        )
+    pipeline = trained_pipeline(request, checkpoint)
+    with storage.scratch_directory("export") as scratch:
         pipeline.save_pretrained(scratch, codebook_file=False)
         if checkpoint.merged_uri is not None:
             adapter_uri = storage.join(checkpoint.merged_uri, ADAPTER_FOLDER)

@@ -10,6 +10,7 @@ from ursa.cli import data, path, release
 from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
 from ursa.cli.doctor import doctor
+from ursa.cli.evaluate import evaluate
 from ursa.cli.generate import generate
 from ursa.cli.merge import merge
 from ursa.cli.plan import plan
@@ -23,6 +24,7 @@ app = App(
 )
 app.command(generate)
 app.command(demo)
+app.command(evaluate)
 app.command(plan)
 app.command(merge)
 app.command(doctor)

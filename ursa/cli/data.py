@@ -183,7 +183,7 @@ def what_if(
     from ursa.inspection.what_if import what_if as judge_again
 
     base: dict[str, Any] = {}
-    given = _overrides((*changes, *([f"selection.recipe={recipe}"] if recipe else [])))
+    given = parse_changes((*changes, *([f"selection.recipe={recipe}"] if recipe else [])))
     if others := sorted(set(given) - {"selection"}):
         raise ConfigError(
             f"--set {others[0]}...: stored scores are judged again, so only `selection` can be "
@@ -280,7 +280,7 @@ def load_preset(preset: str, changes: Sequence[str]) -> "RunConfig":
     Raises:
         ConfigError: If a change is none, names no setting, or has a value that is not allowed.
     """
-    return _load(preset, _overrides(changes))
+    return _load(preset, parse_changes(changes))
 
 
 def _load(preset: str, overrides: Mapping[str, Any]) -> "RunConfig":
@@ -290,7 +290,7 @@ def _load(preset: str, overrides: Mapping[str, Any]) -> "RunConfig":
     return load_config(preset, overrides)
 
 
-def _overrides(changes: Sequence[str]) -> dict[str, Any]:
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     """Return the values that `--set` names, nested by section."""
     import yaml
 

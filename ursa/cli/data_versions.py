@@ -54,7 +54,7 @@ def changes(
     from ursa.data.versions import Change, changed_settings, list_versions, read_changes
 
     found = list_versions(root_uri(root))
-    version = _choose(found, number, source)
+    version = choose_version(found, number, source)
     parent = next((item for item in found if item.manifest_uri == version.parent_uri), None)
     settings = changed_settings(version, parent) if parent else []
     files = read_changes(version)
@@ -151,10 +151,19 @@ def _listed_names(what: str) -> list[str]:
     return [*names, what] if "://" in what else names
 
 
-def _choose(
+def choose_version(
     found: "list[DatasetVersion]", number: int | None, source: str | None
 ) -> "DatasetVersion":
-    """Return the version that `--number` and `--source` name."""
+    """Return the version that options name.
+
+    Args:
+        found: All versions.
+        number: Of the version; the newest of the source if None.
+        source: Of the data set; needed where there are several.
+
+    Raises:
+        ConfigError: If there is no such version.
+    """
     from ursa.storage import absolute_uri
 
     sources = sorted({version.source_uri for version in found})

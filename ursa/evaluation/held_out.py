@@ -1,14 +1,16 @@
 """Loss and accuracy on held-out tokens, beside what needs no model."""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
-from ursa.artifacts import CheckpointRef, LossGrid, TokenDatasets
+from ursa.artifacts import CheckpointRef, LossGrid, Measurements, TokenDatasets
 from ursa.comparison import measure
 from ursa.config import RunConfig
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples, code_counts
+from ursa.evaluation.measures import group_cases, mean_measure
 from ursa.generation import UrsaPipeline
 from ursa.model.transformer import build_transformer
 from ursa.training.validation import (
@@ -73,6 +75,41 @@ def held_out_metrics(
             held_out, batch_size=config.evaluation.batch_size
         )
     return metrics, grids
+
+
+def held_out_measurements(
+    grids: Sequence[LossGrid], datasets: TokenDatasets, config: RunConfig
+) -> Measurements:
+    """Return the means of grids with what two models are compared by, sample by sample.
+
+    Args:
+        grids: Of the held-out samples, as `held_out_metrics` returns them.
+        datasets: The token data sets that were measured.
+        config: The run; `evaluation` matters.
+
+    Returns:
+        `loss`, `accuracy`, `async_loss` and so on; of grids that are finite alone.
+
+    Raises:
+        ShardFormatError: If a shard is missing or damaged.
+    """
+    finite = [grid for grid in grids if grid.is_finite]
+    if not finite:
+        return Measurements()
+    samples = TokenSamples(datasets.video_validation, max_samples=config.evaluation.max_samples)
+    group = group_cases(
+        "held_out_tokens",
+        samples.sample_ids,
+        (("source", samples.source_ids), ("clip", samples.clip_ids)),
+    )
+    measures = []
+    for grid in finite:
+        prefix = SETTING_PREFIX[grid.setting]
+        measures += [
+            mean_measure(f"{prefix}loss", grid.sample_loss, group),
+            mean_measure(f"{prefix}accuracy", grid.sample_accuracy, group),
+        ]
+    return Measurements(measures=tuple(measures), cases=(group,))
 
 
 def stage_metrics(checkpoint: CheckpointRef) -> dict[str, float]:

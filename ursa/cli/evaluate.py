@@ -1,0 +1,125 @@
+"""`ursa evaluate`: any model on any version of a data set, with intervals."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from ursa.cli.data import AsJson, Changes, Preset, parse_changes, root_uri
+from ursa.cli.data_versions import choose_version
+from ursa.cli.models import model_directory
+from ursa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ursa.artifacts import Measure
+    from ursa.evaluation.measures import Difference
+    from ursa.evaluation.models import ModelMeasurements
+
+Flag = Annotated[bool, Parameter(negative=())]
+
+
+def evaluate(
+    model: str,
+    root: str | None = None,
+    *,
+    data_version: int | None = None,
+    source: str | None = None,
+    preset: Preset = "tiny",
+    changes: Changes = (),
+    out: Path | None = None,
+    against: Path | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model: losses, reconstruction, drawn clips, asked motion, copies of training clips.
+
+    Example: ursa evaluate models:/ursa@champion .ursa/data --out champion.json
+
+    Example: ursa evaluate models:/ursa@challenger --against champion.json
+
+    Args:
+        model: A model directory, a name on the hub, models:/NAME@ALIAS, or the folder of a
+            checkpoint, such as .ursa/data/checkpoints/video_pretrain/.../step-00000200.ab12cd34.
+        root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        data_version: Number of the data set version (`ursa data versions`); the newest.
+        source: Of the data set, where the root holds several.
+        preset: How much is measured, and the network of a checkpoint.
+        changes: Overrides, such as evaluation.clips.num_windows=32; may be given again.
+        out: Where to write the measurements, .json.
+        against: Measurements of another model on the same data, as --out wrote them: the two are
+            compared case by case.
+        as_json: Print JSON.
+
+    Raises:
+        UrsaError: If the model or the data cannot be read.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
+    other = None if against is None else _read(against)
+    from ursa.data.versions import list_versions
+
+    version = choose_version(list_versions(root_uri(root)), data_version, source)
+    from ursa.evaluation.models import measure_model, open_model, version_config
+
+    config = version_config(version, preset, parse_changes(changes))
+    with model_directory(model) as directory:
+        pipeline = open_model(directory, version, config)
+    pipeline.set_progress_bar_config(disable=True)
+    found = measure_model(pipeline, version, config, name=model)
+    if out is not None:
+        out.write_text(found.model_dump_json(indent=1), "utf-8")
+    if as_json:
+        print(found.model_dump_json(indent=1))
+        return
+    _print(found)
+    if other is not None:
+        _print_differences(found, other)
+    if out is not None:
+        print(f"written to {out}")
+
+
+def _read(path: Path) -> "ModelMeasurements":
+    from pydantic import ValidationError
+
+    from ursa.evaluation.models import ModelMeasurements
+
+    try:
+        return ModelMeasurements.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--against: {path} cannot be read ({error})") from error
+    except ValidationError as error:
+        raise ConfigError(
+            f"--against: {path} holds no measurements; `ursa evaluate --out` writes them"
+        ) from error
+
+
+def _print(found: "ModelMeasurements") -> None:
+    print(f"{'metric':36} {'value':>9}  95 % interval         unit, which way is better")
+    for item in found.measurements.measures:
+        better = f", {item.better} is better" if item.better else ""
+        print(f"{item.metric:36} {item.value:9.4g}  {_interval(item):20}  {item.unit}{better}")
+    for group in found.measurements.cases:
+        drawn = f"{len(set(group.units))} {group.unit}s" if group.unit else "no interval"
+        print(f"{group.name}: {len(group.cases)} cases, {drawn}")
+    for reason in found.not_measured:
+        sys.stderr.write(f"not measured: {reason}\n")
+
+
+def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -> None:
+    from ursa.evaluation.measures import differences
+
+    rows = differences(found.measurements, other.measurements)
+    if not rows:
+        raise ConfigError(
+            f"{other.model} was measured on other data ({other.data_version_uri}) or with another "
+            "seed: nothing can be compared"
+        )
+    print(f"\n{found.model} less {other.model}, case by case")
+    for row in rows:
+        print(f"{row.metric:36} {row.value:+9.4g}  {_interval(row):20}  {row.verdict}")
+
+
+def _interval(item: "Measure | Difference") -> str:
+    if item.low is None or item.high is None:
+        return ""
+    return f"{item.low:.4g} to {item.high:.4g}"

@@ -1,0 +1,183 @@
+"""Any model on any version of a data set: exported directories, registered models, checkpoints."""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ursa import storage
+from ursa.artifacts import (
+    CheckpointRef,
+    Measurements,
+    StageRequest,
+    TokenDatasets,
+)
+from ursa.config import STAGES, FrozenModel, Preset, RunConfig, StageName, load_config
+from ursa.data.clips import read_selection
+from ursa.data.versions import DatasetVersion
+from ursa.errors import ConfigError, ManifestError
+from ursa.evaluation.drawn import measure_drawn
+from ursa.evaluation.held_out import held_out_measurements, held_out_metrics
+from ursa.evaluation.measures import join, measurement_metrics
+from ursa.evaluation.tokenizer import measure_code_usage, measure_tokenizer
+from ursa.generation import UrsaPipeline
+from ursa.tokenizers.visual import load_visual_tokenizer
+from ursa.training.checkpoint import MARKER_FILE, load_checkpoint
+from ursa.training.trained import trained_pipeline
+from ursa.video.reader import ClipReader
+
+logger = logging.getLogger(__name__)
+
+
+class ModelMeasurements(FrozenModel):
+    """What was measured of a model, and on what; written by `ursa evaluate --out`."""
+
+    model: str
+    data_version_uri: str
+    metrics: dict[str, float]
+    measurements: Measurements
+    not_measured: tuple[str, ...]
+
+
+def version_config(
+    version: DatasetVersion, preset: Preset, changes: Mapping[str, Any]
+) -> RunConfig:
+    """Return the configuration under which a model is measured on a version of a data set.
+
+    Args:
+        version: Its own settings are kept.
+        preset: Says the rest: how much is drawn, and of a checkpoint the network.
+        changes: Overrides of whole blocks, as of `evaluation`, and of the seed.
+
+    Raises:
+        ConfigError: If a key or value is refused.
+    """
+    return load_config(preset, {**version.config, **changes})
+
+
+def open_model(directory: str | Path, version: DatasetVersion, config: RunConfig) -> UrsaPipeline:
+    """Return the pipeline of a model directory, or of a checkpoint of a stage.
+
+    Args:
+        directory: A model directory, or the folder of a checkpoint below the data root,
+            `checkpoints/<stage>/<fingerprint>/step-<step>.<nonce>`.
+        version: The data set that the checkpoint was trained on; its tokenizers are taken.
+        config: Names the network of a checkpoint.
+
+    Raises:
+        ConfigError: If it is neither.
+        CheckpointError: If the checkpoint is damaged or of another network.
+        ShardFormatError: If a shard is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    uri = str(directory).rstrip("/")
+    if not storage.exists(storage.join(uri, MARKER_FILE)):
+        return UrsaPipeline.from_pretrained(directory)
+    place = re.search(r"(?:^|/)([a-z_]+)/[0-9a-f]{32}/step-\d{8}\.[0-9a-f]+$", uri)
+    if place is None or place[1] not in STAGES:
+        raise ConfigError(
+            f"{uri} is a checkpoint, and its place does not say of which stage; it lies at "
+            "checkpoints/<stage>/<fingerprint>/ below the data root"
+        )
+    stage = cast(StageName, place[1])
+    marker, _ = load_checkpoint(uri)
+    request = StageRequest(
+        stage=stage,
+        config=config,
+        datasets=read_datasets(version),
+        visual_tokenizer=version.visual_tokenizer,
+        text_tokenizer=version.text_tokenizer,
+        init_from=None,
+        output_uri=uri.split("/checkpoints/")[0],
+    )
+    checkpoint = CheckpointRef(
+        uri=uri,
+        stage=stage,
+        step=marker.step,
+        num_samples_seen=marker.num_samples_seen,
+        metrics=marker.metrics,
+        fingerprint=marker.fingerprint,
+        parent_uri=None,
+    )
+    return trained_pipeline(request, checkpoint)
+
+
+def measure_model(
+    pipeline: UrsaPipeline, version: DatasetVersion, config: RunConfig, *, name: str
+) -> ModelMeasurements:
+    """Measure a model on a version of a data set.
+
+    Args:
+        pipeline: The model.
+        version: The data.
+        config: As `version_config` returns it.
+        name: What the model is called in the result.
+
+    Returns:
+        All that docs/evaluation.md lists; losses only if the model has the visual tokenizer of the
+        version, as others mean other codes.
+
+    Raises:
+        DataExhaustedError: If there is no training video sample.
+        ShardFormatError: If a shard or a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    datasets, selected = read_datasets(version), read_selection(version.selection)
+    metrics: dict[str, float] = {}
+    parts, missing = [], []
+    if _same_codes(pipeline, version):
+        metrics, grids = held_out_metrics(pipeline, datasets, config)
+        parts += [
+            held_out_measurements(grids, datasets, config),
+            measure_code_usage(datasets.video_train),
+        ]
+    else:
+        missing.append(
+            "losses and use of codes: the visual tokenizer of the model is not that of the data, "
+            "and losses over other codes mean other things"
+        )
+    with ClipReader() as reader:
+        parts += [
+            measure_tokenizer(pipeline, selected, config, reader.read),
+            measure_drawn(pipeline, selected, config, reader.read),
+        ]
+    measurements = join(*parts)
+    return ModelMeasurements(
+        model=name,
+        data_version_uri=version.manifest_uri,
+        metrics=metrics | measurement_metrics(measurements),
+        measurements=measurements,
+        not_measured=tuple(missing),
+    )
+
+
+def read_datasets(version: DatasetVersion) -> TokenDatasets:
+    """Return the token data sets of a version.
+
+    Args:
+        version: The version.
+
+    Raises:
+        ManifestError: If their record is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    found = storage.load_record(version.tokens_uri, TokenDatasets)
+    if found is None:
+        raise ManifestError(
+            f"{version.tokens_uri} is missing: the tokens of data set version {version.number} are "
+            "gone; run the data preparation again"
+        )
+    return found
+
+
+def _same_codes(pipeline: UrsaPipeline, version: DatasetVersion) -> bool:
+    """Whether a model has the visual tokenizer of a version, to the bit."""
+    with storage.local_directory(version.visual_tokenizer.directory_uri) as folder:
+        known = load_visual_tokenizer(folder).network.state_dict()
+    own = pipeline.visual_tokenizer.network.state_dict()
+    return known.keys() == own.keys() and all(
+        torch.equal(value, own[name].cpu()) for name, value in known.items()
+    )
