@@ -49,9 +49,14 @@ def trained(root, tmp_path) -> Trained:
     small = {
         "evaluation.timesteps": [0.0, 0.5],
         "evaluation.max_samples": 8,
-        "evaluation.sampling.num_inference_steps": 2,
+        # a directory says itself how it is sampled, of a checkpoint the configuration does
+        **{
+            f"evaluation.sampling.{name}": value
+            for name, value in config.evaluation.sampling.model_dump().items()
+        },
         **{f"evaluation.clips.{name}": value for name, value in clips.items()},
         **{f"model.{name}": value for name, value in config.model.model_dump().items()},
+        **{f"path.{name}": value for name, value in config.path.model_dump().items()},
     }
     changes = [f"--set={name}={json.dumps(value)}" for name, value in small.items()]
     model = export_model(request, checkpoint, output_uri=root.uri)
