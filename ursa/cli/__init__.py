@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from ursa import __version__
-from ursa.cli import data, path, release
+from ursa.cli import benchmark, data, path, release
 from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
 from ursa.cli.doctor import doctor
@@ -31,6 +31,7 @@ app.command(doctor)
 app.command(path.app)
 app.command(data.app)
 app.command(release.app)
+app.command(benchmark.app)
 for command in (versions, changes, uses):
     data.app.command(command)
 

@@ -12,7 +12,7 @@ from ursa.cli.models import model_directory
 from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ursa.artifacts import Measure
+    from ursa.artifacts import Measure, Measurements
     from ursa.evaluation.measures import Difference
     from ursa.evaluation.models import ModelMeasurements
 
@@ -43,7 +43,7 @@ def evaluate(
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         data_version: Number of the data set version (`ursa data versions`); the newest.
         source: Of the data set, where the root holds several.
-        preset: How much is measured, and the network of a checkpoint.
+        preset: How much is measured; of a checkpoint also network, path and sampling.
         changes: Overrides, such as evaluation.clips.num_windows=32; may be given again.
         out: Where to write the measurements, .json.
         against: Measurements of another model on the same data, as --out wrote them: the two are
@@ -71,7 +71,9 @@ def evaluate(
     if as_json:
         print(found.model_dump_json(indent=1))
         return
-    _print(found)
+    print_measures(found.measurements)
+    for reason in found.not_measured:
+        sys.stderr.write(f"not measured: {reason}\n")
     if other is not None:
         _print_differences(found, other)
     if out is not None:
@@ -93,16 +95,19 @@ def _read(path: Path) -> "ModelMeasurements":
         ) from error
 
 
-def _print(found: "ModelMeasurements") -> None:
+def print_measures(found: "Measurements") -> None:
+    """Print values, intervals and what they are over.
+
+    Args:
+        found: What was measured.
+    """
     print(f"{'metric':36} {'value':>9}  95 % interval         unit, which way is better")
-    for item in found.measurements.measures:
+    for item in found.measures:
         better = f", {item.better} is better" if item.better else ""
         print(f"{item.metric:36} {item.value:9.4g}  {_interval(item):20}  {item.unit}{better}")
-    for group in found.measurements.cases:
+    for group in found.cases:
         drawn = f"{len(set(group.units))} {group.unit}s" if group.unit else "no interval"
         print(f"{group.name}: {len(group.cases)} cases, {drawn}")
-    for reason in found.not_measured:
-        sys.stderr.write(f"not measured: {reason}\n")
 
 
 def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -> None:

@@ -49,10 +49,13 @@ _OTHERS = {
     "code_perplexity": Definition("codes", "higher"),
 }
 _DEFINITIONS = _OF_CLIPS | _OTHERS
+_BENCHMARKS = ("vbench_", "geneval_", "dpg_")
 
 
 def define(metric: str) -> Definition:
     """Return unit and direction of a metric: those of the longest known end of its name.
+
+    Scores of benchmarks are theirs.
 
     Args:
         metric: Such as `i2v_later_psnr` or `steps4_energy_distance`.
@@ -60,6 +63,8 @@ def define(metric: str) -> Definition:
     Raises:
         KeyError: If no end of it is known.
     """
+    if metric.startswith(_BENCHMARKS):
+        return Definition("score", "higher")
     parts = metric.split("_")
     for start in range(len(parts)):
         found = _DEFINITIONS.get("_".join(parts[start:]))

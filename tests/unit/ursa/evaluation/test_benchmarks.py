@@ -1,0 +1,224 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import media
+from ursa.cli import main
+from ursa.errors import ConfigError
+from ursa.evaluation.benchmarks import (
+    SEEDS_FILE,
+    draw_layout,
+    read_prompts,
+    read_results,
+)
+from ursa.generation import UrsaPipeline
+from ursa.video.decode import video_info
+
+PROMPTS = ("In a still frame, a stop sign", "a toilet, frozen in time")
+
+
+@pytest.fixture(scope="module")
+def pipeline(exported_model):
+    found = UrsaPipeline.from_pretrained(exported_model.directory_uri)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture
+def vbench_prompts(tmp_path):
+    path = tmp_path / "all_dimension.txt"
+    path.write_text(f"{PROMPTS[0]}\n{PROMPTS[1]}\n\n{PROMPTS[0]}\n")
+    return path
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_vbench_finds_five_clips_of_each_prompt(pipeline, vbench_prompts, tmp_path):
+    asked = read_prompts("vbench", vbench_prompts)
+    out = tmp_path / "out"
+    assert len(list(draw_layout(pipeline, "vbench", asked, out))) == 2
+    names = [f"{prompt}-{index}.mp4" for prompt in PROMPTS for index in range(5)]
+    assert files(out / "samples") == sorted(names)
+    info = video_info(out / "samples" / names[0])
+    assert (info.num_frames, info.fps) == (5, pipeline.defaults.fps)
+    lines = (out / SEEDS_FILE).read_text().splitlines()
+    assert len({json.loads(line)["seed"] for line in lines}) == 10
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(pipeline, vbench_prompts, tmp_path):
+    asked = read_prompts("vbench", vbench_prompts)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    list(draw_layout(pipeline, "vbench", asked, whole, count=2))
+    next(draw_layout(pipeline, "vbench", asked, stopped, count=2))
+    first = stopped / "samples" / f"{PROMPTS[0]}-0.mp4"
+    written = first.stat().st_mtime_ns
+    list(draw_layout(pipeline, "vbench", asked, stopped, count=2))
+    assert first.stat().st_mtime_ns == written
+    assert files(stopped) == files(whole)
+    for name in files(whole):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_full_list_of_vbench_is_read_too(tmp_path):
+    path = tmp_path / "VBench_full_info.json"
+    path.write_text(json.dumps([{"prompt_en": "a red bus", "dimension": ["color"]}]))
+    assert [asked.prompt for asked in read_prompts("vbench", path)] == ["a red bus"]
+
+
+def test_vbench_i2v_begins_with_its_images(pipeline, tmp_path):
+    images = tmp_path / "16-9"
+    images.mkdir()
+    Image.fromarray(media.still(1, height=48, width=64)[0]).save(images / "a boat.jpg")
+    path = tmp_path / "vbench2_i2v_full_info.json"
+    path.write_text(
+        json.dumps([{"prompt_en": "a boat, camera pans left", "image_name": "a boat.jpg"}])
+    )
+    (asked,) = read_prompts("vbench-i2v", path, images)
+    assert asked.image == images / "a boat.jpg"
+    list(draw_layout(pipeline, "vbench-i2v", [asked], tmp_path / "out", count=1))
+    assert files(tmp_path / "out" / "samples") == ["a boat, camera pans left-0.mp4"]
+    with pytest.raises(ConfigError, match="--images is for vbench-i2v"):
+        read_prompts("vbench-i2v", path)
+    (images / "a boat.jpg").unlink()
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_prompts("vbench-i2v", path, images)
+
+
+def test_geneval_finds_its_line_beside_four_pictures(pipeline, tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    lines = [json.dumps({"tag": "single_object", "prompt": f"a photo of {x}"}) for x in "ab"]
+    path.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    list(draw_layout(pipeline, "geneval", read_prompts("geneval", path), out, size=(16, 24)))
+    pictures = [f"samples/{index:04d}.png" for index in range(4)]
+    expected = [f"{place:05d}/{name}" for place in (0, 1) for name in ("metadata.jsonl", *pictures)]
+    assert files(out / "samples") == expected
+    assert (out / "samples" / "00001" / "metadata.jsonl").read_text() == f"{lines[1]}\n"
+    with Image.open(out / "samples" / "00000" / "samples" / "0003.png") as picture:
+        assert picture.size == (24, 16)
+
+
+def test_dpg_finds_four_pictures_in_one(pipeline, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "12.txt").write_text("A long and dense prompt.\n")
+    asked = read_prompts("dpg", folder)
+    assert [(item.name, item.prompt) for item in asked] == [("12", "A long and dense prompt.")]
+    listed = tmp_path / "prompts.json"
+    listed.write_text(json.dumps([{"id": "12", "prompt": "A long and dense prompt."}]))
+    assert read_prompts("dpg", listed) == asked
+    out = tmp_path / "out"
+    list(draw_layout(pipeline, "dpg", asked, out, size=(16, 16)))
+    assert files(out / "samples") == ["12.png"]
+    with Image.open(out / "samples" / "12.png") as picture:
+        assert picture.size == (32, 32)
+        quarters = np.asarray(picture).reshape(2, 16, 2, 16, 3).transpose(0, 2, 1, 3, 4)
+    assert len({quarter.tobytes() for quarter in quarters.reshape(4, -1)}) == 4
+    with pytest.raises(ConfigError, match="four square pictures"):
+        list(draw_layout(pipeline, "dpg", asked, out, size=(16, 24)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "message"),
+    [
+        ("vbench", "", "holds no prompt"),
+        ("vbench", "a/b\n", "cannot be the name of a file"),
+        ("vbench", "a" * 300, "cannot be the name of a file"),
+        ("geneval", "no json\n", "does not hold the prompts of geneval"),
+        ("dpg", '[{"id": "1"}]', "does not hold the prompts of dpg"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named(layout, text, message, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(layout, path)
+
+
+def test_scores_of_vbench_have_intervals_over_prompts(tmp_path):
+    scores = np.linspace(0.5, 0.9, 20)
+    videos = [
+        {"video_path": f"/samples/prompt {number // 2}-{number % 2}.mp4", "video_results": score}
+        for number, score in enumerate(scores)
+    ]
+    path = tmp_path / "ursa_eval_results.json"
+    found = {
+        "motion_smoothness": [float(scores.mean()), videos],
+        "imaging_quality": [0.4, [{**videos[0], "video_results": 40.0}]],
+        "color": [0.25, []],
+    }
+    path.write_text(json.dumps(found))
+    measures = {item.metric: item for item in read_results("vbench", path).measures}
+    assert set(measures) == {f"vbench_{name}" for name in found}
+    smooth = measures["vbench_motion_smoothness"]
+    assert smooth.value == pytest.approx(0.7)
+    assert smooth.low < smooth.value < smooth.high
+    # what is no mean of its samples has the benchmark's own value, without an interval
+    assert (measures["vbench_imaging_quality"].value, measures["vbench_color"].value) == (0.4, 0.25)
+    assert measures["vbench_imaging_quality"].low is None
+    (groups,) = {group.name: group for group in read_results("vbench", path).cases}.values()
+    assert (groups.unit, len(set(groups.units))) == ("prompt", 10)
+
+
+def test_score_of_geneval_is_the_mean_over_tasks(tmp_path):
+    rows = [
+        {
+            "filename": f"{tag}/{prompt}/{sample}.png",
+            "tag": tag,
+            "correct": prompt < right,
+            "metadata": json.dumps({"tag": tag, "prompt": prompt}),
+        }
+        for tag, num_prompts, right in (("counting", 10, 2), ("colors", 20, 10))
+        for prompt in range(num_prompts)
+        for sample in range(4)
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    measures = {item.metric: item for item in read_results("geneval", path).measures}
+    assert measures["geneval_counting"].value == pytest.approx(0.2)
+    assert measures["geneval_colors"].value == pytest.approx(0.5)
+    overall = measures["geneval_overall"]
+    assert overall.value == pytest.approx(0.35)
+    assert overall.low < overall.value < overall.high
+
+
+def test_score_of_dpg_is_the_mean_over_pictures(tmp_path):
+    lines = [f"/out/{name}.png, 0.5, 1.0, {score}" for name, score in (("1", 0.75), ("a, b", 0.25))]
+    path = tmp_path / "dpg-bench_results.txt"
+    path.write_text("\n".join([*lines, "Model: out", "DPG-Bench score: 50.0"]) + "\n")
+    (score,) = read_results("dpg", path).measures
+    assert (score.metric, score.value) == ("dpg_score", 50.0)
+
+
+@pytest.mark.parametrize("layout", ["vbench", "geneval", "dpg"])
+def test_other_files_are_refused(layout, tmp_path):
+    path = tmp_path / "results"
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(ConfigError, match="is no result file"):
+        read_results(layout, path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_results(layout, tmp_path / "missing")
+
+
+def test_the_commands_draw_and_read(exported_model, tmp_path, capsys):
+    def run(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["benchmark", *arguments])
+        return ended.value.code
+
+    prompts, out = tmp_path / "all_dimension.txt", tmp_path / "out"
+    prompts.write_text("a boat\n")
+    drawing = ["draw", exported_model.directory_uri, "vbench", "--prompts", str(prompts)]
+    assert run(*drawing, "--out", str(out), "--count", "1") == 0
+    assert files(out / "samples") == ["a boat-0.mp4"]
+    results = tmp_path / "ursa_eval_results.json"
+    results.write_text(json.dumps({"color": [0.25, []]}))
+    capsys.readouterr()
+    assert run("read", str(results), "vbench") == 0
+    assert "vbench_color" in capsys.readouterr().out
+    assert run(*drawing, "--out", str(out), "--count", "0") == 1
+    assert "--count must be at least 1" in capsys.readouterr().err
