@@ -16,7 +16,7 @@ SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down status deploy check check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
-  bench-steps bench-plan bench-gpu ablation
+  bench-steps bench-evaluation bench-plan bench-gpu ablation
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-toy: setup ## solvers and clocks with an exact denoiser: some minutes
 
 bench-steps: setup ## quality against number of forwards on the newest model of `make run`
 	PYTHONPATH=. $(BIN)/python tests/bench/steps.py .ursa/data
+
+bench-evaluation: setup ## whether untrained, half trained and trained models are told apart: ten minutes on two cores
+	PYTHONPATH=. $(BIN)/python tests/bench/evaluation.py .ursa/bench-evaluation --preset "$$PRESET" --source "$$SOURCE"
 
 bench-plan: setup ## memory and time of training, planned and measured: some minutes
 	PYTHONPATH=. $(BIN)/python tests/bench/plan.py
