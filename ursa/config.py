@@ -671,8 +671,9 @@ class ClipEvaluationConfig(ConfigSection):
     fewer_steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         description="further numbers of steps: quality against steps"
     )
-    features: Literal["statistics", "latents"] = Field(
-        description="of the Frechet distance: colour, detail and motion, or the tokenizer's codes"
+    features: Literal["statistics", "latents"] | ModelFilesConfig = Field(
+        description="of the Frechet distance: colour, detail and motion, the tokenizer's codes, or "
+        "an image network of transformers"
     )
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ursa.artifacts import Measure, MeasuredCases, Measurements, SelectedClip
-from ursa.config import RunConfig
+from ursa.config import ModelFilesConfig, RunConfig
 from ursa.data.addresses import address_seed
 from ursa.data.clips import clip_windows
 from ursa.evaluation.clips import ClipValues, measure_clip, measure_motion, psnr, ssim
 from ursa.evaluation.features import (
     frechet_distance,
     latents,
+    network_features,
     reduce_features,
     rms_distances,
     statistics,
@@ -369,16 +370,19 @@ def _frechet_measure(
     config: RunConfig,
     group: MeasuredCases,
 ) -> Measure:
-    name = config.evaluation.clips.features
-    if name == "latents":
-        rows = latents(pipeline.visual_tokenizer, list(clips))
+    features = config.evaluation.clips.features
+    if isinstance(features, ModelFilesConfig):
+        name, both = "network", network_features(features, [*clips, *real.some])
+        rows, reference = both[: len(clips)], both[len(clips) :]
+    elif features == "latents":
+        name, rows = features, latents(pipeline.visual_tokenizer, list(clips))
         reference = latents(pipeline.visual_tokenizer, real.some)
     else:
+        name = features
         rows = np.stack([statistics(*pair) for pair in zip(clips, values, strict=True)])
         fps = config.tokenization.fps
-        reference = np.stack(
-            [statistics(frames, measure_clip(frames, fps)) for frames in real.some]
-        )
+        measured = [(frames, measure_clip(frames, fps)) for frames in real.some]
+        reference = np.stack([statistics(*pair) for pair in measured])
     reference, rows = reduce_features(reference, rows)
 
     def distance(weights: np.ndarray) -> float:

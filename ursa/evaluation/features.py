@@ -9,18 +9,20 @@ References:
     Frechet distance of normal laws: Dowson and Landau, J. Multivar. Anal. 12 (1982).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
+from ursa.config import ModelFilesConfig
+from ursa.errors import ConfigError
 from ursa.evaluation.clips import ClipValues
 from ursa.tokenizers.visual import AutoencoderTokenizer
 
 THUMBNAIL_WIDTH_PX = 16
-Extractor = Callable[[np.ndarray], np.ndarray]
-"""Frames of a clip, uint8 (F, H, W, 3), to features (D,)."""
 
 
 def thumbnail(frames: np.ndarray) -> np.ndarray:
@@ -129,3 +131,60 @@ def latents(tokenizer: AutoencoderTokenizer, clips: Sequence[np.ndarray]) -> np.
             parts.append(values.diff(dim=0).abs().mean((0, 1, 2)))
         rows.append(torch.cat(parts).numpy())
     return np.stack(rows)
+
+
+def network_features(config: ModelFilesConfig, clips: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the embedding of clips by an image network of transformers.
+
+    Args:
+        config: The network: CLIP, SigLIP, DINO and others that pool a picture to a vector.
+        clips: uint8 (F, H, W, 3) each.
+
+    Returns:
+        Mean over frames, and of clips of several frames the mean change between them, shape (N, D).
+
+    Raises:
+        ConfigError: If it is no such network.
+        StorageError: If the store refuses or does not answer.
+    """
+    from transformers import AutoImageProcessor, AutoModel  # noqa: PLC0415  (seconds)
+
+    from ursa.annotation.networks import (  # noqa: PLC0415
+        choose_device,
+        deterministic,
+        load_model,
+        load_part,
+        model_files,
+        pixels,
+    )
+
+    where = "evaluation.clips.features"
+    with model_files(where, config) as folder:
+        model = load_model(AutoModel, where, folder, config, choose_device("auto"))
+        processor = load_part(AutoImageProcessor, folder, backend="pil")
+    rows = []
+    with deterministic():
+        for frames in clips:
+            places = np.linspace(0, len(frames) - 1, min(config.num_frames, len(frames)))
+            prepared = pixels(processor, frames[places.round().astype(int)], model)
+            found = _pooled(model, prepared).float().cpu()
+            parts = [found.mean(0)]
+            if len(found) > 1:
+                parts.append(found.diff(dim=0).abs().mean(0))
+            rows.append(torch.cat(parts).numpy())
+    return np.stack(rows)
+
+
+def _pooled(model: Any, prepared: Tensor) -> Tensor:
+    """Return one vector a picture, shape (T, D)."""
+    embed = getattr(model, "get_image_features", model)
+    output = embed(pixel_values=prepared)
+    if isinstance(output, Tensor):
+        return output
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        raise ConfigError(
+            f"evaluation.clips.features: a {type(model).__name__} has no vector of a whole picture "
+            "(pooler_output); give a CLIP, SigLIP or DINO model"
+        )
+    return torch.as_tensor(pooled)

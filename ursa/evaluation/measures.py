@@ -44,6 +44,7 @@ _OTHERS = {
     "nearest_train_ratio": Definition("ratio", None),
     "energy_distance": Definition("levels", "lower"),
     "frechet_statistics": Definition("squared deviations", "lower"),
+    "frechet_network": Definition("squared deviations", "lower"),
     "frechet_latents": Definition("squared deviations", "lower"),
     "code_usage": Definition("share of codes", "higher"),
     "code_perplexity": Definition("codes", "higher"),

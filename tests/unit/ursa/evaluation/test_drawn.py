@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import factories, media
+from tests import factories, media, tiny_models
 from ursa.artifacts import Clip, SelectedClip
 from ursa.evaluation.drawn import Draw, draw_clips, measure_drawn, rank_correlation
 from ursa.evaluation.tokenizer import measure_code_usage, measure_tokenizer
@@ -38,7 +38,8 @@ def clips(tmp_path_factory) -> list[Clip]:
 def documented() -> set[str]:
     """Names in the first column of the table of metrics."""
     text = (Path(__file__).parents[4] / "docs" / "evaluation.md").read_text("utf-8")
-    rows = [line for line in text.partition("## Metrics")[2].splitlines() if line.startswith("| `")]
+    section = text.partition("## Metrics")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
 
 
@@ -76,11 +77,13 @@ def test_without_held_out_clips_only_prompts_are_drawn(pipeline, clips):
     assert "t2v_nearest_train_ratio" not in {item.metric for item in found.measures}
 
 
-def test_codes_of_the_tokenizer_may_be_the_features(pipeline, clips):
-    changes = {"num_windows": 0, "asked_motion": [], "fewer_steps": [], "features": "latents"}
-    config = factories.tiny_config({"evaluation": {"clips": changes}})
-    found = measure_drawn(pipeline, selected(clips, ("train",) * 3), config)
-    assert "t2v_frechet_latents" in {item.metric for item in found.measures}
+def test_codes_or_a_network_may_be_the_features(pipeline, clips, tmp_path):
+    network = {"model": str(tiny_models.write_clip(tmp_path / "clip"))}
+    for name, features in (("latents", "latents"), ("network", network)):
+        changes = {"num_windows": 0, "asked_motion": [], "fewer_steps": [], "features": features}
+        config = factories.tiny_config({"evaluation": {"clips": changes}})
+        found = measure_drawn(pipeline, selected(clips, ("train",) * 3), config)
+        assert f"t2v_frechet_{name}" in {item.metric for item in found.measures}
 
 
 def test_clips_of_one_frame_are_not_measured(pipeline, clips):

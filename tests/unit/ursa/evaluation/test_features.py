@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
 
-from tests import factories, media
+from tests import factories, media, tiny_models
+from ursa.config import ModelFilesConfig
+from ursa.errors import ConfigError
 from ursa.evaluation.clips import measure_clip
 from ursa.evaluation.features import (
     frechet_distance,
     latents,
+    network_features,
     reduce_features,
     rms_distances,
     statistics,
@@ -51,3 +54,21 @@ def test_statistics_and_latents_of_a_clip(tmp_path):
     channels = tokenizer.codebook.shape[1]
     assert latents(tokenizer, [frames, frames[:1]][:1]).shape == (1, 3 * channels)
     assert latents(tokenizer, [frames[:1]]).shape == (1, 2 * channels)
+
+
+def test_an_image_network_may_give_the_features(tmp_path):
+    frames = media.panning(5, step=2, height=32, width=48)
+    clips = [frames, np.repeat(frames[:1], 5, axis=0)]
+    config = ModelFilesConfig(model=str(tiny_models.write_clip(tmp_path / "clip")), num_frames=3)
+    found = network_features(config, clips)
+    assert found.shape == (2, 2 * tiny_models.EMBEDDING)
+    # what stands still does not change in time
+    np.testing.assert_allclose(found[1, tiny_models.EMBEDDING :], 0, atol=1e-6)
+    assert np.abs(found[0, tiny_models.EMBEDDING :]).max() > 1e-4
+    np.testing.assert_array_equal(found, network_features(config, clips))
+
+
+def test_what_is_no_image_network_is_named(tmp_path):
+    config = ModelFilesConfig(model=str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"evaluation\.clips\.features"):
+        network_features(config, [media.still(3, height=32, width=48)])
