@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples"
 GALLERY = f"{SAMPLES}/gallery.html"
+MEASUREMENTS = "measurements.json"
+CURVES = "evaluation_curves"
+"""Series of pictures: quality against steps, produced against asked motion."""
 
 
 @step(run_name="export model")
@@ -53,6 +56,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
         UrsaError: What that function raises.
     """
     from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
+    from ursa.evaluation import models, picture  # noqa: PLC0415
     from ursa.gate import comparison_text  # noqa: PLC0415
     from ursa.inspection.gallery import samples_page  # noqa: PLC0415  (matplotlib: a second)
     from ursa.training import validation  # noqa: PLC0415
@@ -105,6 +109,13 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 name.rpartition("/")[2].removesuffix(".png"),
                 trained.checkpoint.step,
             )
+        measured = models.report_measurements(report, trained.version_uri)
+        tracking.log_text(run, measured.model_dump_json(indent=1), MEASUREMENTS)
+        curves = picture.draw_curves(
+            report.measurements, num_steps=config.evaluation.sampling.num_inference_steps
+        )
+        if curves is not None:
+            tracking.log_picture_step(run, curves, CURVES, trained.checkpoint.step)
         if report.grids:
             tracking.log_picture_step(
                 run, validation.picture(report.grids), LOSS_PICTURE, trained.checkpoint.step

@@ -11,6 +11,7 @@ import torch
 from ursa import storage
 from ursa.artifacts import (
     CheckpointRef,
+    EvalReport,
     Measurements,
     StageRequest,
     TokenDatasets,
@@ -40,6 +41,22 @@ class ModelMeasurements(FrozenModel):
     metrics: dict[str, float]
     measurements: Measurements
     not_measured: tuple[str, ...]
+
+
+def report_measurements(report: EvalReport, data_version_uri: str) -> ModelMeasurements:
+    """Return what a flow has measured, as `ursa evaluate --against` reads it.
+
+    Args:
+        report: The evaluation.
+        data_version_uri: Manifest of the data set version.
+    """
+    return ModelMeasurements(
+        model=report.model.directory_uri,
+        data_version_uri=data_version_uri,
+        metrics=report.metrics,
+        measurements=report.measurements,
+        not_measured=(),
+    )
 
 
 def version_config(
