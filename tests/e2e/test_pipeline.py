@@ -83,6 +83,27 @@ def test_the_run_has_a_model_card(finished: Finished) -> None:
     assert tags(run)["ursa.model_directory"] in card
 
 
+def test_the_evaluation_is_in_mlflow(finished: Finished) -> None:
+    """Metrics of drawn clips, their curves, and what another model is compared with."""
+    services = finished.services
+    (run,) = mlflow_runs(
+        services, "tags.`ursa.stage` = 'evaluate' and tags.`ursa.gate_passed` != ''"
+    )
+    run_id = run["info"]["run_id"]
+    metrics = {item["key"] for item in run["data"]["metrics"]}
+    address = f"{services.mlflow_url}/get-artifact?path=measurements.json&run_uuid={run_id}"
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        measured = json.load(answer)
+    names = {item["metric"] for item in measured["measurements"]["measures"]}
+    assert {f"eval/{name}" for name in names} <= metrics
+    assert {"motion_adherence", "t2v_nearest_train_distance", "train_code_usage"} <= names
+    assert measured["data_version_uri"].endswith("/000001.json")
+    listed = services.ask(
+        f"{services.mlflow_url}/api/2.0/mlflow/artifacts/list?run_id={run_id}&path=images"
+    )
+    assert any("evaluation_curves" in item["path"] for item in listed["files"])
+
+
 def test_stages_show_samples_at_intervals(finished: Finished) -> None:
     """Pictures under one key with the steps as a slider, and clips of stages on videos."""
     services = finished.services
