@@ -63,7 +63,8 @@ def evaluate(
 
     config = version_config(version, preset, parse_changes(changes))
     with model_directory(model) as directory:
-        pipeline = open_model(directory, version, config)
+        # a path would lose a slash of s3://
+        pipeline = open_model(model if "://" in model else directory, version, config)
     pipeline.set_progress_bar_config(disable=True)
     found = measure_model(pipeline, version, config, name=model)
     if out is not None:

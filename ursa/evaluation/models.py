@@ -90,7 +90,7 @@ def open_model(directory: str | Path, version: DatasetVersion, config: RunConfig
         ShardFormatError: If a shard is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    uri = str(directory).rstrip("/")
+    uri = storage.absolute_uri(str(directory))
     if not storage.exists(storage.join(uri, MARKER_FILE)):
         return UrsaPipeline.from_pretrained(directory)
     place = re.search(r"(?:^|/)([a-z_]+)/[0-9a-f]{32}/step-\d{8}\.[0-9a-f]+$", uri)

@@ -69,14 +69,16 @@ def run(*arguments: str) -> int:
     return ended.value.code
 
 
-def test_a_directory_and_its_checkpoint_measure_the_same(trained, tmp_path, capsys):
+def test_a_directory_and_its_checkpoint_measure_the_same(trained, tmp_path, capsys, monkeypatch):
     files = [tmp_path / "model.json", tmp_path / "checkpoint.json"]
     first = [trained.model.directory_uri, trained.root, "--out", str(files[0])]
     assert run(*first, *trained.changes) == 0
     printed = capsys.readouterr().out
     assert "motion_adherence" in printed
     assert "nats, lower is better" in printed
-    second = [trained.checkpoint.uri, trained.root, "--out", str(files[1])]
+    place = storage.local_path(trained.checkpoint.uri)
+    monkeypatch.chdir(place.parent)
+    second = [place.name, trained.root, "--out", str(files[1])]
     assert run(*second, "--against", str(files[0]), *trained.changes) == 0
     compared = capsys.readouterr().out.partition("case by case")[2]
     assert "i2v_later_psnr" in compared
