@@ -25,10 +25,11 @@ def test_untrained_half_trained_and_trained_models_are_told_apart(tmp_path):
     measures = {name: {item.metric: item for item in part.measures} for name, part in found.items()}
     for less, more in itertools.pairwise(found):
         compared = {item.metric: item for item in differences(found[more], found[less])}
-        for metric in TOKENS:
+        assert {compared[metric].verdict for metric in TOKENS} == {"better"}
+        # windows differ more from each other than the last two models do: pairing is what tells
+        for metric in TOKENS if less == "untrained" else ("i2v_loss",):
             one, other = measures[less][metric], measures[more][metric]
-            assert bench.are_apart(one, other), (metric, one, other)
-            assert compared[metric].verdict == "better"
+            assert bench.are_apart(one, other), (metric, one.value, other.value)
     untrained, trained = measures["untrained"], measures["trained"]
     compared = {item.metric: item for item in differences(found["trained"], found["untrained"])}
     for metric in CLIPS:
