@@ -5,6 +5,7 @@ imported on Ray's workers as well, so it imports neither Prefect nor MLflow.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 from tasks.settings import RuntimeSettings
@@ -25,6 +27,7 @@ from ursa.artifacts import CheckpointRef
 from ursa.config import FrozenModel
 from ursa.errors import ServiceError, TrainingError, UrsaError
 from ursa.training.execution import CPU_BACKEND, GPU_BACKEND
+from ursa.training.termination import Termination
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,14 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+SAVE_LIMIT_S = 1800.0
+"""How long the driver waits for a last checkpoint, as for any."""
 _POLL_S = 1.0
+_SIGNAL_POLL_S = 0.2
+_ANSWER_S, _LEAVE_S = 10.0, 10.0
 _actor_numbers = itertools.count()
+_told_to_end = threading.Event()
+"""Of this process, if it is a training worker."""
 
 
 class Workers(NamedTuple):
@@ -107,7 +116,7 @@ def map_units(
 
 
 def run_distributed(
-    worker: Callable[[dict[str, Any]], None],
+    worker: Callable[[dict[str, Any], Callable[[], bool]], None],
     arguments: dict[str, Any],
     find: Callable[[], CheckpointRef | None],
     settings: RuntimeSettings,
@@ -115,10 +124,13 @@ def run_distributed(
     """Run a training function on `num_train_workers` processes of Ray Train.
 
     Our own checkpoints do the resuming, so every call starts a new Ray Train run in a scratch
-    folder. A lost worker restarts the group; the stage goes on from its newest checkpoint.
+    folder. A lost worker restarts the group; the stage goes on from its newest checkpoint. SIGTERM
+    to this process makes the workers save and end; SIGTERM to a worker makes all save, and the
+    group starts again.
 
     Args:
-        worker: Top-level function run by every rank; gets `arguments`.
+        worker: Top-level function run by every rank; gets `arguments` and a function that says
+            whether to save and end with `SystemExit`.
         arguments: JSON values.
         find: Returns the committed result of the stage, if there is one.
         settings: Where to run.
@@ -130,6 +142,7 @@ def run_distributed(
         UrsaError: What the workers raised.
         TrainingError: If the workers ended without a committed checkpoint.
         ServiceError: If Ray cannot be started or reached.
+        SystemExit: With status 143, after SIGTERM, unless the handler of before ends otherwise.
     """
     _connect(settings)
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
@@ -142,7 +155,7 @@ def run_distributed(
     )
     resources: dict[str, float] = {"CPU": cores, **({"GPU": gpus} if gpus else {})}
     mailbox = _mailbox()
-    with tempfile.TemporaryDirectory(prefix="ursa-train-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ursa-train-") as scratch, Termination() as termination:
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"worker": worker, "arguments": arguments, "mailbox": mailbox},
@@ -156,11 +169,7 @@ def run_distributed(
                 name="stage", storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),
         )
-        failure: Exception | None = None
-        try:
-            trainer.fit()
-        except Exception as error:  # noqa: BLE001  (Ray wraps everything; unwrapped below)
-            failure = error
+        failure = _fit(trainer.fit, mailbox, termination)
     refused = _read_mailbox(mailbox)
     if refused is not None:
         raise refused
@@ -170,6 +179,36 @@ def run_distributed(
     if failure is not None:
         raise _cause(failure) from failure
     raise TrainingError("the training workers ended without a committed checkpoint")
+
+
+def _fit(fit: Callable[[], object], mailbox: Any, termination: Termination) -> Exception | None:
+    """Run Ray Train; return what it raised. After SIGTERM let the workers save, then end."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            fit()
+        except Exception as error:  # noqa: BLE001  (Ray wraps everything; unwrapped later)
+            failures.append(error)
+
+    # in a thread, as this one must be free for signals
+    fitting = threading.Thread(target=run, name="ray-train", daemon=True)
+    fitting.start()
+    try:
+        while fitting.is_alive() and not termination.requested:
+            fitting.join(_SIGNAL_POLL_S)
+    except BaseException:
+        mailbox.end.remote()
+        raise
+    if termination.requested:
+        _ask(mailbox, "end")
+        end_s = time.monotonic() + SAVE_LIMIT_S
+        while fitting.is_alive() and _ask(mailbox, "num_at_work") and time.monotonic() < end_s:
+            fitting.join(_SIGNAL_POLL_S)
+        fitting.join(_LEAVE_S)  # Ray ends the process itself if it is stopped under a call
+        logger.warning("SIGTERM: no training worker is left at work")
+        termination.end()
+    return failures[0] if failures else None
 
 
 def shutdown() -> None:
@@ -203,7 +242,7 @@ def _connect(settings: RuntimeSettings) -> None:
         )
     for attempt in range(1, INIT_ATTEMPTS + 1):
         try:
-            with _keep_signal_handlers():
+            with _keep_signal_handlers(), _session_of_its_own():
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         except Exception as error:
             logger.warning("Ray did not start (attempt %d): %s", attempt, _first_line(error))
@@ -232,6 +271,23 @@ def _keep_signal_handlers() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _session_of_its_own() -> Iterator[None]:
+    """Start Ray's daemons out of this process group: a signal to it is for this process to handle.
+
+    They still end with it.
+    """
+    from ray._private import services  # noqa: PLC0415  (Ray has no setting for it)
+
+    module: Any = services
+    popen = module.ConsolePopen
+    module.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        module.ConsolePopen = popen
 
 
 def _outcomes(
@@ -429,14 +485,68 @@ def _restore_error(outcome: dict[str, Any]) -> UrsaError:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """Run the worker; put an error that repeating cannot cure in the mailbox and end quietly."""
+    import ray  # noqa: PLC0415
+
+    mailbox = config["mailbox"]
     try:
-        config["worker"](config["arguments"])
+        with _at_work(mailbox):
+            config["worker"](config["arguments"], _told_to_end.is_set)
+    except SystemExit as stop:
+        if not _ask(mailbox, "is_over"):
+            # Ray starts the group again, where there is room for it
+            raise ServiceError("a training worker was told to end; its stage is saved") from stop
     except UrsaError as error:
         if error.transient:
             raise
-        import ray  # noqa: PLC0415
+        ray.get(mailbox.put.remote(json.dumps({"error": _pack_error(error)})))
 
-        ray.get(config["mailbox"].put.remote(json.dumps({"error": _pack_error(error)})))
+
+@contextlib.contextmanager
+def _at_work(mailbox: Any) -> Iterator[None]:
+    """Note SIGTERM to this process, the end of its node, and that the driver wants the end."""
+    import ray  # noqa: PLC0415
+    from ray.train.v2._internal.execution.context import get_train_context  # noqa: PLC0415
+
+    # the public `get_preemption_info` is a barrier of all workers
+    preemption = get_train_context().preemption_context
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not (_told_to_end.is_set() or finished.wait(_POLL_S)):
+            if preemption.preemption_info is not None or _ask(mailbox, "is_over"):
+                _told_to_end.set()
+
+    _ask(mailbox, "begin")
+    # training runs in a thread of the actor; signals go to the one that runs its methods
+    actor: Any = ray.get_runtime_context().current_actor
+    ray.get(actor.__ray_call__.remote(_note_sigterm))
+    threading.Thread(target=watch, name="orders", daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
+        _ask(mailbox, "finish")
+
+
+def _ask(mailbox: Any, method: str) -> object:
+    """Call the mailbox; None without an answer."""
+    import ray  # noqa: PLC0415
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        return ray.get(getattr(mailbox, method).remote(), timeout=_ANSWER_S)
+    return None
+
+
+def _note_sigterm(_actor: object) -> None:
+    """Let the first SIGTERM be noted; the second ends the process, as Ray wants it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if _told_to_end.is_set() and callable(before):
+            before(number, frame)
+        _told_to_end.set()
+
+    signal.signal(signal.SIGTERM, note)
 
 
 def _mailbox() -> Any:
@@ -446,10 +556,12 @@ def _mailbox() -> Any:
 
 
 class _Mailbox:
-    """Holds the first message put into it."""
+    """Between driver and training workers: their first message, who is at work, whether to end."""
 
     def __init__(self) -> None:
         self._message = ""
+        self._num_at_work = 0
+        self._is_over = False
 
     def put(self, message: str) -> None:
         """Keep the message unless there is one."""
@@ -458,6 +570,26 @@ class _Mailbox:
     def get(self) -> str:
         """Return the message, or an empty string."""
         return self._message
+
+    def begin(self) -> None:
+        """Note that a worker trains."""
+        self._num_at_work += 1
+
+    def finish(self) -> None:
+        """Note that a worker does not train any more."""
+        self._num_at_work -= 1
+
+    def num_at_work(self) -> int:
+        """Return how many train; one that was lost still counts."""
+        return self._num_at_work
+
+    def end(self) -> None:
+        """Let the workers end."""
+        self._is_over = True
+
+    def is_over(self) -> bool:
+        """Return whether the workers shall end."""
+        return self._is_over
 
 
 def _read_mailbox(mailbox: Any) -> UrsaError | None:

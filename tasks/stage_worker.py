@@ -140,14 +140,16 @@ class LocalSink:
             sink.__exit__(None, None, None)
 
 
-def run_stage(arguments: dict[str, Any]) -> None:
+def run_stage(arguments: dict[str, Any], is_told_to_end: Callable[[], bool]) -> None:
     """Train a stage as one rank; rank 0 sends metrics to the tracking run.
 
     Args:
         arguments: `request`, `execution` and `run` as JSON texts, `progress_url` of the artifact or
             "".
+        is_told_to_end: Whether to save and end now.
 
     Raises:
+        SystemExit: When told to end, after saving.
         UrsaError: What `ursa.training.stage.train_stage` raises.
     """
     from ursa.training.stage import samples_uri, train_stage  # noqa: PLC0415  (torch)
@@ -155,11 +157,11 @@ def run_stage(arguments: dict[str, Any]) -> None:
     request = StageRequest.model_validate_json(arguments["request"])
     execution = Execution.model_validate_json(arguments["execution"])
     if int(os.environ.get("RANK", "0")) != 0:
-        train_stage(request, execution=execution)
+        train_stage(request, execution=execution, is_told_to_end=is_told_to_end)
         return
     run = TrackedRun.model_validate_json(arguments["run"])
     stage: StageConfig = getattr(request.config.stages, request.stage)
     progress = StageProgress(arguments["progress_url"], stage.max_steps)
     on_step = StageSamples(run, samples_uri(request), progress)
     with MetricSink(run, on_step=on_step) as sink:
-        train_stage(request, execution=execution, on_metrics=sink)
+        train_stage(request, execution=execution, on_metrics=sink, is_told_to_end=is_told_to_end)

@@ -225,7 +225,7 @@ def _train(case: dict[str, Any], rank: int, folder: Path) -> int:
             rank=rank,
             world_size=case["ranks"],
         )
-    _note_steps(Path(case["log"]), rank)
+    note_steps(Path(case["log"]), rank)
     for fault in case["faults"]:
         if fault.get("rank", 0) == rank:
             _install(fault, folder / f"signal-{rank}")
@@ -234,7 +234,7 @@ def _train(case: dict[str, Any], rank: int, folder: Path) -> int:
     return 0
 
 
-def _note_steps(log: Path, rank: int) -> None:
+def note_steps(log: Path, rank: int) -> None:
     """Add a line to the log for every step that was done."""
     from ursa.training.trainer import Trainer
 

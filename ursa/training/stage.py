@@ -5,13 +5,9 @@ import functools
 import logging
 import math
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +50,7 @@ from ursa.training.optim import build_average, build_optimizer, trained_part
 from ursa.training.samples import StageSamples
 from ursa.training.schedule import load_codes, path_over
 from ursa.training.start import load_start
+from ursa.training.termination import TERMINATED, Termination
 from ursa.training.trainer import OnMetrics, Trainer
 from ursa.training.validation import (
     SETTING_PREFIX,
@@ -74,8 +71,6 @@ _VALIDATION_SHARE = 0.1
 """Of the time of a stage, what validation may take without a warning."""
 _SHORT_S = 600.0
 """A stage that takes less may spend more of it on validation."""
-_TERMINATED = 143
-"""Exit status after SIGTERM."""
 _TAKE_TRIES = 3
 _GRACE_S = 25.0
 """How long the other workers have to end by themselves when one has failed."""
@@ -138,6 +133,7 @@ def train_stage(
     *,
     execution: Execution = DEFAULT_EXECUTION,
     on_metrics: OnMetrics | None = None,
+    is_told_to_end: Callable[[], bool] = lambda: False,
 ) -> CheckpointRef:
     """Train one stage, or return its committed result.
 
@@ -153,6 +149,7 @@ def train_stage(
         execution: How it is computed, the same on all ranks; another one than before a stop may be
             given.
         on_metrics: Called on rank 0 with (step, metrics), steps counted from 1.
+        is_told_to_end: Asked after every step; where it holds on any rank that is as SIGTERM.
 
     Returns:
         The committed checkpoint; its metrics are those of the last step.
@@ -164,18 +161,22 @@ def train_stage(
             compiled on this machine, or adapters are to be trained without peft or on random
             weights.
         StorageError: If the store refuses or does not answer.
-        SystemExit: With status 143, after SIGTERM.
+        SystemExit: With status 143, after SIGTERM, unless the handler of before ends otherwise.
     """
     group = current_group()
     done = group.from_main(lambda: find_stage(request))
     if done is not None:
         return done
     with contextlib.closing(_build_trainer(request, group, execution)) as trainer:
-        return _train(request, trainer, group, on_metrics)
+        return _train(request, trainer, group, on_metrics, is_told_to_end)
 
 
 def _train(
-    request: StageRequest, trainer: Trainer, group: Group, on_metrics: OnMetrics | None
+    request: StageRequest,
+    trainer: Trainer,
+    group: Group,
+    on_metrics: OnMetrics | None,
+    is_told_to_end: Callable[[], bool],
 ) -> CheckpointRef:
     config = trainer.config
     run = _StageRun(request, trainer)
@@ -185,10 +186,10 @@ def _train(
     began = time.perf_counter()
     try:
         first, metrics = run.resume()
-        with _Termination() as termination:
+        with Termination() as termination:
             for step in range(first, config.max_steps):
                 metrics, count = run.step(step), step + 1
-                stop = group.any(termination.requested)
+                stop = group.any(termination.requested or is_told_to_end())
                 due = run.went_back or stop or _is_due(count, config.checkpoint_every, config)
                 if due:
                     run.check_weights(count)
@@ -208,7 +209,7 @@ def _train(
                 if stop:
                     run.finish()
                     logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
-                    raise SystemExit(_TERMINATED)
+                    termination.end()
         curve, grids = validation.curve(), validation.grids
         validation.tell_share(time.perf_counter() - began)
         uri, merged_uri = run.finish(), None
@@ -272,13 +273,13 @@ def launch_local(
         port = probe.getsockname()[1]
     arguments = (num_workers, port, request, execution, on_metrics)
     workers = spawn(_local_worker, arguments, nprocs=num_workers, join=False)
-    with _Termination(workers.pids()) as termination:
+    with Termination(workers.pids()) as termination:
         try:
             while not workers.join(grace_period=_GRACE_S):
                 pass
         except (ProcessRaisedException, ProcessExitedException) as error:
-            if termination.requested or getattr(error, "exit_code", 0) == _TERMINATED:
-                raise SystemExit(_TERMINATED) from error
+            if termination.requested or getattr(error, "exit_code", 0) == TERMINATED:
+                termination.end()
             raise TrainingError(f"a training worker failed: {error}") from error
     result = find_stage(request)
     if result is None:
@@ -731,34 +732,6 @@ class _Validation:
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return what a record can hold: finite numbers alone."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-class _Termination:
-    """Notes a SIGTERM so that the loop can save first; the old handler is put back at the end.
-
-    Processes that are given get it as well.
-    """
-
-    def __init__(self, forward_to: Sequence[int] = ()) -> None:
-        self.requested = False
-        self._forward_to = forward_to
-        self._previous: Any = None
-        self._active = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> "_Termination":
-        if self._active:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        for process in self._forward_to:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
 
 
 def _local_worker(
