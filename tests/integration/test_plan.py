@@ -36,3 +36,15 @@ def test_memory_and_time_of_training(name):
     assert plan.memory.total_bytes == pytest.approx(measured.peak_bytes, rel=0.25)
     # of the processor: other processes do not count, but they share its caches
     assert 0.6 < plan.step_s / measured.processor_s < 1.6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("tiny", "mlp"), ("deep", "attention"), ("deep", "layer"), ("adapters", "layer")],
+)
+def test_memory_with_parts_computed_again(name, level):
+    measured = bench.measure(name, 1, level)
+    plan = bench.predict(name, 1, level=level)
+    assert plan.memory.total_bytes == pytest.approx(measured.peak_bytes, rel=0.25)

@@ -53,7 +53,8 @@ _SHARD_ROW_BYTES = 120
 _LIBRARY_BYTES = 32_000_000
 """Libraries and workspaces that the first step loads."""
 _HOLES = 0.2
-"""Share of the activations that lies idle between blocks: measured with glibc's allocator."""
+"""Share of the activations that lies idle between blocks: measured with glibc's allocator, where
+it is the same whatever the backward pass computes again."""
 _HOLES_OF_ADAPTERS = 0.8
 """The same beside adapters, on a CPU: no gradients and moments of all weights fill them."""
 _LARGEST_TENSORS = 4
@@ -493,9 +494,12 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
     codes = network.lm_head_size
     logits = FLOAT_BYTES * min(visual * codes, max(1, LOSS_PART_ELEMENTS // codes) * codes)
     states = FLOAT_BYTES * visual * h
+    # on a processor those of weights that are not trained too: they are loaded there
+    is_whole = work.lora is None or not on_gpu
+    width = h if work.lora is None or is_whole else work.lora.rank
     largest = max(
-        FLOAT_BYTES * network.intermediate_size * (work.lora.rank if work.lora else h),
-        *trained_rows.values(),
+        FLOAT_BYTES * network.intermediate_size * width,
+        *(rows if is_whole else trained_rows).values(),
         0,
     )
     copies = _LARGEST_TENSORS * largest
@@ -515,6 +519,8 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
     if not on_gpu:  # copies lie in the memory of the processor
         held["checkpoint_bytes"] = 4 * trained
     holes = _HOLES if work.lora is None or on_gpu else _HOLES_OF_ADAPTERS
+    # what is computed again passes through the memory of a processor as if it were kept
+    once = saved if on_gpu else work.micro_batch * saved_bytes(network, clip, lora=work.lora)
     moments = [
         TrainingMemory(
             moment="backward",
@@ -524,7 +530,7 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
             activation_bytes=saved + max(0, inner - logits),
             loss_bytes=states + logits,
             loader_bytes=samples_bytes + batches,
-            allocator_bytes=_LIBRARY_BYTES + int(holes * saved) + copies,
+            allocator_bytes=_LIBRARY_BYTES + int(holes * once) + copies,
         ),
     ]
     if work.num_workers > 1 and not work.is_sharded:
