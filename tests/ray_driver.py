@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from tasks import cluster
 from tasks.settings import RuntimeSettings
@@ -28,8 +26,6 @@ from ursa.artifacts import StageRequest
 from ursa.training import stage
 
 NUM_WORKERS = 2
-DRAIN, DRAIN_S = "drain", 30
-"""File that a test writes, and how long the node then stays."""
 
 
 def train(arguments: dict[str, Any], is_told_to_end: Callable[[], bool]) -> None:
@@ -45,18 +41,6 @@ def train(arguments: dict[str, Any], is_told_to_end: Callable[[], bool]) -> None
     )
 
 
-def drain(nodes: Cluster, node: Any, wanted: Path) -> None:
-    """Add a node and drain another when a file is there, as `ray start --block` does on SIGTERM."""
-    while not wanted.exists():
-        time.sleep(0.1)
-    nodes.add_node(num_cpus=NUM_WORKERS)
-    deadline_ms = int((time.time() + DRAIN_S) * 1000)
-    accepted, reason = nodes.head_node.get_gcs_client().drain_node(
-        node.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "test", deadline_ms
-    )
-    assert accepted, reason
-
-
 def main(path: str) -> None:
     """Train, and leave no process of Ray."""
     case = json.loads(Path(path).read_text("utf-8"))
@@ -66,12 +50,9 @@ def main(path: str) -> None:
     with contextlib.ExitStack() as stack:
         if case["is_cluster"]:
             with cluster._keep_signal_handlers():
-                nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-                node = nodes.add_node(num_cpus=NUM_WORKERS)
+                nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": NUM_WORKERS + 1})
             stack.callback(nodes.shutdown)
             settings = settings.model_copy(update={"ray_address": nodes.address})
-            wanted = Path(case["folder"]) / DRAIN
-            threading.Thread(target=drain, args=(nodes, node, wanted), daemon=True).start()
         stack.callback(cluster.shutdown)
         cluster.run_distributed(train, case, find, settings)
 
