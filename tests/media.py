@@ -20,7 +20,9 @@ def ingestion_config(**changes) -> IngestionConfig:
         "min_side_px": 64,
         "min_fps": 5.0,
         "pixel_budget": 2_000_000_000,
+        "pixel_budget_per_s": 0,
         "child_timeout_s": 20.0,
+        "child_cpu_s": 20,
         "child_memory_bytes": 2 << 30,
         "clip_fps": 12.0,
         "clip_height_px": 144,
@@ -136,18 +138,46 @@ def set_rotation(path: Path, degrees_clockwise: int) -> Path:
     return path
 
 
-def save_bomb(path: Path, *, side: int, num_frames: int) -> Path:
-    """Write a small file whose pictures are huge when decoded."""
+def save_bomb(
+    path: Path,
+    *,
+    side: int,
+    num_frames: int,
+    fps: int = 24,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    noise: bool = False,
+    num_kept: int = 0,
+) -> Path:
+    """Write a file whose pictures are huge when decoded: two are encoded and repeated.
+
+    Without `noise` they are of one colour, and the file is small. With `num_kept` (H.264) all are
+    encoded, and a decoder has to keep so many.
+    """
+    options = {}
+    if codec == "libx264":
+        length = num_frames if num_kept else 1
+        x264 = f"ref={num_kept or 1}:bframes=0:rc-lookahead=0"
+        options = {"preset": "ultrafast", "crf": "40", "g": f"{length}", "x264-params": x264}
+    random = np.random.default_rng(0)
     with av.open(path.as_posix(), "w") as container:
-        stream = container.add_stream("libx264", rate=24)
+        stream = container.add_stream(codec, rate=fps, options=options)
         stream.height = stream.width = side
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"preset": "ultrafast", "crf": "40"}
-        frame = av.VideoFrame(side, side, "yuv420p")
-        for plane in frame.planes:
-            plane.update(bytes(plane.buffer_size))
-        for index in range(num_frames):
+        stream.pix_fmt = pix_fmt
+        packets = []
+        for index in range(num_frames if num_kept else 2):
+            frame = av.VideoFrame(side, side, pix_fmt)
+            for plane in frame.planes:
+                data = random.bytes(plane.buffer_size) if noise else bytes(plane.buffer_size)
+                plane.update(data)
             frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        base = Fraction(1, fps)
+        for index in range(num_frames):
+            packet = av.Packet(bytes(packets[index % len(packets)]))
+            packet.stream, packet.time_base = stream, base
+            packet.pts = packet.dts = index
+            packet.is_keyframe = packets[index % len(packets)].is_keyframe
+            container.mux(packet)
     return path

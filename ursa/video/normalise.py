@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +42,7 @@ from ursa.video.probe import (
     NormalisedVideo,
     QuarantinedError,
 )
-from ursa.video.sandbox import limit_process
+from ursa.video.sandbox import limit_process, move_cpu_limit
 from ursa.video.scores import ClipMeter
 from ursa.video.shots import Boundary, ShotDetector, cut_spans, frame_limits, lookback_s
 
@@ -164,7 +165,7 @@ class ForeignVideo:
         if context.width and context.height:
             self._check_size(context.width, context.height)
             claimed_pixels = context.width * context.height * self._stream.frames
-            self._check_pixels(claimed_pixels)
+            self._check_pixels(claimed_pixels, self._claimed_s())
         context.thread_count = 1
         context.options = {"max_pixels": str(config.max_side_px**2)}
         self._decoded_pixels = 0
@@ -196,9 +197,9 @@ class ForeignVideo:
         clock = FrameClock(nominal_s)
         for frame in self._decoded():
             self._check_size(frame.width, frame.height)
-            self._decoded_pixels += frame.width * frame.height
-            self._check_pixels(self._decoded_pixels)
             time_s, is_break = clock.advance(*_timestamps(frame))
+            self._decoded_pixels += frame.width * frame.height
+            self._check_pixels(self._decoded_pixels, time_s)
             if time_s > self._config.max_duration_s:
                 raise QuarantinedError(
                     FailureReason.TOO_LONG,
@@ -241,6 +242,16 @@ class ForeignVideo:
                 self._check_headroom()
                 self.num_bad_packets += 1
 
+    def _claimed_s(self) -> float:
+        """Return how long the video lasts by what is said of it, at most the greatest duration."""
+        stream = self._stream
+        claims = (
+            stream.frames * self._nominal_frame_s(),
+            float((stream.duration or 0) * (stream.time_base or 0)),
+            (self._container.duration or 0) / av.time_base,
+        )
+        return min(max(claims), self._config.max_duration_s)
+
     def _nominal_frame_s(self) -> float:
         rate = self._stream.average_rate or self._stream.guessed_rate
         if rate is None or not 1 <= rate <= 1000:
@@ -272,11 +283,13 @@ class ForeignVideo:
                 f"{size}, expected at least {config.min_side_px} px a side",
             )
 
-    def _check_pixels(self, num_pixels: int) -> None:
-        if num_pixels > self._config.pixel_budget:
+    def _check_pixels(self, num_pixels: int, seconds: float) -> None:
+        config = self._config
+        budget = config.pixel_budget + math.floor(config.pixel_budget_per_s * seconds)
+        if num_pixels > budget:
             raise QuarantinedError(
                 FailureReason.PIXEL_BUDGET,
-                f"{num_pixels} pixels in all frames, expected at most {self._config.pixel_budget}",
+                f"{num_pixels} pixels in {seconds:.1f} s, expected at most {budget}",
             )
 
 
@@ -292,6 +305,8 @@ class ClipSink:
         """
         self._folder = folder
         self._fps = config.clip_fps
+        self._cpu_s = config.child_cpu_s
+        self._writing_s = 0.0
         self._crops = config.crop_borders
         self._shortest, self._longest = frame_limits(
             config.min_clip_s, config.max_clip_s, config.clip_fps
@@ -333,6 +348,7 @@ class ClipSink:
             fresh.write_text(f"{finished_s:.3f}", encoding="ascii")
             fresh.replace(self._progress)
             self._next_report += self._report_interval
+            self._allow_cpu(self._writing_s)
         self._shape = picture.shape
         self._display_size = display_size
         self._spool.write(picture.data)
@@ -370,10 +386,20 @@ class ClipSink:
     def _write_clips(self, num_frames: int) -> int:
         """Write the clips in the first frames of the running shot; return their number."""
         spans = cut_spans(num_frames, self._shortest, self._longest)
+        # how much is written depends on the configuration, not on the file
+        start_s = time.process_time()
+        self._allow_cpu(self._writing_s + self._cpu_s + EARNED_S * num_frames / self._fps)
         margins = self._margins(num_frames) if spans and self._crops else NO_MARGINS
         for start, stop in spans:
             self._write_clip(start, stop, margins)
+        self._writing_s += time.process_time() - start_s
+        self._allow_cpu(self._writing_s)
         return len(spans)
+
+    def _allow_cpu(self, writing_s: float) -> None:
+        """Bound the processor time by what has been read, and by what writing may take."""
+        read_s = self.num_frames / self._fps + PROGRESS_INTERVAL_S
+        move_cpu_limit(max(self._cpu_s, EARNED_S * read_s) + writing_s)
 
     def _margins(self, num_frames: int) -> Margins:
         """Return what is to be cut around the picture, all through these frames."""
@@ -643,11 +669,12 @@ def limit_resources(config: IngestionConfig) -> None:
     Args:
         config: Address space in bytes and times in seconds.
     """
-    # the caller watches the wall time and ends this process long before
-    cpu_s = math.ceil(config.child_timeout_s + EARNED_S * config.max_duration_s) + 1
+    # this far the limit can move: reading and writing all that a file may contain
+    cpu_s = math.ceil(3 * config.child_cpu_s + 2 * EARNED_S * config.max_duration_s)
     limit_process(
         memory_bytes=config.child_memory_bytes, written_bytes=MAX_WRITTEN_BYTES, cpu_s=cpu_s
     )
+    move_cpu_limit(config.child_cpu_s)
     cv2.setNumThreads(1)
 
 

@@ -33,7 +33,8 @@ RESULT_NAME = "result.json"
 STDERR_NAME = "stderr.txt"
 PROGRESS_NAME = "progress"
 EARNED_S = 2.0
-"""How much longer the child may take for every second of video that it has finished."""
+"""How much longer the child may take for every second of video that it has finished, and as much
+processor time is its due for every second read and for every second of clips written."""
 RESULT_LIMIT_BYTES = 32 << 20
 DISK_FULL = "disk_full"
 
@@ -187,6 +188,9 @@ def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> 
 
     Takes at most `child_timeout_s`, and `EARNED_S` more for every second of video that the child
     has finished by then, so that long videos can be read and files that lead nowhere are given up.
+    The processor time is bounded in the same way but more strictly: `child_cpu_s`, or `EARNED_S`
+    for every second finished if that is more. So a file that is slow to decode is given up after
+    `child_cpu_s`, and a busy machine takes nothing from a file that is not.
     The child has at most `child_memory_bytes`.
 
     Args:

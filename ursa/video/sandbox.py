@@ -4,6 +4,7 @@ The parent starts a child with `child_environment`; the first thing a child does
 """
 
 import ctypes
+import math
 import os
 import resource
 import signal
@@ -53,7 +54,7 @@ def limit_process(*, memory_bytes: int, written_bytes: int, cpu_s: int | None = 
     Args:
         memory_bytes: Address space.
         written_bytes: Greatest file that may be written.
-        cpu_s: Processor time, seconds; None does not bound it.
+        cpu_s: Processor time, seconds, up to which `move_cpu_limit` can go; None does not bound it.
     """
     for kind, value in (
         (resource.RLIMIT_AS, memory_bytes),
@@ -73,6 +74,18 @@ def limit_process(*, memory_bytes: int, written_bytes: int, cpu_s: int | None = 
         if libc.unshare(_CLONE_NEWNET) != 0:
             libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def move_cpu_limit(cpu_s: float) -> None:
+    """End this process (SIGXCPU) when it has used so much processor time, if it is bounded at all.
+
+    Args:
+        cpu_s: Processor time since the process began, seconds; what `limit_process` set stays the
+            most.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_CPU, (min(math.ceil(cpu_s), hard), hard))
 
 
 def last_words(stderr: bytes) -> str:
