@@ -15,6 +15,9 @@ from ursa import storage
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 NUM_STORE_KILLS = 6
 """Of each protocol, on the S3 server."""
+NUM_PAIRS = 10
+PAUSE_S = 20.0
+"""How long a process is stopped at least: the other one has long finished, its connections too."""
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def agree(scenario, root, results):
 @pytest.mark.parametrize("where", ["disk", "store"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_agree(name, where, scenario_at, tmp_path, s3_prefix):
-    for number in range(5):
+    for number in range(NUM_PAIRS):
         root = f"{tmp_path if where == 'disk' else s3_prefix}/{number}/root"
         scenario = scenario_at(name, root, number)
         scenario.work.differs = number % 2 == 0
@@ -120,6 +123,8 @@ def test_two_processes_agree(name, where, scenario_at, tmp_path, s3_prefix):
 def test_a_writer_that_slept_while_another_finished(name, where, scenario_at, tmp_path, s3_prefix):
     random_ = random.Random(name)
     for number in range(3):
+        # on the server one sleeps for long after the other has finished
+        pause_s = PAUSE_S if where == "store" and number == 0 else 0.0
         root = f"{tmp_path if where == 'disk' else s3_prefix}/{number}/root"
         scenario = scenario_at(name, root, number)
         scenario.work.differs = True
@@ -131,7 +136,9 @@ def test_a_writer_that_slept_while_another_finished(name, where, scenario_at, tm
         sleeper = Child(lambda: run(1))
         time.sleep(random_.uniform(0.0, 0.03 if where == "disk" else 0.3))
         sleeper.signal(signal.SIGSTOP)
+        stopped_s = time.monotonic()
         _, first = Child(lambda: run(2)).wait()
+        time.sleep(max(0.0, pause_s - (time.monotonic() - stopped_s)))
         sleeper.signal(signal.SIGCONT)
         _, late = sleeper.wait()
         assert late == first
