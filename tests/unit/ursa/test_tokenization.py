@@ -7,6 +7,7 @@ import torch
 from tests import factories, media
 from ursa import storage
 from ursa.artifacts import VideoInfo
+from ursa.data.clips import read_selection
 from ursa.data.dataset import TokenSamples
 from ursa.data.shards import read_shard
 from ursa.errors import FailureBudgetExceeded
@@ -153,7 +154,11 @@ def test_a_second_run_does_nothing(selection, tokenizer_ref, tmp_path):
 
 def test_finished_units_are_not_done_again(selection, tokenizer_ref, tmp_path):
     plan = plan_tokenization(selection, tokenizer_ref, CONFIG, output_uri=str(tmp_path))
+    # a plan holds no clip as an object until somebody asks, and gives each back as it was
+    assert not any("clips" in vars(unit) for unit in plan.todo)
     assert [len(unit.clips) for unit in plan.todo] == [2, 1]
+    kept = {item.clip.clip_id: item.clip for item in read_selection(selection) if item.kept}
+    assert {clip.clip_id: clip for unit in plan.todo for clip in unit.clips} == kept
     done = clip_tokenizer(tokenizer_ref)(plan.todo[0])
     again = plan_tokenization(selection, tokenizer_ref, CONFIG, output_uri=str(tmp_path))
     assert again.done == (done,)
