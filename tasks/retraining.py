@@ -91,7 +91,11 @@ def look_for_new_data(
 
 
 def _num_new(listing: SourceListing, newest: dict[str, str], settings: RuntimeSettings) -> int:
-    """Return how many files have content that the newest version's source did not have."""
+    """Return how many files have content that the newest version's source did not have.
+
+    Content is told apart by etags, without reading it: sha256 of local files, what the store says
+    of objects; of an https address the address itself and what its server says of the version.
+    """
     uri = sources_uri(newest.get("ursa.source_fingerprint", ""), settings)
     try:
         before = storage.load_record(uri, SourceListing)

@@ -157,8 +157,14 @@ def write_visual_tokenizer(output_uri: str, *, seed: int = 0) -> TokenizerRef:
         kind="visual",
         vocab_size=network.quantizer.codebook_size,
         metrics={},
+        sha256=hashes_of(folder),
         fingerprint=fingerprint("visual", seed),
     )
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """sha256 of the files of a folder by their names, as it is uploaded."""
+    return {path.name: storage.sha256_file(path) for path in folder.iterdir()}
 
 
 def write_text_tokenizer(output_uri: str) -> TokenizerRef:
@@ -172,6 +178,7 @@ def write_text_tokenizer(output_uri: str) -> TokenizerRef:
         kind="text",
         vocab_size=tokenizer.vocab_size,
         metrics={},
+        sha256=hashes_of(folder),
         fingerprint=fingerprint("text"),
     )
 

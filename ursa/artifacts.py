@@ -272,6 +272,9 @@ class TokenizerRef(FrozenModel):
     kind: Literal["visual", "text"]
     vocab_size: int = Field(gt=0, description="codes of a visual, ids of a text tokenizer")
     metrics: dict[str, float]
+    sha256: dict[str, str] = Field(
+        default_factory=dict, description="by file name; empty in records of older releases"
+    )
     fingerprint: str
 
 

@@ -32,9 +32,15 @@ def verify_model(tally: Tally, model: ExportedModel, *, with_media: bool) -> Non
         f"put it back from a copy, or delete {model.manifest_uri} and run the pipeline again, "
         "which exports the model anew from its checkpoint"
     )
-    sizes = _sizes(model.directory_uri)
-    for name, sha256 in sorted(model.sha256.items()):
-        uri = storage.join(model.directory_uri, name)
+    _verify_files(tally, model.directory_uri, model.sha256, hint, with_media=with_media)
+
+
+def _verify_files(
+    tally: Tally, folder_uri: str, hashes: dict[str, str], hint: str, *, with_media: bool
+) -> None:
+    sizes = _sizes(folder_uri)
+    for name, sha256 in sorted(hashes.items()):
+        uri = storage.join(folder_uri, name)
         detail = None if name in sizes else "it is missing"
         if detail is None and with_media:
             detail = _damage_of_large(uri, sha256)
@@ -46,12 +52,14 @@ def verify_model(tally: Tally, model: ExportedModel, *, with_media: bool) -> Non
 
 
 def verify_tokenizer(tally: Tally, tokenizer: TokenizerRef, *, with_media: bool) -> None:
-    """Look whether the files of a tokenizer are there and can be read; no hash of them is known.
+    """Compare the files of a tokenizer with the hashes in its record.
+
+    Where it has none, as those of older releases, files must be there and can be read.
 
     Args:
         tally: Collects counts and problems.
         tokenizer: The record.
-        with_media: Open the weights too; else they only must be there.
+        with_media: Read the weights too; else they only must be there.
 
     Raises:
         StorageError: If the store refuses or does not answer.
@@ -60,6 +68,9 @@ def verify_tokenizer(tally: Tally, tokenizer: TokenizerRef, *, with_media: bool)
         "put it back from a copy, if there is one: what was tokenized and trained with it needs "
         f"these very bytes; else delete {tokenizer.manifest_uri} and run the pipeline again"
     )
+    if tokenizer.sha256:
+        _verify_files(tally, tokenizer.directory_uri, tokenizer.sha256, hint, with_media=with_media)
+        return
     sizes = _sizes(tokenizer.directory_uri)
     bad = dict(_tokenizer_errors(tokenizer, sizes, with_media=with_media))
     for name, detail in bad.items():
@@ -72,7 +83,7 @@ def verify_tokenizer(tally: Tally, tokenizer: TokenizerRef, *, with_media: bool)
 def _tokenizer_errors(
     tokenizer: TokenizerRef, sizes: dict[str, int], *, with_media: bool
 ) -> Iterator[tuple[str, str]]:
-    """Yield the names of bad files of a tokenizer, with what is wrong."""
+    """Yield the names of bad files of a tokenizer without hashes, with what is wrong."""
     needed = {_NEEDED[tokenizer.kind]}
     for name in sorted(name for name in sizes if name.endswith(".json")):
         try:

@@ -201,9 +201,11 @@ def _jsonl_values(manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
 
 
 def _line_values(_manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield {"path": line.strip()}
+    # a name may hold any other character, at its ends too
+    for line in text.split("\n"):
+        name = line.removesuffix("\r")
+        if name.strip() and not name.startswith("#"):
+            yield {"path": name}
 
 
 def _parquet_values(manifest_uri: str, data: bytes) -> Iterator[dict[str, Any]]:

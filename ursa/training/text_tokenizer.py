@@ -47,7 +47,7 @@ def fit_text_tokenizer(
     with storage.scratch_directory("tokenizer") as scratch:
         tokenizer.save(scratch)
         directory_uri = storage.unique_place(folder_uri, "model")
-        storage.upload_directory(scratch, directory_uri)
+        hashes = storage.upload_directory(scratch, directory_uri)
     return storage.commit_record(
         manifest_uri,
         TokenizerRef(
@@ -56,6 +56,7 @@ def fit_text_tokenizer(
             kind="text",
             vocab_size=tokenizer.vocab_size,
             metrics={"tokens_per_caption": used},
+            sha256=hashes,
             fingerprint=print_,
         ),
     )

@@ -128,7 +128,7 @@ def fit_visual_tokenizer(
     with storage.scratch_directory("tokenizer") as scratch:
         save_visual_tokenizer(network, scratch)
         directory_uri = storage.unique_place(folder_uri, "model")
-        storage.upload_directory(scratch, directory_uri)
+        hashes = storage.upload_directory(scratch, directory_uri)
     result = storage.commit_record(
         manifest_uri,
         TokenizerRef(
@@ -137,6 +137,7 @@ def fit_visual_tokenizer(
             kind="visual",
             vocab_size=network.quantizer.codebook_size,
             metrics=metrics,
+            sha256=hashes,
             fingerprint=print_,
         ),
     )

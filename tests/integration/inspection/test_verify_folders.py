@@ -49,7 +49,7 @@ def test_whole_folders_have_no_problem(trained):
     assert found.problems == ()
     assert found.not_checked == (
         "the bytes of 1 models (--media reads them)",
-        "every bit of 2 tokenizers: no hash of their files is recorded",
+        "the bytes of 2 tokenizers (--media reads them)",
         "the bytes of 1 checkpoints (--media reads them)",
     )
     assert found.num_files > 8
@@ -57,9 +57,8 @@ def test_whole_folders_have_no_problem(trained):
 
 
 def test_every_lost_file_is_found_without_reading_them(trained):
-    uri, (_, text) = trained
-    optional = storage.local_path(text.directory_uri) / "tokenizer_config.json"
-    paths = [path for path in folder_files(uri) if path != optional]
+    uri, _ = trained
+    paths = folder_files(uri)
     assert {"config.json", "model.safetensors", "tokenizer.json", "COMMITTED.json"} <= {
         path.name for path in paths
     }
@@ -67,33 +66,42 @@ def test_every_lost_file_is_found_without_reading_them(trained):
         data = path.read_bytes()
         path.unlink()
         (problem,) = look(uri).problems
-        is_weights = path.suffix == ".safetensors" and "tokenizers" in path.parts
-        expected = path.with_name("*.safetensors") if is_weights else path
-        assert storage.local_path(problem.uri) == expected
+        assert storage.local_path(problem.uri) == path
         assert "missing" in problem.detail
         assert "delete" in problem.repair
         path.write_bytes(data)
 
 
-def test_a_flipped_bit_of_a_model_or_checkpoint_is_found(trained):
+def test_a_flipped_bit_of_a_model_tokenizer_or_checkpoint_is_found(trained):
     uri, _ = trained
+    assert {"tokenizers", "models", "checkpoints"} <= {
+        part for path in folder_files(uri) for part in path.parts
+    }
     for path in folder_files(uri):
-        if "tokenizers" in path.parts:
-            continue
         place = path.stat().st_size // 2
         data_roots.flip_bit(path, place, 3)
         assert names(look(uri, with_media=True)) == {path}
         data_roots.flip_bit(path, place, 3)
 
 
-def test_files_of_tokenizers_that_cannot_be_read_are_found(trained):
-    uri, _ = trained
+def test_files_of_tokenizers_without_hashes_must_be_there_and_open(trained):
+    uri, (visual, text) = trained
+    for record in (visual, text):
+        storage.remove_file(record.manifest_uri)
+        storage.commit_record(record.manifest_uri, record.model_copy(update={"sha256": {}}))
+    found = look(uri, with_media=True)
+    assert found.problems == ()
+    assert found.not_checked == ("every bit of 2 tokenizers: no hash of their files is recorded",)
+    optional = storage.local_path(text.directory_uri) / "tokenizer_config.json"
     for path in folder_files(uri):
         if "tokenizers" not in path.parts:
             continue
         data = path.read_bytes()
         path.write_bytes(data[:-5])
         assert names(look(uri, with_media=True)) == {path}
+        path.unlink()
+        expected = path.with_name("*.safetensors") if path.suffix == ".safetensors" else path
+        assert names(look(uri)) == ({expected} if path != optional else set())
         path.write_bytes(data)
 
 

@@ -76,7 +76,7 @@ def test_uri_column_british_spelling_and_unused_columns(tmp_path, caplog):
 
 
 def test_a_text_file_has_one_name_a_line(tmp_path):
-    (tmp_path / "list.txt").write_text("# mine\n\n a.mp4 \nhttps://host.test/b.mp4?x=1\n")
+    (tmp_path / "list.txt").write_text("# mine\n\n \t\na.mp4\r\nhttps://host.test/b.mp4?x=1\n")
     uri = str(tmp_path / "list.txt")
     rows = read_manifest(uri, allow_https=True)
     assert [row.uri for row in rows] == [
@@ -87,6 +87,17 @@ def test_a_text_file_has_one_name_a_line(tmp_path):
         read_manifest(uri)
     with pytest.raises(DataError, match=r'{"ingestion": {"allow_https": true}}'):
         read_manifest(uri)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [" a.mp4", "a.mp4 ", "\ta.mp4\t", "a\x0bb\x0cc\x1cd\x85e\u2028f\u3000.mp4", "a\rb.mp4", "./#a"],
+)
+def test_every_character_of_a_name_in_a_text_file_counts(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"{name}\nb.mp4", "utf-8", newline="")
+    first, second = read_manifest(str(tmp_path / "list.txt"))
+    assert (first.uri, first.number) == ((tmp_path / name).as_uri(), 1)
+    assert second.uri == (tmp_path / "b.mp4").as_uri()
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
