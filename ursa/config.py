@@ -86,14 +86,20 @@ class IngestionConfig(ConfigSection):
     min_side_px: int = Field(gt=0, description="narrower or lower frames are quarantined, pixels")
     min_fps: float = Field(gt=0, description="slower videos are quarantined, frames per second")
     pixel_budget: int = Field(gt=0, description="frames x width x height decoded per file at most")
+    # records of clips hold this section; those written before the next key was lack it
     pixel_budget_per_s: int = Field(
-        ge=0, description="what every second of video adds to it: 4K at 60 fps is 500 million"
+        default=0,
+        ge=0,
+        description="what every second of video adds to it: 4K at 60 fps is 500 million",
     )
     child_timeout_s: float = Field(
         gt=0, description="wall time of the decoding process per file; finished video earns more"
     )
+    # as above
     child_cpu_s: int = Field(
-        gt=0, description="processor time of the decoding process; finished video earns more"
+        default=3600,
+        gt=0,
+        description="processor time of the decoding process; finished video earns more",
     )
     child_memory_bytes: int = Field(gt=0, description="address space of the decoding process")
     clip_fps: float = Field(gt=0, description="frame rate of normalised clips, frames per second")

@@ -1,12 +1,22 @@
 import json
 import re
+from importlib import resources
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from tests import factories
 from ursa.artifacts import StageRequest
-from ursa.config import PRESETS, STAGES, ConfigOverrides, RunConfig, load_config, parse_config
+from ursa.config import (
+    PRESETS,
+    STAGES,
+    ConfigOverrides,
+    IngestionConfig,
+    RunConfig,
+    load_config,
+    parse_config,
+)
 from ursa.errors import ConfigError
 from ursa.training.stage import train_stage
 
@@ -121,3 +131,13 @@ def test_overrides_may_leave_out_anything_but_add_nothing():
     ConfigOverrides.model_validate({"stages": {"video_pretrain": {"max_steps": 3}}})
     with pytest.raises(ValidationError, match="max_stepz"):
         ConfigOverrides.model_validate({"stages": {"video_pretrain": {"max_stepz": 3}}})
+
+
+def test_records_that_lack_newer_limits_are_read_and_presets_name_them():
+    values = load_config("tiny").ingestion.model_dump()
+    newer = {name: values.pop(name) for name in ("pixel_budget_per_s", "child_cpu_s")}
+    IngestionConfig.model_validate(values)
+    for preset in PRESETS:
+        text = resources.files("ursa.presets").joinpath(f"{preset}.yaml").read_text("utf-8")
+        assert yaml.safe_load(text)["ingestion"].keys() == IngestionConfig.model_fields.keys()
+    assert newer == {"pixel_budget_per_s": 500_000_000, "child_cpu_s": 6}
