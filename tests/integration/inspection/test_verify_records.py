@@ -115,7 +115,7 @@ def test_every_truncated_record_is_found(records):
         (lambda r: r["changes"].update(added=2, removed=2), "counts"),
         (lambda r: r["config"].update(seed=9), "does not have the fingerprint"),
         (lambda r: r["selection"].update(num_train=9), "differs from"),
-        (lambda r: r.update(num_files=9), "rows of schema"),
+        (lambda r: r.update(num_files=9), "4 rows, expected 9"),
     ],
 )
 def test_older_versions_must_fit_to_the_rest(records, change, message):
