@@ -116,6 +116,7 @@ def test_committed_tokenizer_can_be_read_and_is_not_fitted_again(fitted, selecti
     ref, uri, steps = fitted
     tokenizer = load_visual_tokenizer(storage.local_path(ref.directory_uri))
     assert len(tokenizer.codebook) == ref.vocab_size == 60
+    assert ref.sha256 == factories.hashes_of(storage.local_path(ref.directory_uri))
     assert steps
     assert steps[-1][1]["tokenizer/psnr_train"] == ref.metrics["psnr_train"]
     again = fit_visual_tokenizer(
@@ -195,6 +196,7 @@ def test_text_tokenizer_is_trained_on_training_captions(selection, tmp_path):
     assert ref.kind == "text"
     assert 258 <= ref.vocab_size <= 300
     assert 0 < ref.metrics["tokens_per_caption"] <= 6
+    assert ref.sha256 == factories.hashes_of(storage.local_path(ref.directory_uri))
     before = {item.uri: item.etag for item in storage.list_files(str(tmp_path))}
     assert fit_text_tokenizer(selection, settings, output_uri=str(tmp_path)) == ref
     assert {item.uri: item.etag for item in storage.list_files(str(tmp_path))} == before
