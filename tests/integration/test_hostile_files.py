@@ -261,6 +261,17 @@ def test_bomb_that_makes_the_decoder_keep_sixteen_pictures_is_out_of_memory(tmp_
     assert found["wall_s"] <= 10, found
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_large_video_of_honest_length_is_taken_with_the_presets(tmp_path, suffix):
+    path = media.save_bomb(tmp_path / f"a{suffix}", side=1440, num_frames=1350, fps=30)
+    assert load_config("tiny").ingestion.pixel_budget < 1440**2 * 1350
+    found = cost(path)
+    assert found["reason"] == "ok", found
+    assert found["child_bytes"] <= 10**9, found
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_every_second_adds_to_the_pixel_budget(tmp_path, suffix):
     path = media.save_video(tmp_path / f"a{suffix}", media.panning(96, step=1), 24.0)
