@@ -82,13 +82,17 @@ def plan_training(
     machine, wanted = _machine(cluster), (stage,) if stage else STAGES
     speeds: dict[StageName, Speed] = {}
     if cluster.flops is not None:
-        machine = machine.model_copy(update={"peak_flops": cluster.flops})
+        changes = {"peak_flops": cluster.flops, "peak_half_flops": None}
+        machine = machine.model_copy(update=changes)
     if cluster.gpu == "cpu" and cluster.flops is None:
         speeds = _measured(config, wanted, cluster.num_workers)
     elif machine.peak_flops is not None:
         share = {} if cluster.utilisation is None else {"utilisation": cluster.utilisation}
-        speed = published_speed(machine, **share)
-        speeds = {name: speed for name in wanted if speed is not None}
+        for name in wanted:
+            precision = getattr(config.stages, name).precision
+            speed = published_speed(machine, precision=precision, **share)
+            if speed is not None:
+                speeds[name] = speed
     data = None
     if data_uri is not None:
         from ursa.cli.data import root_uri

@@ -39,6 +39,12 @@ TRAINING_FORWARDS = 3
 UTILISATION = 0.4
 """Share of a published peak that large products, attention and what is between them reach."""
 _SMALL_CODEBOOK = 1 << 16
+GPU_PART_ELEMENTS = 1 << 25
+"""Logits that the loss holds at once on a GPU, as in `ursa.diffusion.loss`: 8 bytes each there."""
+Precision = Literal["float32", "bfloat16"]
+_HALF_SHARE = 0.75
+"""Of activations counted in float32, what is kept with bfloat16 products on a GPU: 0.46 to 0.87 in
+five runs (docs/results.md)."""
 _UPDATE_BYTES = 64
 """Read and written a parameter by clipping, AdamW and the average."""
 _LOADER_BYTES = 64
@@ -75,6 +81,8 @@ class Machine(FrozenModel):
         memory_bytes: Memory for its process; None is not known, so that everything fits.
         process_bytes: Of it, what Python, torch and drivers take before there is a model.
         peak_flops: Operations a second at float32, as published; None is not known.
+        peak_half_flops: The same of bfloat16 products that are summed in float32; None is that of
+            float32.
         memory_bytes_per_s: Speed of its memory, as published.
         link_bytes_per_s: Speed at which workers exchange gradients.
         is_gpu: Whether its memory is not the one that checkpoints are copied to.
@@ -84,6 +92,7 @@ class Machine(FrozenModel):
     memory_bytes: int | None = None
     process_bytes: int = 1_000_000_000
     peak_flops: float | None = None
+    peak_half_flops: float | None = None
     memory_bytes_per_s: float = 1e12
     link_bytes_per_s: float = 25e9
     is_gpu: bool = False
@@ -92,12 +101,14 @@ class Machine(FrozenModel):
 GPUS: Mapping[str, Machine] = {
     machine.name: machine
     for machine in (
-        # float32 without tensor cores, dense, and memory speed, of the makers' data sheets
+        # float32 without tensor cores, bfloat16 with them, dense, and memory speed, of the makers'
+        # data sheets
         Machine(
             name="h200",
             is_gpu=True,
             memory_bytes=141_000_000_000,
             peak_flops=67e12,
+            peak_half_flops=989e12,
             memory_bytes_per_s=4.8e12,
         ),
         Machine(
@@ -105,6 +116,7 @@ GPUS: Mapping[str, Machine] = {
             is_gpu=True,
             memory_bytes=80_000_000_000,
             peak_flops=67e12,
+            peak_half_flops=989e12,
             memory_bytes_per_s=3.35e12,
         ),
         Machine(
@@ -112,6 +124,7 @@ GPUS: Mapping[str, Machine] = {
             is_gpu=True,
             memory_bytes=80_000_000_000,
             peak_flops=19.5e12,
+            peak_half_flops=312e12,
             memory_bytes_per_s=2.0e12,
         ),
         Machine(
@@ -119,6 +132,7 @@ GPUS: Mapping[str, Machine] = {
             is_gpu=True,
             memory_bytes=40_000_000_000,
             peak_flops=19.5e12,
+            peak_half_flops=312e12,
             memory_bytes_per_s=1.55e12,
         ),
         Machine(
@@ -126,6 +140,7 @@ GPUS: Mapping[str, Machine] = {
             is_gpu=True,
             memory_bytes=48_000_000_000,
             peak_flops=91.6e12,
+            peak_half_flops=362e12,
             memory_bytes_per_s=0.86e12,
         ),
         Machine(
@@ -133,11 +148,12 @@ GPUS: Mapping[str, Machine] = {
             is_gpu=True,
             memory_bytes=24_000_000_000,
             peak_flops=82.6e12,
+            peak_half_flops=165e12,
             memory_bytes_per_s=1.0e12,
         ),
     )
 }
-"""Training computes in float32, so the rates of tensor cores do not count."""
+"""TF32 is off in training: in float32 the rates of tensor cores do not count."""
 
 
 class Speed(FrozenModel):
@@ -271,6 +287,7 @@ class _Work(NamedTuple):
     num_workers: int
     execution: Execution
     lora: LoraConfig | None = None
+    precision: Precision = "float32"
 
     @property
     def num_parameters(self) -> int:
@@ -373,39 +390,46 @@ def plan_run(
     """
     if num_workers < 1:
         raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
-    published = published_speed(machine)
     return [
         _plan_stage(
             config,
             _work(config, stage, num_workers, execution),
             stage,
             machine,
-            (speeds or {}).get(stage, published),
+            (speeds or {}).get(
+                stage, published_speed(machine, precision=_stage_config(config, stage).precision)
+            ),
             data,
         )
         for stage in stages
     ]
 
 
-def published_speed(machine: Machine, utilisation: float = UTILISATION) -> Speed | None:
+def published_speed(
+    machine: Machine, utilisation: float = UTILISATION, *, precision: Precision = "float32"
+) -> Speed | None:
     """Return the rates that a data sheet promises, less what is never reached.
 
     Args:
         machine: What a worker has.
         utilisation: Share of the peak that is reached, in (0, 1].
+        precision: Of the products.
 
     Returns:
         Rates; None if no peak is known.
     """
-    if machine.peak_flops is None:
+    peak, kind = machine.peak_flops, "float32"
+    if precision == "bfloat16" and machine.peak_half_flops is not None:
+        peak, kind = machine.peak_half_flops, precision
+    if peak is None:
         return None
-    rate, update = machine.peak_flops * utilisation, machine.memory_bytes_per_s / _UPDATE_BYTES
+    rate, update = peak * utilisation, machine.memory_bytes_per_s / _UPDATE_BYTES
     return Speed(
         layer_flops=rate,
         head_flops=rate,
         layer_parameters_per_s=update,
         row_parameters_per_s=update,
-        source=f"{machine.peak_flops / 1e12:g} TFLOP/s in float32 x {utilisation:g} assumed",
+        source=f"{peak / 1e12:g} TFLOP/s in {kind} x {utilisation:g} assumed",
     )
 
 
@@ -472,7 +496,8 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
     Args:
         work: What a worker does in a step.
         samples_bytes: Blocks of training samples in memory, and tables of the path.
-        on_gpu: Whether the copy that is written while steps go on lies elsewhere.
+        on_gpu: Samples, tables and the copy that is written while steps go on lie elsewhere then,
+            and torch's own allocator leaves none of the holes of the C library.
 
     Returns:
         The fullest of the moments of `TrainingMemory`.
@@ -492,7 +517,8 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
     inner = work.micro_batch * recomputed_bytes(network, clip, recomputed, work.lora)
     inner += FLOAT_BYTES * tokens * (3 * network.intermediate_size + 2 * h)
     codes = network.lm_head_size
-    logits = FLOAT_BYTES * min(visual * codes, max(1, LOSS_PART_ELEMENTS // codes) * codes)
+    part, each = (GPU_PART_ELEMENTS, 8) if on_gpu else (LOSS_PART_ELEMENTS, FLOAT_BYTES)
+    logits = each * min(visual * codes, max(1, part // codes) * codes)
     states = FLOAT_BYTES * visual * h
     # on a processor those of weights that are not trained too: they are loaded there
     is_whole = work.lora is None or not on_gpu
@@ -552,6 +578,18 @@ def training_memory(work: _Work, *, samples_bytes: int, on_gpu: bool = False) ->
                 allocator_bytes=_LIBRARY_BYTES + copies,
             )
         )
+    if on_gpu:
+        share = _HALF_SHARE if work.precision == "bfloat16" else 1.0
+        moments = [
+            memory.model_copy(
+                update={
+                    "activation_bytes": int(share * memory.activation_bytes),
+                    "loader_bytes": 0,
+                    "allocator_bytes": 0,
+                }
+            )
+            for memory in moments
+        ]
     return max(moments, key=lambda memory: memory.total_bytes)
 
 
@@ -590,6 +628,7 @@ def _work(
         num_workers=num_workers,
         execution=execution,
         lora=settings.lora,
+        precision=settings.precision,
     )
 
 
