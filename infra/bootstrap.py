@@ -99,6 +99,7 @@ def deployments(source_uri: str | None, preset: str | None) -> dict[str, Any]:
 def deploy(content: dict[str, Any]) -> None:
     """Create the work pool and all deployments, with their triggers."""
     pool = os.environ.get("URSA_POOL", "ursa")
+    before = schedules()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -107,6 +108,29 @@ def deploy(content: dict[str, Any]) -> None:
             ("deploy", "--all", "--prefect-file", str(path)),
         ):
             subprocess.run([PREFECT, "--no-prompt", *command], cwd=ROOT, check=True)
+    restore(before)
+
+
+def schedules() -> dict[tuple[Any, Any], tuple[bool, dict[str, Any]]]:
+    """Return whether each schedule is on, and what its runs get, by deployment and schedule."""
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+
+    with get_client(sync_client=True) as client:
+        return {
+            (deployment.id, item.id): (item.active, item.parameters)
+            for deployment in client.read_deployments()
+            for item in deployment.schedules
+        }
+
+
+def restore(before: dict[tuple[Any, Any], tuple[bool, dict[str, Any]]]) -> None:
+    """Leave schedules as somebody has switched them: the file says off."""
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+
+    with get_client(sync_client=True) as client:
+        for own in before.keys() & schedules().keys():
+            active, parameters = before[own]
+            client.update_deployment_schedule(*own, active=active, parameters=parameters)
 
 
 def automations(block_id: str | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Commands of `ursa models` and `ursa doctor`, in a process of their own: JSON in, JSON out.
+"""What `ursa models`, `schedule` and `doctor` call, in a process of its own: JSON in, JSON out.
 
 The library and its command line know no MLflow and no Prefect, so `ursa.cli.backstage` runs
 `python -m tasks.commands NAME ARGUMENTS` and reads the last line.
@@ -7,6 +7,7 @@ The library and its command line know no MLflow and no Prefect, so `ursa.cli.bac
 import json
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tasks import releases, tracking
@@ -119,6 +120,39 @@ def doctor(
     return [item._asdict() for item in found]
 
 
+def schedule(
+    *, prefect_url: str, active: bool | None, parameters: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """See `tasks.schedules.switch`.
+
+    Args:
+        prefect_url: Address of the Prefect server.
+        active: Whether the schedule is on afterwards; None changes nothing.
+        parameters: What its runs get in place of what they got before.
+
+    Returns:
+        How the schedule is.
+    """
+    from tasks.schedules import switch  # noqa: PLC0415  (Prefect: a second)
+
+    return switch(prefect_url, active=active, parameters=parameters)
+
+
+def run_schedule(*, prefect_url: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """See `tasks.schedules.run_once`.
+
+    Args:
+        prefect_url: Address of the Prefect server.
+        parameters: What the run gets in place of the deployment's parameters.
+
+    Returns:
+        The run.
+    """
+    from tasks.schedules import run_once  # noqa: PLC0415  (Prefect: a second)
+
+    return run_once(prefect_url, parameters)
+
+
 def _known(registry: releases.Registry) -> releases.Registry:
     """Return a registry that holds the model."""
     if not registry.client.search_registered_models(f"name = '{registry.name}'"):
@@ -130,6 +164,8 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "list-models": list_models,
     "promote": promote,
     "rollback": rollback,
+    "schedule": schedule,
+    "run-schedule": run_schedule,
     "doctor": doctor,
 }
 

@@ -205,12 +205,15 @@ def worker_environment_hash(*services: Service) -> str:
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def request(url: str, body: Any = None, *, timeout_s: float = 10.0) -> Any:
+def request(
+    url: str, body: Any = None, *, timeout_s: float = 10.0, method: str | None = None
+) -> Any:
     """Send a GET, or a POST with a JSON body; return the decoded answer."""
     call = urllib.request.Request(  # noqa: S310  (our own http:// addresses)
         url,
         data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
+        method=method,
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(call, timeout=timeout_s) as answer:
@@ -426,6 +429,7 @@ def deploy(prefect: Service) -> None:
         if error.code != http.client.CONFLICT:
             raise
     digest = deployment_hash()
+    before = schedules(prefect)
     command = (str(BIN / "prefect"), "--no-prompt", "deploy", "--all")
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
@@ -434,7 +438,22 @@ def deploy(prefect: Service) -> None:
     log.write_text(done.stdout + done.stderr)
     if done.returncode:
         raise ServiceError(f"prefect deploy --all failed: {last_line(log)}; see {log}")
+    # the file says off; what somebody has switched on stays on
+    for address in before.keys() & schedules(prefect).keys():
+        request(f"{prefect.url}/api/{address}", before[address], method="PATCH")
     (STATE / "run" / "deployed").write_text(digest)
+
+
+def schedules(prefect: Service) -> dict[str, dict[str, Any]]:
+    """Return whether each schedule is on, and what its runs get, by its address."""
+    found = request(f"{prefect.url}/api/deployments/filter", {})
+    return {
+        f"deployments/{item['id']}/schedules/{schedule['id']}": {
+            key: schedule[key] for key in ("active", "parameters")
+        }
+        for item in found
+        for schedule in item["schedules"]
+    }
 
 
 def flow_process_ids() -> set[str]:

@@ -5,12 +5,13 @@ import json
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from tests.running_services import STAGES, Finished, committed, mlflow_runs, run_pipeline, tags
+from tests.running_services import STAGES, Finished, committed, mlflow_runs, tags
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -147,11 +148,25 @@ def test_second_run_does_nothing(finished: Finished) -> None:
 
 
 def test_only_new_ends_without_work(finished: Finished) -> None:
-    done = run_pipeline(
-        finished.services, finished.source, "--param only_new=true", URSA_LAUNCHER="ray"
+    """By `ursa schedule run`: the deployment that the schedule and the event start."""
+    services = finished.services
+    ursa = [sys.executable, "-c", "from ursa.cli import main; main()"]
+    done = subprocess.run(
+        [*ursa, "schedule", "run", "--json", "--source", str(finished.source)],
+        env={**services.environment, "PREFECT_API_URL": f"{services.prefect_url}/api"},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert done.returncode == 0, done.stdout
-    assert finished.services.flow_run(done.stdout)["state"]["name"] == "NoNewData"
+    assert done.returncode == 0, done.stderr
+    run = json.loads(done.stdout)
+    assert run["has_worker"]
+    address = f"{services.prefect_url}/api/flow_runs/{run['url'].rpartition('/')[2]}"
+    deadline = time.monotonic() + 100
+    while (state := services.ask(address)["state"])["type"] not in ("COMPLETED", "FAILED"):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.5)
+    assert (state["name"], state["message"]) == ("NoNewData", f"no new data at {finished.source}")
 
 
 def test_registered_model_generates(finished: Finished, tmp_path: Path) -> None:

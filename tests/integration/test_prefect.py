@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks import schedules
 from tasks.doctor import check_flow_runs
 from tests import running_services
 from tests.running_services import ROOT, Running
+from ursa.errors import ConfigError
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -174,3 +177,61 @@ def test_doctor_finds_and_ends_a_run_without_a_process(services: Running) -> Non
     )
     wrong = [item for item in json.loads(done.stdout) if item["state"] == "wrong"]
     assert (done.returncode, wrong) == (0, []), done.stderr
+
+
+def schedule(services: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from ursa.cli import main; main()", "schedule", *arguments],
+        cwd=services.folder,
+        env={**services.environment, "PREFECT_API_URL": f"{services.prefect_url}/api"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def retraining(services: Running) -> dict[str, Any]:
+    api = f"{services.prefect_url}/api"
+    return dict(services.ask(f"{api}/deployments/name/ursa/scheduled-retraining"))
+
+
+def test_the_schedule_goes_on_and_off_and_stays_so_when_deployed_again(services: Running) -> None:
+    assert schedule(services, "show").stdout.startswith("off: cron 0 3 * * 1 UTC\n")
+    done = schedule(services, "on", "--source", "clips", "--json")
+    assert done.returncode == 0, done.stderr
+    found, source = json.loads(done.stdout), str(services.folder / "clips")
+    assert found["active"]
+    assert found["parameters"] == {"source_uri": source, "preset": "tiny", "only_new": True}
+
+    deployed = services.script("deploy")
+    assert deployed.returncode == 0, deployed.stdout
+    (after,) = retraining(services)["schedules"]
+    assert (after["active"], after["parameters"]) == (True, {"source_uri": source})
+
+    done = schedule(services, "off")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("off: ")
+    assert not retraining(services)["schedules"][0]["active"]
+
+
+def test_a_mistake_about_the_schedule_is_one_line(services: Running, tmp_path: Path) -> None:
+    done = schedule(services, "run", "--preset", "tinny")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "'tinny' is not one of" in done.stderr
+    for url, words in (
+        (f"http://127.0.0.1:{running_services.free_port()}", "no Prefect server answers at"),
+        (services.mlflow_url, "Prefect at"),  # a server of another kind
+    ):
+        done = schedule(services._replace(prefect_url=url), "off")
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {words}"), line
+        assert url in line
+
+
+def test_a_server_without_the_deployment_says_how_to_make_it(
+    services: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "DEPLOYMENT", "ursa/gone")
+    with pytest.raises(ConfigError, match=r"no deployment ursa/gone; make it with `make up`"):
+        schedules.switch(services.prefect_url, active=True, parameters={})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from ursa import __version__
-from ursa.cli import benchmark, data, path, release
+from ursa.cli import benchmark, data, path, release, schedule
 from ursa.cli.data_versions import changes, uses, versions
 from ursa.cli.demo import demo
 from ursa.cli.doctor import doctor
@@ -32,6 +32,7 @@ app.command(path.app)
 app.command(data.app)
 app.command(release.app)
 app.command(benchmark.app)
+app.command(schedule.app)
 for command in (versions, changes, uses):
     data.app.command(command)
 

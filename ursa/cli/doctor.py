@@ -1,14 +1,13 @@
 """`ursa doctor`: what is wrong with the installation, the services, and what a kill has left."""
 
 import json
-import os
 import shutil
 import sys
 import textwrap
 
 from ursa.cli.backstage import call_tasks
 from ursa.cli.data import AsJson, Flag, root_uri
-from ursa.cli.models import registry_uri
+from ursa.cli.models import prefect_uri, registry_uri
 
 _WORDS = {"ok": "ok", "note": "note", "wrong": "WRONG", "mended": "mended"}
 
@@ -26,12 +25,10 @@ def doctor(
         security: Look for ports open to others, missing and known passwords too.
         as_json: Print JSON.
     """
-    port = os.environ.get("URSA_PREFECT_PORT") or 4200
-    api_url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
     found = call_tasks(
         "doctor",
         tracking_uri=registry_uri(),
-        prefect_url=api_url.rstrip("/").removesuffix("/api"),
+        prefect_url=prefect_uri(),
         root_uri=root_uri(root),
         fix=fix,
         security=security,

@@ -66,11 +66,20 @@ def registry_uri() -> str:
     return given or f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
 
 
-def check_answers(tracking_uri: str) -> None:
+def prefect_uri() -> str:
+    """Return the address of the Prefect server, without "/api": what is set, else as above."""
+    port = os.environ.get("URSA_PREFECT_PORT") or 4200
+    api_url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
+    return api_url.rstrip("/").removesuffix("/api")
+
+
+def check_answers(uri: str, *, name: str = "MLflow", variable: str = "MLFLOW_TRACKING_URI") -> None:
     """Make sure that something listens there: MLflow itself would try for minutes.
 
     Args:
-        tracking_uri: Address of the tracking server; only http and https are asked.
+        uri: Address of the server; only http and https are asked.
+        name: What it is called.
+        variable: Environment variable that sets its address.
 
     Raises:
         ConfigError: If nothing does.
@@ -78,7 +87,7 @@ def check_answers(tracking_uri: str) -> None:
     import socket
     from urllib.parse import urlsplit
 
-    address = urlsplit(tracking_uri)
+    address = urlsplit(uri)
     if address.scheme not in {"http", "https"}:
         return
     port = address.port or (443 if address.scheme == "https" else 80)
@@ -86,8 +95,8 @@ def check_answers(tracking_uri: str) -> None:
         socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError as error:
         raise ConfigError(
-            f"no MLflow server answers at {tracking_uri} ({error}); start the services with "
-            "`make up`, or set MLFLOW_TRACKING_URI to the address of yours"
+            f"no {name} server answers at {uri} ({error}); start the services with `make up`, "
+            f"or set {variable} to the address of yours"
         ) from error
 
 
