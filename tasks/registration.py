@@ -7,6 +7,7 @@ from prefect.states import Completed
 
 from tasks import reports, tracking
 from tasks.context import RunContext, TrainedModel, lacks_for_now
+from tasks.evaluation import GALLERY
 from tasks.options import announce, step
 from tasks.retraining import NETWORK_TAG, network_fingerprint, started_from
 from ursa import storage
@@ -15,6 +16,14 @@ from ursa.data.versions import DatasetVersion
 from ursa.decisions import who
 
 CARD = "model_card.md"
+RECORDS = {
+    "clips": "ursa.clips",
+    "selection": "ursa.selection",
+    "data set version": "ursa.dataset_version",
+    "tokens": "ursa.tokens",
+    "evaluation": "ursa.evaluation",
+}
+"""Tags of a version that name manifests."""
 
 
 @step(run_name="look for a registered version")
@@ -153,6 +162,33 @@ def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
     return tags
 
 
+def run_note(context: RunContext, version: ModelVersion) -> str:
+    """Return the description of the run that MLflow shows first, in Markdown: where to go on.
+
+    Args:
+        context: The run.
+        version: The version that was registered or found.
+    """
+    run = context.run
+    name = f"{version.name} version {version.version}"
+    pages = {
+        name: tracking.version_page(run.tracking_uri, version),
+        "samples": run.page(GALLERY),
+        "model card": run.page(CARD),
+    }
+    if flow_run := reports.flow_run_tags().get("prefect.flow_run_url"):
+        pages["Prefect run"] = flow_run
+    found = tracking.registered_version(run.tracking_uri, version.name, version.version)
+    records = {
+        label: found.tags[tag]
+        for label, tag in RECORDS.items()
+        if found is not None and found.tags.get(tag)
+    }
+    links = " · ".join(f"[{text}]({page})" for text, page in pages.items())
+    lines = [f"- {label}: `{uri}`" for label, uri in records.items()]
+    return "\n".join([links, "", *lines])
+
+
 def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:
     """Note the outcome in the tracking run, write the summary and name the final state.
 
@@ -168,8 +204,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
     Raises:
         ServiceError: If the tracking server does not answer.
     """
-    page = f"/#/models/{version.name}/versions/{version.version}"
-    url = f"{context.run.tracking_uri}{page}?{tracking.TRAINING_VIEW}"
+    url = tracking.version_page(context.run.tracking_uri, version)
     tags = {
         "ursa.model_name": version.name,
         "ursa.model_version": version.version,
@@ -179,6 +214,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
         tags |= {**reports.flow_run_tags(), **tracking.source_version()}
     if version.is_new or "ursa.is_new" not in tracking.run_tags(context.run):
         tags["ursa.is_new"] = str(version.is_new).lower()
+        tags[tracking.NOTE] = run_note(context, version)
     tracking.tag_run(context.run, tags)
     reports.model_version(version, url)
     title = (

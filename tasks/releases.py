@@ -358,9 +358,10 @@ def _carry_out(registry: Registry, decision: Decision) -> None:
             client.set_registered_model_alias(name, CHAMPION, decision.champion)
     if any(str(item.version) == decision.version for item in all_versions(registry)):
         words = f"{decision.event.replace('_', ' ')} by {decision.decided_by}: {decision.reason}"
-        client.set_model_version_tag(
-            name, decision.version, "ursa.decision", words[:_SHOWN_CHARACTERS]
-        )
+        shown = words[:_SHOWN_CHARACTERS]
+        client.set_model_version_tag(name, decision.version, "ursa.decision", shown)
+        # the list of versions in MLflow shows the description, tags only in part
+        client.update_model_version(name, decision.version, shown)
     client.set_registered_model_tag(name, LAST_TAG, decision.record_uri)
 
 

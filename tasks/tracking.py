@@ -51,6 +51,8 @@ METRICS_PER_BATCH = 1000
 FIRST_TAGS = ("prefect.", "mlflow.source.")
 """Tags that say who made a run: a finished run keeps them."""
 REGISTRY_SCHEME = "models:/"
+NOTE = "mlflow.note.content"
+"""Tag with what MLflow shows as the description of a run, in Markdown."""
 
 
 class TrackedRun(FrozenModel):
@@ -529,6 +531,17 @@ def artifact_url(run: TrackedRun, path: str) -> str:
         path: Path of the artifact inside the run.
     """
     return f"{run.tracking_uri}/get-artifact?path={path}&run_uuid={run.run_id}"
+
+
+def version_page(tracking_uri: str, version: ModelVersion) -> str:
+    """Return the address of the page of a version.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        version: The version.
+    """
+    page = f"/#/models/{version.name}/versions/{version.version}"
+    return f"{tracking_uri}{page}?{TRAINING_VIEW}"
 
 
 class MetricSink:
