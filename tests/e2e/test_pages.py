@@ -30,7 +30,8 @@ def test_prefect_page_of_the_run(
     browser: Chrome, finished: Finished, picture: Callable[[str], None]
 ) -> None:
     url = finished.services.prefect_url
-    browser.get(f"{url}/runs/flow-run/{finished.flow_run['id']}")
+    (run,) = mlflow_runs(finished.services, "tags.`ursa.stage` = 'run' and tags.`ursa.alias` != ''")
+    browser.get(tags(run)["prefect.flow_run_url"])
     wait_for(browser, finished.flow_run["name"], "Completed", "Artifacts", "Logs")
     picture("prefect-run")
     summary = finished.services.artifacts()["run-summary"]["data"]
@@ -60,6 +61,15 @@ def test_mlflow_page_of_the_runs(
     wait_for(browser, "ursa", "6 matching runs")
     picture("mlflow-runs")
     runs = {tags(item)["ursa.stage"]: item for item in mlflow_runs(finished.services, "")}
+    parent = TrackedRun(
+        tracking_uri=url,
+        experiment_id="1",
+        run_id=runs["run"]["info"]["run_id"],
+        spool_uri="",
+    )
+    browser.get(parent.url)
+    wait_for(browser, "ursa version 1", "Prefect run", "data set version")
+    picture("mlflow-run")
     stage = runs["video-pretrain"]["info"]["run_id"]
     browser.get(f"{url}/#/experiments/1/runs/{stage}/model-metrics")
     wait_for(browser, "train/loss")
