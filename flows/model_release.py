@@ -6,7 +6,7 @@ from flows.staged_training import staged_training
 from tasks.context import RunContext, TrainedModel, find_trained, run_session
 from tasks.evaluation import evaluate_model, export_model
 from tasks.options import ConfigOverrides
-from tasks.registration import find_version, register_model
+from tasks.registration import find_version, register_model, report_run
 from ursa.artifacts import ModelVersion
 from ursa.config import Preset
 
@@ -42,4 +42,6 @@ def model_release(
             trained = find_trained(run) or staged_training(source_uri, preset, context=run)
         model = export_model(run, trained)
         report = evaluate_model(run, trained, model)
-        return register_model(run, trained, report)
+        version = register_model(run, trained, report)
+        report_run(run, trained, report, version)
+        return version

