@@ -139,9 +139,10 @@ def _head(given: RunReport) -> str:
         f'<a href="{escape(url)}" target="_blank" rel="noreferrer">{escape(name)}</a>'
         for name, url in given.links.items()
     )
+    note = "<br>MLflow shows this page in a frame that opens no links; a downloaded copy does."
     return (
         f'<h1>{escape(given.title)} <span class="tag{kind}">{word}</span></h1>'
-        f'<div class="small">{links}</div>{f"<ul>{reasons}</ul>" if reasons else ""}'
+        f'<div class="small">{links}{note}</div>{f"<ul>{reasons}</ul>" if reasons else ""}'
         f'<div class="facts">{cells}</div>'
     )
 
