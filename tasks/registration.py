@@ -18,9 +18,9 @@ from ursa.decisions import who
 CARD = "model_card.md"
 REPORT = "report.html"
 RECORDS = {
+    "data set version": "ursa.dataset_version",
     "clips": "ursa.clips",
     "selection": "ursa.selection",
-    "data set version": "ursa.dataset_version",
     "tokens": "ursa.tokens",
     "evaluation": "ursa.evaluation",
 }

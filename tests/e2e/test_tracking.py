@@ -17,6 +17,7 @@ from tests.running_services import ROOT, STAGES, Finished, mlflow_runs, tags, ve
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 PAGE = ROOT / "docs" / "tracking.md"
+EVALUATION = ROOT / "docs" / "evaluation.md"
 MEANS = ("loss", "accuracy", "i2v_loss", "i2v_accuracy", "async_loss", "async_accuracy")
 PLACEHOLDERS = {
     "stage": STAGES,
@@ -30,6 +31,8 @@ NUMBERS = {
     "number": r"\d+",
     "clip": r"[\w-]+",
     "scorer": r"[a-z-]+",
+    "score": r"[\d.]+",
+    "N": r"\d+",
 }
 
 
@@ -48,8 +51,8 @@ class Documented(NamedTuple):
         assert not gone, f"in {PAGE}, but the run has none"
 
 
-def section(title: str) -> str:
-    text = PAGE.read_text("utf-8")
+def section(title: str, page: Path = PAGE) -> str:
+    text = page.read_text("utf-8")
     return re.split(r"^## ", text.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
 
 
@@ -114,7 +117,10 @@ def test_artifact_keys_are_documented(finished: Finished) -> None:
 
 def test_metrics_are_documented(runs: dict[str, dict[str, Any]]) -> None:
     found = {item["key"] for run in runs.values() for item in run["data"].get("metrics", [])}
-    documented("Metrics").check(found)
+    always, sometimes = documented("Metrics")
+    measured = [f"eval/{one}" for one in names(section("Metrics", EVALUATION))]
+    ends = [f"{one}_(low|high)" for one in measured]
+    Documented((*always, *measured), (*sometimes, *ends)).check(found)
 
 
 def test_parameters_are_those_of_the_configuration(
