@@ -13,9 +13,9 @@ References:
 
 import json
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -340,7 +340,7 @@ def _read_codebook(path: Path) -> Tensor | None:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         codebook: Any = stored["path.emb"]
-    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, LookupError, TypeError, EOFError) as error:
         raise ConfigError(
             f"{path} must hold one tensor 'path.emb' and nothing else: {error}"
         ) from error
