@@ -58,7 +58,7 @@ from ursa.decisions import list_decisions, record_decision
 from ursa.errors import CheckpointError, UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
-from ursa.training import stage, visual_tokenizer
+from ursa.training import stage, trained, visual_tokenizer
 from ursa.training.checkpoint import (
     MARKER_FILE,
     latest_checkpoint,
@@ -736,11 +736,11 @@ def release_scenario(folder: Path, patch: pytest.MonkeyPatch, data: factories.Ti
 
     patch.setattr(visual_tokenizer, "_fit", fit)
     patch.setattr(visual_tokenizer, "save_visual_tokenizer", save)
-    patch.setattr(release, "UrsaPipeline", Pipeline)
-    patch.setattr(release, "load_average", lambda *_: None)
-    patch.setattr(release, "scheduler_config", lambda *_, **__: None)
-    patch.setattr(release, "load_visual_tokenizer", lambda _: None)
-    patch.setattr(release, "load_text_tokenizer", lambda _: None)
+    patch.setattr(trained, "UrsaPipeline", Pipeline)
+    patch.setattr(trained, "load_average", lambda *_: None)
+    patch.setattr(trained, "scheduler_config", lambda *_, **__: None)
+    patch.setattr(trained, "load_visual_tokenizer", lambda _: None)
+    patch.setattr(trained, "load_text_tokenizer", lambda _: None)
 
     def run() -> tuple[TokenizerRef, ExportedModel]:
         tokenizer = visual_tokenizer.fit_visual_tokenizer(selection, CONFIG, output_uri=ROOT)
