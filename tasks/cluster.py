@@ -25,7 +25,7 @@ from tasks.settings import RuntimeSettings
 from ursa import errors
 from ursa.artifacts import CheckpointRef
 from ursa.config import FrozenModel
-from ursa.errors import ServiceError, TrainingError, UrsaError
+from ursa.errors import ConfigError, ServiceError, TrainingError, UrsaError
 from ursa.training.execution import CPU_BACKEND, GPU_BACKEND
 from ursa.training.termination import Termination
 
@@ -154,6 +154,7 @@ def run_distributed(
         1, (os.cpu_count() or 1) // settings.num_train_workers
     )
     resources: dict[str, float] = {"CPU": cores, **({"GPU": gpus} if gpus else {})}
+    _check_room(resources, settings)
     mailbox = _mailbox()
     with tempfile.TemporaryDirectory(prefix="ursa-train-") as scratch, Termination() as termination:
         trainer = TorchTrainer(
@@ -179,6 +180,25 @@ def run_distributed(
     if failure is not None:
         raise _cause(failure) from failure
     raise TrainingError("the training workers ended without a committed checkpoint")
+
+
+def _check_room(needs: dict[str, float], settings: RuntimeSettings) -> None:
+    """Refuse what this machine will never have: Ray would wait for it without a word."""
+    import ray  # noqa: PLC0415
+
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, each in needs.items():
+        wanted, there = each * settings.num_train_workers, found.get(name, 0)
+        if wanted <= there:
+            continue
+        missing = (
+            f"URSA_NUM_TRAIN_WORKERS {settings.num_train_workers} with "
+            f"URSA_{name}S_PER_TRAIN_WORKER {each:g} needs {wanted:g} {name}s, and Ray has "
+            f"{there:g}"
+        )
+        if settings.ray_address is None:
+            raise ConfigError(f"{missing}; lower one of the two")
+        logger.warning("%s; the stage waits until a node joins", missing)
 
 
 def _fit(fit: Callable[[], object], mailbox: Any, termination: Termination) -> Exception | None:

@@ -40,6 +40,7 @@ HeldOutMetric = Literal[
 """Means over held-out samples: one t for all frames, a t of its own for each, first frame given."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class FrozenModel(BaseModel):
@@ -50,6 +51,8 @@ class FrozenModel(BaseModel):
 
 class ConfigSection(FrozenModel):
     """A part of the configuration; the error of an unknown key names the nearest known one."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -601,7 +604,7 @@ class StageConfig(ConfigSection):
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(ge=0, description="end of the cosine")
     warmup_steps: int = Field(ge=0)
-    adam_betas: tuple[float, float]
+    adam_betas: tuple[Decay, Decay]
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
     ema_decay: float = Field(ge=0, lt=1)
@@ -629,6 +632,23 @@ class StageConfig(ConfigSection):
                 f"global_batch_size {self.global_batch_size}"
             )
         return self
+
+
+def bucket_batch_size(main: int, main_tokens: int, tokens: int) -> int:
+    """Return the samples a step of a bucket: about as many tokens as a batch of the main size has.
+
+    Args:
+        main: Samples a step of the main size.
+        main_tokens: Tokens of a sample of the main size.
+        tokens: Tokens of a sample of the bucket.
+
+    Returns:
+        A multiple of `main`, or the largest whole part of it, and at least 1.
+    """
+    wanted = main * main_tokens / tokens
+    if wanted >= main:
+        return main * int(wanted / main)
+    return max(size for size in range(1, main + 1) if main % size == 0 and size <= max(wanted, 1))
 
 
 class StagesConfig(ConfigSection):

@@ -167,7 +167,7 @@ def print_training(plan: TrainingPlan) -> None:
         "step time: not known; --gpu cpu measures this machine, --gpu h100 or --flops names another"
     ]
     if plan.cluster.gpu not in {None, "cpu"}:
-        notes.append("this version trains on CPUs: what a GPU takes is a forecast")
+        notes.append("what a GPU takes was compared with an H100 alone (docs/plan.md)")
     notes.append("hours leave out validation, checkpoints and the steps before training")
     if plan.data is not None:
         notes.append(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ursa.artifacts import TokenDataset
+from ursa.config import bucket_batch_size
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenBatch
 from ursa.data.loader import TokenLoader
@@ -65,8 +66,7 @@ def plan_parts(
     Raises:
         DataExhaustedError: If there is no sample, or no image though some are wanted.
     """
-    num_tokens = batch_size * math.prod(videos_or_images[0].latent_shape)
-    own = _with_samples(videos_or_images, batch_size, num_tokens)
+    own = _with_samples(videos_or_images, batch_size)
     if image_share == 0:
         return _split_shared(own, 1.0, known, new_share)
     # as many images a step as there are samples: an image has fewer tokens than a video
@@ -83,10 +83,11 @@ def plan_parts(
 
 
 def _with_samples(
-    datasets: Sequence[TokenDataset], batch_size: int, num_tokens: int
+    datasets: Sequence[TokenDataset], batch_size: int
 ) -> list[tuple[TokenDataset, int]]:
+    main = math.prod(datasets[0].latent_shape)
     found = [
-        (dataset, _batch_size(batch_size, num_tokens / math.prod(dataset.latent_shape)))
+        (dataset, bucket_batch_size(batch_size, main, math.prod(dataset.latent_shape)))
         for dataset in datasets
         if dataset.num_samples
     ]
@@ -97,13 +98,6 @@ def _with_samples(
             "selection, shorten tokenization.num_frames or add videos"
         )
     return found
-
-
-def _batch_size(main: int, wanted: float) -> int:
-    """Return the multiple of the main size, or the largest whole part of it, below `wanted`."""
-    if wanted >= main:
-        return main * int(wanted / main)
-    return max(size for size in range(1, main + 1) if main % size == 0 and size <= max(wanted, 1))
 
 
 def _split_shared(
@@ -171,6 +165,7 @@ class MixedLoader:
 
     Attributes:
         num_main_tokens: Tokens of a sample of the main size.
+        batch_sizes: Samples a step that there are, rising.
     """
 
     def __init__(
@@ -194,6 +189,7 @@ class MixedLoader:
             num_threads: Shards of a data set read at the same time; does not matter to the order.
         """
         self.num_main_tokens = num_main_tokens
+        self.batch_sizes = tuple(sorted({part.batch_size for part in parts}))
         self._parts = parts
         self._taken = step_parts([part.share for part in parts], num_steps)
         self._place = np.zeros(num_steps, np.int64)

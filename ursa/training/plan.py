@@ -15,7 +15,15 @@ from typing import Literal, NamedTuple
 
 from pydantic import computed_field
 
-from ursa.config import STAGES, FrozenModel, LoraConfig, RunConfig, StageConfig, StageName
+from ursa.config import (
+    STAGES,
+    FrozenModel,
+    LoraConfig,
+    RunConfig,
+    StageConfig,
+    StageName,
+    bucket_batch_size,
+)
 from ursa.errors import ConfigError
 from ursa.model.config import TransformerConfig
 from ursa.model.size import (
@@ -696,6 +704,13 @@ def _problems(
     """Return what keeps a stage from running, and what to change."""
     settings, found = _stage_config(config, stage), []
     num_workers, execution = planned.num_workers, planned.execution
+    uneven = [
+        size
+        for size in _batch_sizes(config, stage, settings.global_batch_size)
+        if size % num_workers and settings.global_batch_size % num_workers == 0
+    ]
+    if uneven:
+        found.append(uneven_batch(stage, settings, min(uneven), num_workers))
     if settings.global_batch_size % num_workers:
         below = settings.global_batch_size // num_workers * num_workers
         near = " or ".join(str(size) for size in (below, below + num_workers) if size)
@@ -745,6 +760,44 @@ def _problems(
         f"{machine.name} has {_gigabytes(machine.memory_bytes)}; try {advice}"
     )
     return found
+
+
+def uneven_batch(stage: StageName, settings: StageConfig, size: int, num_workers: int) -> str:
+    """Say that a batch cannot be shared out evenly, and what to change.
+
+    Args:
+        stage: Name of the stage.
+        settings: Of the stage.
+        size: Samples a step, of the main size or of a bucket.
+        num_workers: Workers that share it.
+    """
+    main = settings.global_batch_size
+    what = f"{stage}: global_batch_size {main}"
+    if size != main:
+        what += f" is {size} for samples of a bucket with more tokens, which"
+    return (
+        f"{what} must be divisible by the {num_workers} workers; try "
+        f"stages.{stage}.global_batch_size={math.ceil(main / size) * num_workers}, fewer workers"
+        + (", or leave that size out of tokenization.extra_buckets" if size != main else "")
+    )
+
+
+def _batch_sizes(config: RunConfig, stage: StageName, main: int) -> list[int]:
+    """Return the samples a step of the extra buckets that a stage has."""
+    tokens = math.prod(stage_clip(config, stage).latent_shape)
+    strides = config.visual_tokenizer
+    is_image = _stage_config(config, stage).modality == "image"
+    shapes = [
+        latent_shape(
+            1 if is_image else bucket.num_frames,
+            bucket.height_px,
+            bucket.width_px,
+            temporal_stride=strides.temporal_stride,
+            spatial_stride=strides.spatial_stride,
+        )
+        for bucket in config.tokenization.extra_buckets
+    ]
+    return [bucket_batch_size(main, tokens, math.prod(shape)) for shape in shapes]
 
 
 def _gigabytes(count: int) -> str:

@@ -47,6 +47,7 @@ from ursa.training.execution import CPU_BACKEND, DEFAULT_EXECUTION, GPU_BACKEND,
 from ursa.training.guard import MAX_SKIPPED, SkippedSteps
 from ursa.training.merging import publish_merged
 from ursa.training.optim import build_average, build_optimizer, trained_part
+from ursa.training.plan import uneven_batch
 from ursa.training.samples import StageSamples
 from ursa.training.schedule import load_codes, path_over
 from ursa.training.start import load_start
@@ -184,63 +185,88 @@ def _train(
     samples = StageSamples(request, trainer, samples_uri(request))
     metrics: dict[str, float] = {}
     began = time.perf_counter()
-    try:
+    with Termination() as termination, contextlib.closing(run):
         first, metrics = run.resume()
-        with Termination() as termination:
-            for step in range(first, config.max_steps):
-                metrics, count = run.step(step), step + 1
-                stop = group.any(termination.requested or is_told_to_end())
-                due = run.went_back or stop or _is_due(count, config.checkpoint_every, config)
-                if due:
-                    run.check_weights(count)
-                metrics["train/skipped_steps"] = float(run.skipped.number())
-                validated = _is_due(count, config.validate_every, config)
-                if validated:
-                    metrics |= validation.measure()
-                if count == config.max_steps:
-                    metrics |= validation.final_metrics()
-                if samples.is_due(count):
-                    samples.draw(count)
-                logged = validated or step == 0 or _is_due(count, config.log_every, config)
-                if group.is_main and on_metrics is not None and logged:
-                    on_metrics(count, metrics)
-                if due:
-                    run.save(count, metrics)
-                if stop:
-                    run.finish()
-                    logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
-                    termination.end()
-        curve, grids = validation.curve(), validation.grids
+        for step in range(first, config.max_steps):
+            metrics, count = run.step(step), step + 1
+            stop = group.any(termination.requested or is_told_to_end())
+            due = run.went_back or stop or _is_due(count, config.checkpoint_every, config)
+            if due:
+                run.check_weights(count)
+            metrics["train/skipped_steps"] = float(run.skipped.number())
+            validated = _is_due(count, config.validate_every, config)
+            if validated:
+                metrics |= validation.measure()
+            if count == config.max_steps:
+                metrics |= validation.final_metrics()
+            if samples.is_due(count):
+                samples.draw(count)
+            logged = validated or step == 0 or _is_due(count, config.log_every, config)
+            if group.is_main and on_metrics is not None and logged:
+                on_metrics(count, metrics)
+            if due:
+                run.save(count, metrics)
+            if stop:
+                run.finish()
+                logger.warning("SIGTERM: saved step %d of stage %s", count, request.stage)
+                termination.end()
+        uri = run.finish()
+        _end_if_told(termination, is_told_to_end, group, "the last step of stage", request)
+        result = _result(request, trainer, validation, uri, metrics)
         validation.tell_share(time.perf_counter() - began)
-        uri, merged_uri = run.finish(), None
-        if config.lora is not None:
-            merged_uri = publish_merged(
-                request,
-                trainer,
-                base=_parent_uri(request),
-                fingerprint=stage_fingerprint(request),
-                metrics=metrics,
-            )
-    finally:
-        run.close()
-    result = CheckpointRef(
+        done = group.from_main(lambda: storage.commit_record(_manifest_uri(request), result))
+        _end_if_told(termination, is_told_to_end, group, "stage", request)
+        return done
+
+
+def _end_if_told(
+    termination: Termination,
+    is_told_to_end: Callable[[], bool],
+    group: Group,
+    what: str,
+    request: StageRequest,
+) -> None:
+    """End all ranks if SIGTERM came since the last step asked."""
+    if group.any(termination.requested or is_told_to_end()):
+        logger.warning("SIGTERM: saved %s %s", what, request.stage)
+        termination.end()
+
+
+def _result(
+    request: StageRequest,
+    trainer: Trainer,
+    validation: "_Validation",
+    uri: str,
+    metrics: Mapping[str, float],
+) -> CheckpointRef:
+    """Measure what is left and merge adapters; all ranks call this."""
+    curve, grids = validation.curve(), validation.grids
+    merged_uri = None
+    if trainer.config.lora is not None:
+        merged_uri = publish_merged(
+            request,
+            trainer,
+            base=_parent_uri(request),
+            fingerprint=stage_fingerprint(request),
+            metrics=metrics,
+        )
+    return CheckpointRef(
         uri=uri,
         stage=request.stage,
-        step=config.max_steps,
-        num_samples_seen=trainer.loader.samples_seen(config.max_steps),
+        step=trainer.config.max_steps,
+        num_samples_seen=trainer.loader.samples_seen(trainer.config.max_steps),
         metrics={
             # what differs from machine to machine is no part of the result
             key: value
             for key, value in metrics.items()
             if not key.endswith(("_s", "_bytes"))
         },
-        loss_curve=curve,
+        loss_curve=tuple(point for point in curve if math.isfinite(point[1])),
         grids=tuple(grid for grid in grids if grid.is_finite),
         fingerprint=stage_fingerprint(request),
         parent_uri=_parent_uri(request),
         merged_uri=merged_uri,
     )
-    return group.from_main(lambda: storage.commit_record(_manifest_uri(request), result))
 
 
 def launch_local(
@@ -386,6 +412,10 @@ def _build_trainer(
     request: StageRequest, group: Group, execution: Execution = DEFAULT_EXECUTION
 ) -> Trainer:
     stage = getattr(request.config.stages, request.stage)
+    loader = stage_loader(request)
+    for size in loader.batch_sizes:
+        if size % group.world_size:
+            raise ConfigError(uneven_batch(request.stage, stage, size, group.world_size))
     codes, levels = load_codes(request.visual_tokenizer)
     path = path_over(request, codes, levels)
     return Trainer(
@@ -395,7 +425,7 @@ def _build_trainer(
         model=_initial_model(request, codes),
         path=path,
         text_tokenizer=load_text(request.text_tokenizer),
-        loader=stage_loader(request),
+        loader=loader,
         max_prompt_length=request.config.text_tokenizer.max_prompt_length,
         group=group,
         execution=execution,

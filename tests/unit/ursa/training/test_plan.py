@@ -261,6 +261,19 @@ def test_half_precision_takes_the_peak_of_half_precision():
     assert published_speed(named, precision="bfloat16") == published_speed(named)
 
 
+def test_a_bucket_whose_batch_the_workers_cannot_share_is_named():
+    bucket = {"num_frames": 17, "height_px": 96, "width_px": 96}
+    changes = {"tokenization": {"extra_buckets": [bucket]}}
+    config = load_config("tiny", changes)
+    assert one(config, num_workers=1).problems == ()
+    (problem,) = one(config, num_workers=8).problems
+    assert "global_batch_size 8 is 2 for samples of a bucket with more tokens" in problem
+    assert "leave that size out of tokenization.extra_buckets" in problem
+    advice = int(problem.partition("global_batch_size=")[2].partition(",")[0])
+    mended = load_config("tiny", changes | {"stages": {STAGE: {"global_batch_size": advice}}})
+    assert one(mended, num_workers=8).problems == ()
+
+
 def test_what_does_not_fit_is_said_and_the_advice_helps():
     config = load_config("small", {"stages": {STAGE: {"global_batch_size": 64}}})
     machine = Machine(name="small one", memory_bytes=800_000_000, process_bytes=300_000_000)

@@ -6,6 +6,8 @@ import threading
 
 import pytest
 
+from ursa.training.checkpoint import latest_checkpoint
+from ursa.training.stage import _stage_uri, find_stage, stage_fingerprint, train_stage
 from ursa.training.termination import TERMINATED, Termination
 
 
@@ -58,3 +60,21 @@ def test_other_threads_leave_the_handler_alone(raising_handler):
     thread.start()
     thread.join()
     assert found == [raising_handler]
+
+
+def test_in_the_last_step_the_checkpoint_is_saved_and_the_stage_ends(make_request):
+    """It comes after the step has asked for the last time: in validation, samples or metrics."""
+    request = make_request(max_steps=3, checkpoint_every=50)
+
+    def late(step, _metrics) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        train_stage(request, on_metrics=late)
+    assert stop.value.code == TERMINATED
+    assert find_stage(request) is None
+    found = latest_checkpoint(_stage_uri(request), fingerprint=stage_fingerprint(request))
+    assert found is not None
+    assert found[1].step == 3
+    assert train_stage(request).step == 3
