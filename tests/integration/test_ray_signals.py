@@ -134,3 +134,30 @@ def assert_equal(case: Case, undisturbed) -> None:
     one = trace(case.request, case.log, NUM_WORKERS)
     assert one.steps == undisturbed.steps
     assert one.sha256 == undisturbed.sha256
+
+
+def test_a_gpu_that_ray_does_not_have_is_named_at_once():
+    """Ray itself would wait for one for ever, without a word."""
+    script = """
+from tasks import cluster
+from tasks.settings import RuntimeSettings
+from ursa.errors import ConfigError
+
+settings = RuntimeSettings(num_train_workers=2, gpus_per_train_worker=1)
+try:
+    cluster.run_distributed(lambda *_: None, {}, lambda: None, settings)
+except ConfigError as error:
+    print(error)
+finally:
+    cluster.shutdown()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+        check=True,
+    )
+    assert "URSA_GPUS_PER_TRAIN_WORKER 1 needs 2 GPUs, and Ray has 0" in done.stdout
