@@ -15,6 +15,9 @@ from ursa.errors import DataError, ManifestError
 
 Unit = TypeVar("Unit")
 
+MAX_NAMED = 5
+"""Quarantined files that the terminal names; the artifact `data-funnel` has them all."""
+
 
 @step(run_name="ingest videos")
 def ingest_videos(context: RunContext) -> ClipSet:
@@ -63,11 +66,16 @@ def ingest_videos(context: RunContext) -> ClipSet:
         context.source_uri, (*plan.done, *new), context.data_uri, plan, config
     )
     announce(
-        "%d clips from %d files, %d files quarantined",
+        "%d clips from %d files, %d quarantined",
         clips.num_clips,
         clips.num_videos,
         clips.num_failed,
     )
+    failed = [video for video in (*plan.done, *new) if video.failure is not None]
+    for video in failed[:MAX_NAMED]:
+        announce("quarantined: %s: %s", video.source.uri, video.failure)
+    if len(failed) > MAX_NAMED:
+        announce("and %d more; `ursa data stats` counts them by reason", len(failed) - MAX_NAMED)
     return clips
 
 

@@ -175,8 +175,9 @@ def choose_version(
     own = [version for version in found if source in {None, version.source_uri}]
     chosen = [version for version in own if number in {None, version.number}]
     if not own:
-        known = ", ".join(sources) or "none"
-        raise ConfigError(f"no version of {source or 'any source'}; there are: {known}")
+        if not sources:
+            raise ConfigError("there is no version of a data set yet; a run commits the first")
+        raise ConfigError(f"no version of {source}; there are: {', '.join(sources)}")
     if not chosen:
         numbers = ", ".join(str(version.number) for version in own)
         raise ConfigError(f"no version {number}; --number is one of {numbers}")
