@@ -24,6 +24,8 @@ HASH_BITS = 4 * HASH_DIGITS
 MAX_DISTANCE = 8
 """Bits; beyond it, one of the bands may differ in three bits: too many values to join."""
 _NUM_BANDS = 3
+_PART_BITS = 4
+"""The values of a band are joined in parts, by their first bits: a sixteenth of the memory."""
 _CHUNK_PAIRS = 1 << 22
 
 
@@ -175,17 +177,28 @@ def _near_values(
             for values, where in zip((ones, others), places, strict=True)
         ]
         # two bits are bridged from both sides, one bit from one
-        left = _around(bands[0], places[0], width if radius == 2 else 0)
-        right = np.sort(_around(bands[1], places[1], width if radius >= 1 else 0))
-        for one, other in _joined(left, right):
-            is_near = np.bitwise_count(ones[one] ^ others[other]) <= max_distance
-            yield one[is_near], other[is_near]
+        lefts = _around(bands[0], places[0], width, with_flips=radius == 2)
+        rights = _around(bands[1], places[1], width, with_flips=radius >= 1)
+        for left, right in zip(lefts, rights, strict=True):
+            for one, other in _joined(left, np.sort(right)):
+                is_near = np.bitwise_count(ones[one] ^ others[other]) <= max_distance
+                yield one[is_near], other[is_near]
 
 
-def _around(bands: np.ndarray, places: np.ndarray, width: int) -> np.ndarray:
-    """Return every value and those that differ in one of `width` bits, each above its place."""
-    masks = [np.uint64(0), *(np.uint64(1 << bit) for bit in range(width))]
-    return np.concatenate([((bands ^ mask) << np.uint64(32)) | places for mask in masks])
+def _around(
+    bands: np.ndarray, places: np.ndarray, width: int, *, with_flips: bool
+) -> Iterator[np.ndarray]:
+    """Yield values of `width` bits and those one bit away, each above its place, part by part."""
+    masks = [0, *((1 << bit) for bit in range(width))] if with_flips else [0]
+    values = np.sort((bands << np.uint64(32)) | places)
+    shift = 32 + width - _PART_BITS
+    firsts = np.arange(1, 1 << _PART_BITS, dtype=np.uint64) << np.uint64(shift)
+    parts = np.split(values, np.searchsorted(values, firsts))
+    for part in range(len(parts)):
+        # a flipped first bit comes from another part
+        yield np.concatenate(
+            [parts[part ^ (mask << 32 >> shift)] ^ np.uint64(mask << 32) for mask in masks]
+        )
 
 
 def _joined(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
