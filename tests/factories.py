@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ursa import storage
@@ -17,7 +18,6 @@ from ursa.artifacts import (
     ClipScores,
     ClipSelection,
     ClipSet,
-    SelectedClip,
     StageRequest,
     TokenDataset,
     TokenDatasets,
@@ -30,7 +30,7 @@ from ursa.data.clips import (
     SELECTION_SCHEMA,
     clip_row,
     put_table,
-    selection_row,
+    selection_rows,
 )
 from ursa.data.shards import write_shard
 from ursa.model.transformer import TransformerConfig
@@ -294,17 +294,13 @@ def commit_selection(
     output_uri: str, clips: list[Clip], *, num_validation: int = 0
 ) -> ClipSelection:
     """Commit clips that are all kept; the last ones are held out."""
-    clips_uri = put_table(output_uri, "clips", CLIP_SCHEMA, [clip_row(clip) for clip in clips])
+    rows = [clip_row(clip) for clip in clips]
+    clips_uri = put_table(output_uri, "clips", CLIP_SCHEMA, rows)
     num_train = len(clips) - num_validation
-    verdicts = [
-        SelectedClip(
-            clip=clip, kept=True, reason=None, split="train" if i < num_train else "validation"
-        )
-        for i, clip in enumerate(clips)
-    ]
-    selection_uri = put_table(
-        output_uri, "selection", SELECTION_SCHEMA, [selection_row(item) for item in verdicts]
-    )
+    table = pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
+    splits = ["train" if i < num_train else "validation" for i in range(len(clips))]
+    verdicts = selection_rows(table, [None] * len(clips), splits)
+    selection_uri = put_table(output_uri, "selection", SELECTION_SCHEMA, verdicts)
     print_ = fingerprint("selection", [clip.clip_id for clip in clips], num_validation)
     clip_set = ClipSet(
         manifest_uri=f"{output_uri}/clips.json",

@@ -22,7 +22,6 @@ from ursa.artifacts import (
     ClipSet,
     FailureReason,
     IngestedVideo,
-    SelectedClip,
     SourceVideo,
 )
 from ursa.config import IngestionConfig, SelectionConfig, fingerprint
@@ -31,10 +30,11 @@ from ursa.data.clips import (
     FAILURE_SCHEMA,
     SELECTION_SCHEMA,
     clip_row,
+    each_clip,
     failure_row,
     put_table,
-    read_clips,
-    selection_row,
+    read_clip_table,
+    selection_rows,
 )
 from ursa.errors import DataError, FailureBudgetExceeded
 from ursa.sources.names import last_segment, stand_in_etag
@@ -252,7 +252,7 @@ def commit_clips(
     if unstable:  # a set of its own name, so that a plan looks at these files again
         key = fingerprint("clips-without", key, sorted(unstable))
     plan.notes.warn_about_unused_rows()
-    clips = [plan.notes.applied_to(clip) for video in ordered for clip in video.clips]
+    clips = (plan.notes.applied_to(clip) for video in ordered for clip in video.clips)
     clips_uri = put_table(_set_uri(output_uri, key), "clips", CLIP_SCHEMA, map(clip_row, clips))
     put_table(
         _set_uri(output_uri, key),
@@ -269,7 +269,7 @@ def commit_clips(
             source_uri=source_uri,
             num_videos=len(ordered),
             num_failed=len(failed),
-            num_clips=len(clips),
+            num_clips=sum(len(video.clips) for video in ordered),
             num_dropped_shots=sum(video.num_dropped_shots for video in ordered),
             failures=_counts(video.failure for video in failed if video.failure is not None),
             config=config,
@@ -303,24 +303,19 @@ def select_clips(clips: ClipSet, config: SelectionConfig, *, output_uri: str) ->
     committed = storage.load_record(manifest_uri, ClipSelection)
     if committed is not None:
         return committed
-    rows = read_clips(clips)
-    judged = judge_clips(rows, config)
+    table = read_clip_table(clips)
+    judged = judge_clips(each_clip(table), config)
     splits = Counter(split for split in judged.splits if split is not None)
     num_kept, num_validation = splits.total(), splits["validation"]
     rejections: dict[str, int] = _counts(reason for reason in judged.reasons if reason)
     if num_kept == 0:
         raise DataError(
-            f"none of {len(rows)} clips passes the selection ({_in_words(rejections)}); loosen the "
-            "thresholds in `selection` or add videos"
+            f"none of {table.num_rows} clips passes the selection ({_in_words(rejections)}); loosen "
+            "the thresholds in `selection` or add videos"
         )
     _check_split(num_kept, num_validation, config.validation_fraction)
-    selected = [
-        SelectedClip(clip=clip, kept=reason is None, reason=reason, split=split)
-        for clip, reason, split in zip(rows, judged.reasons, judged.splits, strict=True)
-    ]
-    selection_uri = put_table(
-        folder_uri, "selection", SELECTION_SCHEMA, map(selection_row, selected)
-    )
+    verdicts = selection_rows(table, judged.reasons, judged.splits)
+    selection_uri = put_table(folder_uri, "selection", SELECTION_SCHEMA, verdicts)
     return storage.commit_record(
         manifest_uri,
         ClipSelection(

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from ursa.artifacts import (
     IngestedVideo,
     SelectedClip,
     SourceVideo,
+    Split,
     VideoInfo,
 )
 from ursa.config import TokenizationConfig
 from ursa.data.schema import schema_difference
 from ursa.errors import ClipUnavailableError, ShardFormatError
 
+_ROWS_AT_ONCE = 1024  # a clip is ten times its row
 _VERSION_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
 _INFO_FIELDS = (
     pa.field("width_px", pa.int32(), nullable=False),
@@ -226,6 +229,16 @@ def unchecked_clips(table: pa.Table) -> list[Clip]:
     ]
 
 
+def each_clip(table: pa.Table) -> Iterator[Clip]:
+    """Yield what `unchecked_clips` returns, with few of the clips in memory at a time.
+
+    Args:
+        table: A table of `CLIP_SCHEMA`, whose types and hash are right.
+    """
+    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+        yield from unchecked_clips(table.slice(start, _ROWS_AT_ONCE))
+
+
 def read_failures(clips: ClipSet) -> list[IngestedVideo]:
     """Return the quarantined files of a committed set with their reasons, in order of source.
 
@@ -360,7 +373,12 @@ def table_bytes(schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> bytes:
         rows: Values by column name.
     """
     buffer = io.BytesIO()
-    table = pa.Table.from_pylist(list(rows), schema=schema)
+    remaining = iter(rows)
+    parts = iter(lambda: list(islice(remaining, _ROWS_AT_ONCE)), [])
+    batches = [pa.RecordBatch.from_pylist(part, schema=schema) for part in parts]
+    # in one piece, or the pages of the file, and so its hash, would depend on the size of the parts
+    table = pa.Table.from_batches(batches, schema=schema).combine_chunks()
+    del batches
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -394,19 +412,25 @@ def failure_row(video: IngestedVideo) -> dict[str, Any]:
     }
 
 
-def selection_row(selected: SelectedClip) -> dict[str, Any]:
-    """Return a verdict as a row of `SELECTION_SCHEMA`.
+def selection_rows(
+    table: pa.Table, reasons: Iterable[str | None], splits: Iterable[Split | None]
+) -> Iterator[dict[str, Any]]:
+    """Yield verdicts as rows of `SELECTION_SCHEMA`.
 
     Args:
-        selected: The verdict on one clip.
+        table: The clips, a table of `CLIP_SCHEMA`.
+        reasons: Why each is rejected; None keeps it.
+        splits: What each clip that is kept is for.
     """
-    return {
-        "clip_id": selected.clip.clip_id,
-        "source_uri": selected.clip.source_uri,
-        "kept": selected.kept,
-        "reason": selected.reason,
-        "split": selected.split,
-    }
+    names = zip(table["clip_id"], table["source_uri"], strict=True)
+    for (clip_id, source_uri), reason, split in zip(names, reasons, splits, strict=True):
+        yield {
+            "clip_id": clip_id.as_py(),
+            "source_uri": source_uri.as_py(),
+            "kept": reason is None,
+            "reason": reason,
+            "split": split,
+        }
 
 
 def _clip_of(row: dict[str, Any]) -> Clip:

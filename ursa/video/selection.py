@@ -4,9 +4,10 @@
 bytes; percentiles and shares, all of the clips that passed so far; near-duplicates; the split.
 """
 
-import functools
 import hashlib
 import math
+import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -56,6 +57,16 @@ THRESHOLD_KEYS: Mapping[RejectReason, str] = {
 """The key of `SelectionConfig` that decides about a reason."""
 
 
+class _Seen(NamedTuple):
+    """What is kept of a clip while the others are read."""
+
+    clip_id: str
+    source_sha256: str
+    num_px: int
+    duration_s: float
+    perceptual_hash: str | None
+
+
 class Judgement(NamedTuple):
     """What is decided about clips, in their order."""
 
@@ -67,7 +78,7 @@ class Judgement(NamedTuple):
     """The limits in numbers, in the order in which they decided."""
 
 
-def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
+def judge_clips(clips: Iterable[Clip], config: SelectionConfig) -> Judgement:
     """Decide which clips are kept and which of these are held out.
 
     A score that a limit needs but that was not measured rejects a clip too, except the two that
@@ -78,7 +89,7 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
     whose id comes first in order.
 
     Args:
-        clips: All clips, in a fixed order.
+        clips: All clips, in a fixed order; they are read once, and none of them is held.
         config: Thresholds, rules, share to hold out and seed of the split.
 
     Returns:
@@ -88,32 +99,37 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
         ConfigError: If a rule needs a scorer that has not measured these clips.
     """
     rules = rules_of(config)
-    if clips:
-        check_rules(config, {key for clip in clips for key in clip.extra_scores})
-
-    @functools.cache
-    def values_of(scorer: str, score: str) -> np.ndarray:
-        measured = (score_of(clip, scorer, score) for clip in clips)
-        return np.array([math.nan if value is None else value for value in measured], float)
-
-    reasons = np.full(len(clips), None, object)
     absolute = [*_plain_thresholds(config), *_rule_thresholds(rules)]
+    measured = {(item.scorer, item.score): array("d") for item in absolute}
+    measured |= {(rule.scorer, rule.score): array("d") for _, rule in rules}
+    extra_scores: set[str] = set()
+    seen: list[_Seen] = []
+    for clip in clips:
+        seen.append(_seen(clip, with_hash=config.max_duplicate_distance is not None))
+        extra_scores.update(clip.extra_scores)
+        for (scorer, score), column in measured.items():
+            value = score_of(clip, scorer, score)
+            column.append(math.nan if value is None else value)
+    if seen:
+        check_rules(config, extra_scores)
+    values = {key: np.array(column, float) for key, column in measured.items()}
+    reasons = np.full(len(seen), None, object)
     for item in absolute:
-        _reject(reasons, values_of(item.scorer, item.score), item)
+        _reject(reasons, values[item.scorer, item.score], item)
     if config.drop_duplicates:
-        _reject_equal(reasons, clips)
+        _reject_equal(reasons, seen)
     is_passing = _is_open(reasons)
     relative = list(
-        _relative_thresholds(rules, lambda rule: values_of(rule.scorer, rule.score)[is_passing])
+        _relative_thresholds(rules, lambda rule: values[rule.scorer, rule.score][is_passing])
     )
     for item in relative:
-        _reject(reasons, values_of(item.scorer, item.score), item)
+        _reject(reasons, values[item.scorer, item.score], item)
     # what percentiles and shares reject changes as clips come; what shows the same must not, or a
     # group would fall apart and a source that was trained on be held out
-    shown = [clips[place] for place in np.flatnonzero(is_passing).tolist()]
+    shown = [seen[place] for place in np.flatnonzero(is_passing).tolist()]
     clusters = np.arange(len(shown))
     if config.max_duplicate_distance is not None:
-        hashes = [clip.scores.perceptual_hash for clip in shown]
+        hashes = [clip.perceptual_hash for clip in shown]
         likeness = find_likeness(hashes, config.max_duplicate_distance)
         is_left = _is_open(reasons)[is_passing]
         order = sorted(
@@ -122,7 +138,7 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
         repeats = sorted(drop_repeats(likeness, order))
         reasons[np.flatnonzero(is_passing)[repeats]] = RejectReason.NEAR_DUPLICATE
         clusters = find_clusters(likeness)
-    kept = {clips[place].source_sha256 for place in np.flatnonzero(_is_open(reasons)).tolist()}
+    kept = {seen[place].source_sha256 for place in np.flatnonzero(_is_open(reasons)).tolist()}
     # of dropped copies too: their sources show the same
     joined = _joined_sources([clip.source_sha256 for clip in shown], clusters)
     groups = [group for group in joined if group & kept]
@@ -130,7 +146,7 @@ def judge_clips(clips: Sequence[Clip], config: SelectionConfig) -> Judgement:
     verdicts = [None if reason is None else str(reason) for reason in reasons.tolist()]
     splits: list[Split | None] = [
         None if reason else "validation" if clip.source_sha256 in held_out else "train"
-        for clip, reason in zip(clips, verdicts, strict=True)
+        for clip, reason in zip(seen, verdicts, strict=True)
     ]
     return Judgement(verdicts, splits, (*absolute, *relative))
 
@@ -289,7 +305,7 @@ def _is_open(reasons: np.ndarray) -> np.ndarray:
     return np.array([reason is None for reason in reasons.tolist()], bool)
 
 
-def _reject_equal(reasons: np.ndarray, clips: Sequence[Clip]) -> None:
+def _reject_equal(reasons: np.ndarray, clips: Sequence[_Seen]) -> None:
     seen: set[str] = set()
     for place in np.flatnonzero(_is_open(reasons)).tolist():
         clip_id = clips[place].clip_id
@@ -298,9 +314,19 @@ def _reject_equal(reasons: np.ndarray, clips: Sequence[Clip]) -> None:
         seen.add(clip_id)
 
 
-def _preference(clip: Clip) -> tuple[int, float, str]:
+def _seen(clip: Clip, *, with_hash: bool) -> _Seen:
+    return _Seen(
+        clip_id=clip.clip_id,
+        source_sha256=sys.intern(clip.source_sha256),  # the clips of a source share it
+        num_px=clip.info.width_px * clip.info.height_px,
+        duration_s=clip.info.duration_s,
+        perceptual_hash=clip.scores.perceptual_hash if with_hash else None,
+    )
+
+
+def _preference(clip: _Seen) -> tuple[int, float, str]:
     """Return a key that puts the clip first that is kept of near-duplicates."""
-    return -clip.info.width_px * clip.info.height_px, -clip.info.duration_s, clip.clip_id
+    return -clip.num_px, -clip.duration_s, clip.clip_id
 
 
 def _joined_sources(sources: Sequence[str], clusters: np.ndarray) -> list[set[str]]:
