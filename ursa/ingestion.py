@@ -310,8 +310,8 @@ def select_clips(clips: ClipSet, config: SelectionConfig, *, output_uri: str) ->
     rejections: dict[str, int] = _counts(reason for reason in judged.reasons if reason)
     if num_kept == 0:
         raise DataError(
-            f"none of {table.num_rows} clips passes the selection ({_in_words(rejections)}); loosen "
-            "the thresholds in `selection` or add videos"
+            f"none of {table.num_rows} clips passes the selection ({_in_words(rejections)}); "
+            "loosen the thresholds in `selection` or add videos"
         )
     _check_split(num_kept, num_validation, config.validation_fraction)
     verdicts = selection_rows(table, judged.reasons, judged.splits)
