@@ -62,13 +62,16 @@ def relative_name(source_uri: str, uri: str) -> str:
     Args:
         source_uri: The source.
         uri: A file of it, absolute; of a member of a tar file the `#` and its name stay.
+
+    Returns:
+        The path; bytes that are no UTF-8 are surrogates, so that each file has another name.
     """
     if storage.is_remote(source_uri):
         name = uri.removeprefix(source_uri.rstrip("/")).lstrip("/")
         return name or last_segment(uri)
     root = storage.local_path(source_uri).absolute().as_uri().rstrip("/")
     name = uri.removeprefix(root).lstrip("/") or last_segment(uri)
-    return unquote(name, errors="replace")
+    return unquote(name, errors="surrogateescape")
 
 
 def file_name(source: SourceVideo) -> str:
@@ -105,12 +108,15 @@ def member_uri(tar_uri: str, name: str) -> str:
 
 
 def member_name(uri: str) -> str:
-    """Return the name of a member of a tar file, printable.
+    """Return the name of a member of a tar file.
 
     Args:
         uri: Result of `member_uri`.
+
+    Returns:
+        The name; bytes that are no UTF-8 are surrogates, as `tarfile` gives them.
     """
-    return unquote_to_bytes(uri.rpartition("#")[2]).decode("utf-8", "replace")
+    return unquote_to_bytes(uri.rpartition("#")[2]).decode("utf-8", "surrogateescape")
 
 
 def tar_of(uri: str) -> str:

@@ -45,14 +45,14 @@ def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
     `end_s`, `license` and `attribution`; others are passed over.
 
     Args:
-        data: UTF-8 text; what is not is replaced.
+        data: UTF-8 text; other bytes count in `path`, as surrogates, and nowhere else.
 
     Returns:
         The rows, and the numbers (from 1) of the lines that cannot be used.
     """
     rows: list[CaptionRow] = []
     bad_lines: list[int] = []
-    for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), start=1):
+    for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -1,0 +1,66 @@
+import os
+import tarfile
+
+import pytest
+
+from tests import factories
+from ursa.artifacts import VideoInfo
+from ursa.sources.listing import discover_videos
+from ursa.sources.notes import SourceNotes
+
+INFO = VideoInfo(width_px=64, height_px=48, fps=8.0, num_frames=16, duration_s=2.0, codec="h264")
+
+
+@pytest.fixture
+def said_of(tmp_path):
+    """Return what a clip of each video of a source is given: caption, its source, licence."""
+
+    def said_of(source_uri):
+        sources = discover_videos(str(source_uri))
+        notes = SourceNotes.read(str(source_uri), sources)
+        clip = factories.clip_of(_small_file(tmp_path / "clip"), caption="none", info=INFO)
+        clips = [
+            notes.applied_to(clip.model_copy(update={"source_uri": item.uri})) for item in sources
+        ]
+        return {
+            clip.source_uri.rpartition("/")[2]: (clip.caption, clip.caption_source, clip.license)
+            for clip in clips
+        }
+
+    return said_of
+
+
+def _small_file(path):
+    path.write_bytes(b"clip")
+    return path
+
+
+def _raw(folder, name, data):
+    with open(os.fsencode(folder) + b"/" + name, "wb") as file:  # noqa: PTH123
+        file.write(data)
+
+
+def test_names_that_are_no_utf8_are_told_apart(tmp_path, said_of):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in (b"v_\xe8.mp4", b"v_\xe9.mp4", b"v_\xea.mp4"):
+        _raw(folder, name, name)
+    _raw(folder, b"v_\xe8.json", b'{"caption": "eight", "license": "CC0"}')
+    _raw(folder, b"captions.jsonl", b'{"path": "v_\xe9.mp4", "caption": "nine"}')
+    assert said_of(folder) == {
+        "v_%E8.mp4": ("eight", "sidecar", "CC0"),
+        "v_%E9.mp4": ("nine", "manifest", None),
+        "v_%EA.mp4": ("a video of v", "template", None),
+    }
+
+
+def test_members_whose_names_are_no_utf8_have_their_own_texts(tmp_path, said_of):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in (("è.mp4", b"a"), ("è.txt", b"eight"), ("é.mp4", b"b"), ("é.txt", b"9")):
+            (tmp_path / "member").write_bytes(data)
+            tar.add(tmp_path / "member", arcname=name)
+    assert said_of(path) == {
+        "x.tar#%E8.mp4": ("eight", "tar", None),
+        "x.tar#%E9.mp4": ("9", "tar", None),
+    }
