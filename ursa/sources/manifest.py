@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -17,7 +17,14 @@ import pyarrow.parquet as pq
 from ursa import storage
 from ursa.errors import DataError
 from ursa.sources.names import is_https, resolve_name
-from ursa.video.captions import CaptionRow, parse_notes, parse_span
+from ursa.video.captions import (
+    CaptionRow,
+    name_of,
+    parse_notes,
+    parse_object,
+    parse_span,
+    repeated_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +125,7 @@ def check_https(uris: list[str], source_uri: str) -> None:
 
 
 def _parse_row(manifest_uri: str, number: int, values: Mapping[str, Any]) -> ManifestRow:
-    name = values.get("path") or values.get("uri")
-    if not isinstance(name, str):
-        raise TypeError(f"`path` or `uri` must be text, got {name!r}")
+    name = name_of(values)
     said = CaptionRow(name, *parse_span(values), parse_notes(values))
     return ManifestRow(number, resolve_name(manifest_uri, name), said)
 
@@ -176,6 +181,7 @@ def _read_values(manifest_uri: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _csv_values(manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        _refuse_repeated_columns(manifest_uri, reader.fieldnames or ())
         for values in reader:
             if None in values:
                 raise DataError(
@@ -192,9 +198,11 @@ def _jsonl_values(manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            values = parse_object(line)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{manifest_uri}: line {number} is no JSON ({error})") from error
+        except ValueError as error:
+            raise DataError(f"{manifest_uri}: line {number}: {error}") from error
         if not isinstance(values, dict):
             raise DataError(f"{manifest_uri}: line {number} is no JSON object: {line[:80]!r}")
         yield values
@@ -212,6 +220,7 @@ def _parquet_values(manifest_uri: str, data: bytes) -> Iterator[dict[str, Any]]:
     try:
         file = pq.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
+        _refuse_repeated_columns(manifest_uri, names)
         known = [name for name in names if name in _KNOWN_KEYS]
         for name in known:
             _check_column(manifest_uri, file.schema_arrow.field(name))
@@ -229,6 +238,15 @@ def _parquet_values(manifest_uri: str, data: bytes) -> Iterator[dict[str, Any]]:
                 yield {**others, **values}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{manifest_uri} is no Parquet file ({error})") from error
+
+
+def _refuse_repeated_columns(manifest_uri: str, names: Iterable[str]) -> None:
+    """Refuse two columns of one name: the values of one would be lost in silence."""
+    if repeated := repeated_names(name for name in names if name in _KNOWN_KEYS):
+        raise DataError(
+            f"{manifest_uri} has more than one column {', '.join(map(repr, repeated))}; rename or "
+            "remove the others"
+        )
 
 
 def _check_column(manifest_uri: str, field: pa.Field) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 MAX_CAPTION_CHARACTERS = 2000
@@ -41,8 +42,8 @@ class CaptionRow(NamedTuple):
 def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
     """Read `captions.jsonl`: one JSON object a line.
 
-    Keys are `path` (relative to the file), `caption` or `caption_long` and, optional, `start_s`,
-    `end_s`, `license` and `attribution`; others are passed over.
+    Keys are `path` or `uri` (as in a manifest), `caption` or `caption_long` and, optional,
+    `start_s`, `end_s`, `license` and `attribution`; others are passed over.
 
     Args:
         data: UTF-8 text; other bytes count in `path`, as surrogates, and nowhere else.
@@ -57,9 +58,40 @@ def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
             continue
         try:
             rows.append(_parse_row(line))
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, RecursionError):
             bad_lines.append(number)
     return rows, bad_lines
+
+
+def parse_object(text: str) -> object:
+    """Read a line of JSON in which no key may be there twice: the last one would win in silence.
+
+    Args:
+        text: JSON.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ValueError: If it is no JSON, or a key of an object is repeated.
+        RecursionError: If it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_without_repeated_keys)
+
+
+def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if repeated := repeated_names([key for key, _ in pairs]):
+        raise ValueError(f"{', '.join(map(repr, repeated))} is there more than once")
+    return dict(pairs)
+
+
+def repeated_names(names: Iterable[str]) -> list[str]:
+    """Return the names that are there more than once, sorted.
+
+    Args:
+        names: Keys of an object or columns of a table.
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def parse_notes(values: Mapping[str, object]) -> Notes:
@@ -77,6 +109,21 @@ def parse_notes(values: Mapping[str, object]) -> Notes:
         license=_optional_text(values.get("license") or values.get("licence")),
         attribution=_optional_text(values.get("attribution")),
     )
+
+
+def name_of(values: Mapping[str, object]) -> str:
+    """Return the file that a row names: its `path`, or if it has none its `uri`.
+
+    Args:
+        values: May hold `path` and `uri`.
+
+    Raises:
+        TypeError: If it is no text.
+    """
+    name = values.get("path") or values.get("uri")
+    if not isinstance(name, str):
+        raise TypeError(f"`path` or `uri` must be text, got {name!r}")
+    return name
 
 
 def parse_span(values: Mapping[str, object]) -> tuple[float, float]:
@@ -209,15 +256,13 @@ def template_caption(name: str) -> str:
 
 
 def _parse_row(line: str) -> CaptionRow:
-    row = json.loads(line)
+    row = parse_object(line)
     if not isinstance(row, dict):
         raise TypeError(f"expected an object, got {line[:80]!r}")
     notes = parse_notes(row)
     if not (notes.caption or notes.caption_long):
         raise ValueError(f"empty caption: {line[:80]!r}")
-    if not isinstance(row["path"], str):
-        raise TypeError(f"path must be text, got {row['path']!r}")
-    return CaptionRow(row["path"], *parse_span(row), notes)
+    return CaptionRow(name_of(row), *parse_span(row), notes)
 
 
 def _optional_text(value: object) -> str | None:

@@ -131,6 +131,8 @@ def test_equal_rows_count_once_and_others_are_refused(tmp_path, caplog):
         ("a.jsonl", b'{"path": "a.mp4"}\n{broken\n', "line 2 is no JSON"),
         ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
         ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        ("a.csv", b"path,caption,path\na.mp4,x,b.mp4\n", "a.csv has more than one column 'path'"),
+        ("a.jsonl", b'{"path": "a.mp4", "path": "b.mp4"}\n', "line 1: 'path' is there more than"),
         ("a.jsonl", b'{"path": 3}\n', "row 1: .* must be text, got 3"),
         ("a.jsonl", b'{"path": "a.mp4", "caption": ["x"]}\n', "row 1: expected text"),
         ("a.jsonl", b'{"path": "gopher://x/y"}\n', "row 1: 'gopher://x/y' is no address"),
@@ -141,6 +143,19 @@ def test_what_cannot_be_read_is_named(tmp_path, name, data, named):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=named):
         read_manifest(str(tmp_path / name))
+
+
+def test_a_repeated_column_of_a_parquet_file_is_named(tmp_path):
+    table = pa.table([["a.mp4"], ["b.mp4"]], names=["path", "path"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has more than one column 'path'"):
+        read_manifest(str(tmp_path / "a.parquet"))
+
+
+def test_repeated_columns_that_are_not_used_do_not_matter(tmp_path):
+    (tmp_path / "a.csv").write_text("path,,\na.mp4,1,2\n")
+    (row,) = read_manifest(str(tmp_path / "a.csv"))
+    assert row.uri == (tmp_path / "a.mp4").as_uri()
 
 
 class Hostile(pa.ExtensionType):

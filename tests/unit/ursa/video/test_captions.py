@@ -26,13 +26,16 @@ def test_rows_are_read_and_bad_lines_are_numbered():
         json.dumps({"path": 3, "caption": "x"}),
         json.dumps({"path": "a.mp4", "caption": "x", "start_s": 2, "end_s": 1}),
         json.dumps({"path": "a.mp4"}),
+        '{"path": "a.mp4", "caption": "x", "path": "b.mp4"}',
+        json.dumps({"uri": "b.mp4", "caption": "By its other name."}),
     ]
     rows, bad_lines = parse_caption_rows("\n".join(lines).encode())
     assert rows == [
         CaptionRow("a.mp4", 0.0, float("inf"), Notes("A bee flies.")),
         CaptionRow("a.mp4", 1.0, 2.5, Notes("A bee.")),
+        CaptionRow("b.mp4", 0.0, float("inf"), Notes("By its other name.")),
     ]
-    assert bad_lines == [4, 5, 6, 7, 8, 9]
+    assert bad_lines == [4, 5, 6, 7, 8, 9, 10]
 
 
 def test_row_with_the_largest_overlap_wins_then_sidecar_then_name():
