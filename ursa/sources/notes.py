@@ -2,13 +2,22 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ursa import storage
 from ursa.artifacts import Clip, SourceVideo
 from ursa.config import fingerprint
+from ursa.errors import DataError, StorageError
 from ursa.sources.manifest import read_manifest
-from ursa.sources.names import file_name, is_https, is_manifest, member_name, relative_name, tar_of
+from ursa.sources.names import (
+    file_name,
+    is_https,
+    is_manifest,
+    member_name,
+    relative_name,
+    resolve_name,
+    tar_of,
+)
 from ursa.sources.tars import read_index
 from ursa.video.captions import (
     CaptionRow,
@@ -63,17 +72,24 @@ class SourceNotes:
         return notes
 
     def _read_tree(self, source_uri: str) -> None:
-        names = {relative_name(source_uri, uri): uri for uri in self._sources}
         try:
             listed = storage.list_files(source_uri, with_etag=False)
         except FileNotFoundError:
             return
-        files = {relative_name(source_uri, item.uri): item for item in listed}
+        file_uri, folder_uri = _file_and_folder(source_uri)
+        is_single = [item.uri for item in listed] == [file_uri]
+        if not is_single:
+            folder_uri = source_uri
+        names = {relative_name(folder_uri, uri): uri for uri in self._sources}
+        if is_single:
+            videos = [name for name, uri in names.items() if uri == file_uri]
+            listed = _look_up_beside(folder_uri, videos)
+        files = {relative_name(folder_uri, item.uri): item for item in listed}
         caption_file = files.get(CAPTION_FILE_NAME)
         if caption_file is not None and caption_file.num_bytes <= CAPTION_FILE_LIMIT_BYTES:
             # what is removed after it was listed is not there
             with contextlib.suppress(FileNotFoundError):
-                self._read_caption_file(caption_file.uri, names)
+                self._read_caption_file(caption_file.uri, names, is_quiet=is_single)
         for name, uri in names.items():
             if self._sources[uri].offset_bytes is None:
                 texts: dict[str, Notes] = {}
@@ -84,7 +100,7 @@ class SourceNotes:
                             texts[beside] = parse_text_beside(beside, content)
                 self._add_beside(uri, texts, name)
 
-    def _read_caption_file(self, uri: str, names: Mapping[str, str]) -> None:
+    def _read_caption_file(self, uri: str, names: Mapping[str, str], *, is_quiet: bool) -> None:
         parsed, bad_lines = parse_caption_rows(storage.read_bytes(uri))
         if bad_lines:
             logger.warning(
@@ -95,9 +111,11 @@ class SourceNotes:
                 bad_lines[0],
             )
         for row in parsed:
-            if row.path in names:
-                self._rows.setdefault(names[row.path], []).append(row)
-            else:
+            # a member of a tar file in the tree has a name here that a manifest cannot write
+            named = names.get(row.path) or _resolved(uri, row.path)
+            if named is not None and named in self._sources:
+                self._rows.setdefault(named, []).append(row)
+            elif not is_quiet:  # beside a single video the rows of others are to be expected
                 self._unused_names.append(row.path)
 
     def _read_tars(self) -> None:
@@ -170,3 +188,35 @@ class SourceNotes:
                 len(self._unused_names),
                 self._unused_names[0],
             )
+
+
+def _file_and_folder(source_uri: str) -> tuple[str, str]:
+    """Return the URIs of a source, if it is a file, and of its folder."""
+    if storage.is_remote(source_uri):
+        return source_uri.rstrip("/"), source_uri.rstrip("/").rpartition("/")[0]
+    path = storage.local_path(source_uri).absolute()
+    return path.as_uri(), path.parent.as_uri()
+
+
+def _look_up_beside(folder_uri: str, videos: Iterable[str]) -> list[storage.StoredFile]:
+    """Return the texts beside a single file; the folder may hold anything, so it is not listed."""
+    wanted = [CAPTION_FILE_NAME, *(text for name in videos for text in names_beside(name))]
+    is_remote = storage.is_remote(folder_uri)
+    found: list[storage.StoredFile] = []
+    for name in dict.fromkeys(wanted):
+        if is_remote:
+            uri = storage.join(folder_uri, name)
+        else:
+            uri = (storage.local_path(folder_uri) / name).as_uri()
+        # of a name that is too long there can be no file
+        with contextlib.suppress(FileNotFoundError, *(() if is_remote else (StorageError,))):
+            found.append(storage.stat_file(uri))
+    return found
+
+
+def _resolved(caption_file_uri: str, name: str) -> str | None:
+    """Return the URI that a manifest in its place would mean; None if it must not name it."""
+    try:
+        return resolve_name(caption_file_uri, name)
+    except (DataError, UnicodeEncodeError):
+        return None

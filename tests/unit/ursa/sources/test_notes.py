@@ -1,3 +1,5 @@
+import json
+import logging
 import os
 import tarfile
 
@@ -64,3 +66,52 @@ def test_members_whose_names_are_no_utf8_have_their_own_texts(tmp_path, said_of)
         "x.tar#%E8.mp4": ("eight", "tar", None),
         "x.tar#%E9.mp4": ("9", "tar", None),
     }
+
+
+def test_a_caption_file_names_videos_as_a_manifest_does(tmp_path, said_of, caplog):
+    folder = tmp_path / "videos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("A.mp4", "B.mp4", "C.mp4", "sub/D.mp4"):
+        (folder / name).write_bytes(name.encode())
+    rows = [
+        {"uri": "A.mp4", "caption": "a"},
+        {"path": "./B.mp4", "caption": "b"},
+        {"path": str(folder / "C.mp4"), "caption": "c"},
+        {"path": (folder / "sub" / "D.mp4").as_uri(), "caption": "d"},
+        {"path": "../videos-2/A.mp4", "caption": "leads out"},
+        {"path": "\ud800", "caption": "no file can have this name"},
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert {name: said[:2] for name, said in said_of(folder).items()} == {
+        "A.mp4": ("a", "manifest"),
+        "B.mp4": ("b", "manifest"),
+        "C.mp4": ("c", "manifest"),
+        "D.mp4": ("d", "manifest"),
+    }
+    sources = discover_videos(str(folder))
+    with caplog.at_level(logging.WARNING, "ursa"):
+        SourceNotes.read(str(folder), sources).warn_about_unused_rows()
+    assert "2 rows for files that are no videos of this source" in caplog.text
+
+
+def test_the_texts_beside_a_single_file_are_read(tmp_path, said_of):
+    for name in ("A.mp4", "B.mp4", "C.mp4", "D" * 251 + ".mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "B.txt").write_text("beside")
+    rows = [{"path": name, "caption": name, "license": "CC0"} for name in ("A.mp4", "C.mp4")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert said_of(tmp_path / "B.mp4") == {"B.mp4": ("beside", "sidecar", None)}
+    assert said_of(tmp_path / "C.mp4") == {"C.mp4": ("C.mp4", "manifest", "CC0")}
+    # the name of a text beside it would be too long
+    ((_, source, _),) = said_of(tmp_path / ("D" * 251 + ".mp4")).values()
+    assert source == "template"
+
+
+def test_the_caption_file_beside_a_tar_file_names_its_members(tmp_path, said_of):
+    (tmp_path / "member").write_bytes(b"a")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "member", arcname="a.mp4")
+    (tmp_path / "captions.jsonl").write_text('{"path": "x.tar#a.mp4", "caption": "a"}')
+    expected = {"x.tar#a.mp4": ("a", "manifest", None)}
+    (tmp_path / "member").unlink()
+    assert said_of(tmp_path / "x.tar") == expected
