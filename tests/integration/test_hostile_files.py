@@ -284,6 +284,29 @@ def test_every_second_adds_to_the_pixel_budget(tmp_path, suffix):
     assert quarantine(path, tmp_path / "work", **budgets) is FailureReason.PIXEL_BUDGET
 
 
+def write_bare_gif(path, *, side, num_frames, delay_s, num_more_bytes=0):
+    """Write a GIF of huge pictures in each of which one pixel is drawn anew: 23 bytes a picture."""
+    data = b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    for index in range(num_frames):
+        data += b"\x21\xf9\x04" + struct.pack("<BHBB", 4, round(delay_s * 100), 0, 0)
+        data += b"\x2c" + struct.pack("<HHHHB", index % side, 0, 1, 1, 0) + b"\2\2\x4c\1\0"
+    path.write_bytes(data + b"\x3b" + bytes(num_more_bytes))
+    return path
+
+
+def test_a_file_claims_no_more_pixels_than_its_bytes_earn(tmp_path):
+    limits = {"max_side_px": 4096, "pixel_budget": 4000**2, "pixel_budget_per_s": 10**9}
+    gif = {"side": 4000, "num_frames": 8, "delay_s": 0.2}
+    path = write_bare_gif(tmp_path / "a.gif", **gif)
+    assert quarantine(path, tmp_path / "work", **limits) is FailureReason.PIXEL_BUDGET
+    # so it is the bytes that decide
+    path = write_bare_gif(tmp_path / "b.gif", **gif, num_more_bytes=200)
+    folder, config = tmp_path / "accepted", media.ingestion_config(**limits)
+    folder.mkdir()
+    _, demuxer = copy_foreign_file(path, folder, config)
+    assert normalise_video(folder, demuxer, config).info.num_frames == 8
+
+
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_presets_take_hours_of_4k(preset):
     config = load_config(preset).ingestion
