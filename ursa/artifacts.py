@@ -224,6 +224,10 @@ class ClipSet(FrozenModel):
     num_clips: int
     num_dropped_shots: int
     failures: dict[FailureReason, int]
+    # records written before it lack it
+    failures_uri: str | None = Field(
+        default=None, description="table of the failures; None is the one beside the manifest"
+    )
     config: IngestionConfig = Field(description="what made the clips, where the set came first")
     fingerprint: str
 

@@ -254,7 +254,7 @@ def commit_clips(
     plan.notes.warn_about_unused_rows()
     clips = (plan.notes.applied_to(clip) for video in ordered for clip in video.clips)
     clips_uri = put_table(_set_uri(output_uri, key), "clips", CLIP_SCHEMA, map(clip_row, clips))
-    put_table(
+    failures_uri = put_table(
         _set_uri(output_uri, key),
         "failures",
         FAILURE_SCHEMA,
@@ -272,6 +272,7 @@ def commit_clips(
             num_clips=sum(len(video.clips) for video in ordered),
             num_dropped_shots=sum(video.num_dropped_shots for video in ordered),
             failures=_counts(video.failure for video in failed if video.failure is not None),
+            failures_uri=failures_uri,
             config=config,
             fingerprint=key,
         ),

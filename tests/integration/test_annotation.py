@@ -152,6 +152,7 @@ def test_captions_and_scores_are_made_once(own_root, models, captioner, server):
     assert annotated != clips
     assert annotated.fingerprint != clips.fingerprint
     assert read_failures(annotated) == read_failures(clips)
+    assert annotated.failures_uri != clips.failures_uri
     for clip, before in zip(read_clips(annotated), read_clips(clips), strict=True):
         assert set(clip.extra_scores) == {
             "clip/similarity",

@@ -318,9 +318,15 @@ def commit_annotations(
     manifest_uri = _set_uri(output_uri, key)
     folder_uri = manifest_uri.rpartition("/")[0]
     clips_uri = put_table(folder_uri, "clips", CLIP_SCHEMA, map(clip_row, rows))
-    put_table(folder_uri, "failures", FAILURE_SCHEMA, map(failure_row, read_failures(clips)))
+    failures = map(failure_row, read_failures(clips))
+    failures_uri = put_table(folder_uri, "failures", FAILURE_SCHEMA, failures)
     storage.commit_record(storage.join(folder_uri, REPORT_NAME), report)
-    changes = {"manifest_uri": manifest_uri, "clips_uri": clips_uri, "fingerprint": key}
+    changes = {
+        "manifest_uri": manifest_uri,
+        "clips_uri": clips_uri,
+        "failures_uri": failures_uri,
+        "fingerprint": key,
+    }
     return storage.commit_record(manifest_uri, clips.model_copy(update=changes))
 
 

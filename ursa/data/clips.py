@@ -249,14 +249,7 @@ def read_failures(clips: ClipSet) -> list[IngestedVideo]:
         ShardFormatError: If the table is missing, damaged or of another schema version.
         StorageError: If the store refuses or does not answer.
     """
-    folder_uri = clips.manifest_uri.rpartition("/")[0]
-    found = [
-        item.uri
-        for item in storage.list_files(folder_uri, with_etag=False)
-        if item.uri.rpartition("/")[2].startswith("failures-")
-    ]
-    if not found:
-        raise ShardFormatError(f"{folder_uri}: the table of failures is missing")
+    uri = clips.failures_uri or _table_beside(clips)
     return [
         IngestedVideo(
             source=SourceVideo(uri=row["source_uri"], num_bytes=row["num_bytes"], etag=row["etag"]),
@@ -266,8 +259,17 @@ def read_failures(clips: ClipSet) -> list[IngestedVideo]:
             failure=row["reason"],
             detail=row["detail"],
         )
-        for row in read_table(found[0], FAILURE_SCHEMA, clips.num_failed).to_pylist()
+        for row in read_table(uri, FAILURE_SCHEMA, clips.num_failed).to_pylist()
     ]
+
+
+def _table_beside(clips: ClipSet) -> str:
+    """Return the table of failures of a set whose record does not name it."""
+    folder_uri = clips.manifest_uri.rpartition("/")[0]
+    for item in storage.list_files(folder_uri, with_etag=False):
+        if item.uri.rpartition("/")[2].startswith("failures-"):
+            return item.uri
+    raise ShardFormatError(f"{folder_uri}: the table of failures is missing")
 
 
 def clip_windows(clip: Clip, samples: TokenizationConfig) -> Iterator[tuple[float, list[int]]]:

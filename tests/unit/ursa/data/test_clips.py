@@ -4,7 +4,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ursa.data.clips import SELECTION_SCHEMA, table_bytes
+from tests import factories
+from ursa import storage
+from ursa.artifacts import FailureReason, IngestedVideo, SourceVideo
+from ursa.data.clips import (
+    FAILURE_SCHEMA,
+    SELECTION_SCHEMA,
+    failure_row,
+    put_table,
+    read_failures,
+    table_bytes,
+)
+from ursa.errors import ShardFormatError
 
 
 @pytest.mark.parametrize("number", [0, 1025, 30_000])
@@ -17,3 +28,45 @@ def test_a_table_made_in_parts_has_the_bytes_of_one_made_whole(number):
     table = pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA)
     pq.write_table(table, whole, compression="zstd")
     assert table_bytes(SELECTION_SCHEMA, iter(rows)) == whole.getvalue()
+
+
+def _put_failures(folder, *names):
+    rows = [
+        failure_row(
+            IngestedVideo(
+                source=SourceVideo(uri=f"file:///{name}", num_bytes=1, etag=name),
+                source_sha256=None,
+                info=None,
+                clips=(),
+                failure=FailureReason.MISSING,
+                detail="",
+            )
+        )
+        for name in names
+    ]
+    return put_table(str(folder), "failures", FAILURE_SCHEMA, rows)
+
+
+def _names(clips):
+    return [video.source.uri.rpartition("/")[2] for video in read_failures(clips)]
+
+
+def test_only_the_table_that_the_record_names_is_read(tmp_path):
+    tables = {name: _put_failures(tmp_path, name) for name in ("a", "b")}
+    clips = factories.commit_selection(str(tmp_path), []).clips
+    for name, uri in tables.items():
+        changes = {"failures_uri": uri, "num_failed": 1}
+        assert _names(clips.model_copy(update=changes)) == [name]
+    storage.remove_file(uri)
+    with pytest.raises(ShardFormatError, match="is missing"):
+        read_failures(clips.model_copy(update=changes))
+
+
+def test_a_record_that_names_no_table_has_the_one_beside_it(tmp_path):
+    clips = factories.commit_selection(str(tmp_path), []).clips
+    clips = clips.model_copy(update={"num_failed": 2})
+    with pytest.raises(ShardFormatError, match="the table of failures is missing"):
+        read_failures(clips)
+    _put_failures(tmp_path, "a", "b")
+    assert clips.failures_uri is None
+    assert _names(clips) == ["a", "b"]
