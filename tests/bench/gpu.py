@@ -50,7 +50,7 @@ from ursa.training.distributed import Group
 from ursa.training.execution import DeviceType, Execution
 from ursa.training.plan import GPUS, DataSize, plan_run
 from ursa.training.schedule import load_codes, path_over
-from ursa.training.stage import load_text, stage_loader
+from ursa.training.stage import load_text, stage_loader, transformer_config
 from ursa.training.trainer import Trainer, training_flops
 
 STAGE = plan_bench.STAGE
@@ -135,24 +135,13 @@ class Bench:
         return plan_bench.write_request(self.config(case), folder)
 
     def network(self, request: StageRequest) -> TransformerConfig:
-        """Return the network of a case."""
-        model, text = request.config.model, load_text(request.text_tokenizer)
-        codes = request.visual_tokenizer.vocab_size
-        return TransformerConfig(
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads,
-            num_hidden_layers=model.num_layers,
-            max_window_layers=model.num_layers,
-            rope_theta=model.rope_theta,
-            head_dim=model.head_dim,
-            rms_norm_eps=model.rms_norm_eps,
-            lm_vocab_size=self.lm_vocab_size,
-            vocab_size=self.lm_vocab_size + codes,
-            lm_head_size=codes,
-            bov_token_id=text.bov_id,
-        )
+        """Return the network of a case, with the text ids of Qwen3."""
+        network = transformer_config(request)
+        sizes = {
+            "lm_vocab_size": self.lm_vocab_size,
+            "vocab_size": self.lm_vocab_size + network.lm_head_size,
+        }
+        return network.model_copy(update=sizes)
 
     def model(self, request: StageRequest) -> UrsaTransformer:
         """Return a copy of the network of a case on the CPU; drawing 0.6B weights takes long."""
