@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from tasks import releases, reports, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.options import announce, step
+from tasks.settings import RuntimeSettings
 from tasks.training import LOSS_PICTURE
 from ursa.artifacts import EvalReport, ExportedModel
 from ursa.decisions import earlier_champions
@@ -56,12 +57,16 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
         UrsaError: What that function raises.
     """
     from ursa import evaluation  # noqa: PLC0415  (torch: seconds)
+    from ursa.annotation.networks import choose_device  # noqa: PLC0415
     from ursa.evaluation import models, picture  # noqa: PLC0415
     from ursa.gate import comparison_text  # noqa: PLC0415
     from ursa.inspection.gallery import samples_page  # noqa: PLC0415  (matplotlib: a second)
     from ursa.training import validation  # noqa: PLC0415
 
     config, datasets = context.config, trained.request.datasets
+    device = choose_device(
+        RuntimeSettings.from_env().evaluation_device, where="URSA_EVALUATION_DEVICE"
+    )
     champion = _champion(context, model)
     tags = {"ursa.fingerprint": context.fingerprint, **reports.flow_run_tags()}
     with tracking.child_run(context.run, "evaluate", tags) as run:
@@ -84,6 +89,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 config,
                 output_uri=context.data_uri,
                 champion=champion,
+                device=device,
                 on_metrics=sink,
             )
         tracking.log_metrics(run, report.metrics, step=trained.checkpoint.step)

@@ -56,6 +56,9 @@ class RuntimeSettings(BaseSettings):
     activation_checkpointing: Recomputed = Field(
         default="none", description="what the backward pass of training computes again"
     )
+    evaluation_device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the flow's process evaluates; auto: on its GPU, if any"
+    )
     compile_layers: bool = Field(
         default=False, description="whether training compiles the layers of the network"
     )

@@ -171,7 +171,7 @@ def compare_with(
     if theirs is None:
         with champion.open() as directory:
             try:
-                other = UrsaPipeline.from_pretrained(directory)
+                other = UrsaPipeline.from_pretrained(directory, device=pipeline.device)
             except ConfigError as error:
                 return not_compared(champion.version, f"it cannot be read: {error}")
             if problem := _other_tokens(directory, other, pipeline, place.model):
@@ -217,7 +217,8 @@ def measure(
     """
     return measure_grid(
         network or pipeline.transformer,
-        path or pipeline.path,
+        # as in training, noise is drawn on the CPU: every device predicts the same tokens
+        (path or pipeline.path).to("cpu"),
         pipeline.text_tokenizer,
         samples,
         timesteps=config.evaluation.timesteps,

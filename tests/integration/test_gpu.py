@@ -9,9 +9,13 @@ from tests import factories
 from ursa import storage
 from ursa.config import STAGES
 from ursa.errors import ConfigError
+from ursa.evaluation import features
+from ursa.evaluation.drawn import Draw, draw_clips
+from ursa.evaluation.held_out import held_out_metrics
 from ursa.training.execution import Execution
 from ursa.training.samples import step_folder
 from ursa.training.stage import samples_uri, train_stage
+from ursa.training.trained import trained_pipeline
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +91,24 @@ def test_samples_are_drawn_there(data, tmp_path):
         folder = step_folder(samples_uri(request), step)
         names = [item.uri.rsplit("/", 1)[1] for item in storage.list_files(folder)]
         assert {"samples.png", "0.mp4"} <= set(names)
+
+
+def test_an_evaluation_is_that_of_the_cpu(data, tmp_path):
+    """Losses are of the same noisy tokens; draws differ where two codes are about as likely."""
+    request = factories.stage_request(data, STAGES[1], str(tmp_path), **SETTINGS)
+    pipeline = trained_pipeline(request, train_stage(request))
+    found = [
+        held_out_metrics(pipeline.to(device), data.datasets, request.config)[0]
+        for device in ("cpu", "cuda")
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[1].items():
+        tolerance = 0.01 if "accuracy" in name else 1e-4
+        assert value == pytest.approx(found[0][name], abs=tolerance), name
+    draws = [Draw(caption, seed) for seed, caption in enumerate(factories.CAPTIONS)]
+    drawn = [draw_clips(pipeline.to(device), draws, request.config) for device in ("cpu", "cuda")]
+    assert (drawn[0].codes == drawn[1].codes).float().mean() > 0.9
+    assert features.latents(pipeline.visual_tokenizer, list(drawn[1].frames)).shape[0] == len(draws)
 
 
 def test_adapters_are_trained_and_merged_there(data, tmp_path):

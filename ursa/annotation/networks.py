@@ -23,18 +23,19 @@ from ursa.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def choose_device(name: Device) -> torch.device:
+def choose_device(name: Device, where: str = "annotation.device") -> torch.device:
     """Return where networks run.
 
     Args:
         name: "auto" takes a GPU if there is one.
+        where: What sets it, for the error.
 
     Raises:
         ConfigError: If "cuda" is asked for and there is none.
     """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise ConfigError("annotation.device is 'cuda' but no GPU is found; use 'auto' or 'cpu'")
+        raise ConfigError(f"{where} is 'cuda' but no GPU is found; use 'auto' or 'cpu'")
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
 
 

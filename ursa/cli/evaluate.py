@@ -1,6 +1,9 @@
 """`ursa evaluate`: any model on any version of a data set, with intervals."""
 
+import contextlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +11,7 @@ from cyclopts import Parameter
 
 from ursa.cli.data import AsJson, Changes, Preset, parse_changes, root_uri
 from ursa.cli.data_versions import choose_version
-from ursa.cli.models import model_directory
+from ursa.cli.models import check_device, check_place, model_directory
 from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ def evaluate(
     changes: Changes = (),
     out: Path | None = None,
     against: Path | None = None,
+    device: str = "cpu",
+    quiet: Annotated[bool, Parameter(alias="-q", negative=())] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: losses, reconstruction, drawn clips, asked motion, copies of training clips.
@@ -48,6 +53,8 @@ def evaluate(
         out: Where to write the measurements, .json.
         against: Measurements of another model on the same data, as --out wrote them: the two are
             compared case by case.
+        device: Where to run, such as cpu or cuda.
+        quiet: Say nothing while it is measured.
         as_json: Print JSON.
 
     Raises:
@@ -56,17 +63,21 @@ def evaluate(
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
     other = None if against is None else _read(against)
+    check_place(model)
     from ursa.data.versions import list_versions
 
     version = choose_version(list_versions(root_uri(root)), data_version, source)
     from ursa.evaluation.models import measure_model, open_model, version_config
 
     config = version_config(version, preset, parse_changes(changes))
+    check_device(device)
     with model_directory(model) as directory:
         # a path would lose a slash of s3://
-        pipeline = open_model(model if "://" in model else directory, version, config)
+        place = model if "://" in model else directory
+        pipeline = open_model(place, version, config, device=device)
     pipeline.set_progress_bar_config(disable=True)
-    found = measure_model(pipeline, version, config, name=model)
+    with contextlib.nullcontext() if quiet else _progress():
+        found = measure_model(pipeline, version, config, name=model)
     if out is not None:
         out.write_text(found.model_dump_json(indent=1), "utf-8")
     if as_json:
@@ -79,6 +90,20 @@ def evaluate(
         _print_differences(found, other)
     if out is not None:
         print(f"written to {out}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """Write what is being measured to the terminal."""
+    logger, handler = logging.getLogger("ursa.evaluation"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def _read(path: Path) -> "ModelMeasurements":

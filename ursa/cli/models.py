@@ -60,6 +60,24 @@ def model_directory(model: str) -> Iterator[Path]:
         yield found[0].parent
 
 
+def check_place(model: str) -> None:
+    """Refuse a model that can be nowhere, before the slow imports.
+
+    Args:
+        model: A directory, a name on the hub such as BAAI/URSA-1.7B-FSQ320, or a URI.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    is_hub_name = model.count("/") == 1 and not model.startswith(("/", ".", "~"))
+    if ":/" not in model and not is_hub_name and not Path(model).is_dir():
+        raise ConfigError(
+            f"no model at {model}: there is no such directory; give a model directory, "
+            "the folder of a checkpoint, a name of the hub such as BAAI/URSA-1.7B-FSQ320, or "
+            "models:/NAME@ALIAS"
+        )
+
+
 def registry_uri() -> str:
     """Return the address of the tracking server: what is set, else what `make up` starts."""
     given = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("URSA_MLFLOW_TRACKING_URI")

@@ -163,6 +163,13 @@ def draw_clips(
     """
     codes = []
     size = config.evaluation.batch_size
+    logger.info(
+        "drawing %d clips%s%s%s",
+        len(draws),
+        " from prompts" if draws[0].image is None else " from first frames",
+        "" if num_steps is None else f", {num_steps} steps",
+        "" if motion is None else f", asked motion {motion:g} px/s",
+    )
     for start in range(0, len(draws), size):
         batch = draws[start : start + size]
         images = [draw.image for draw in batch if draw.image is not None]

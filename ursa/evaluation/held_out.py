@@ -52,9 +52,14 @@ def held_out_metrics(
     untrained = build_transformer(
         pipeline.transformer.config,
         seed=address_seed(config.seed, "untrained"),
-        codebook=pipeline.visual_tokenizer.codebook,
-    )
+        codebook=pipeline.visual_tokenizer.codebook.cpu(),
+    ).to(pipeline.device)
 
+    logger.info(
+        "losses of at most %d samples at %d times, in each setting",
+        limit,
+        len(config.evaluation.timesteps),
+    )
     metrics = grid_metrics(measure(pipeline, train, config), "eval/train_")
     if not datasets.video_validation.num_samples:
         logger.warning("no held-out clips: the model is measured on training clips only")

@@ -75,7 +75,13 @@ def version_config(
     return load_config(preset, {**version.config, **changes})
 
 
-def open_model(directory: str | Path, version: DatasetVersion, config: RunConfig) -> UrsaPipeline:
+def open_model(
+    directory: str | Path,
+    version: DatasetVersion,
+    config: RunConfig,
+    *,
+    device: torch.device | str = "cpu",
+) -> UrsaPipeline:
     """Return the pipeline of a model directory, or of a checkpoint of a stage.
 
     Args:
@@ -83,6 +89,7 @@ def open_model(directory: str | Path, version: DatasetVersion, config: RunConfig
             `checkpoints/<stage>/<fingerprint>/step-<step>.<nonce>`.
         version: The data set that the checkpoint was trained on; its tokenizers are taken.
         config: Names the network of a checkpoint.
+        device: Where to run.
 
     Raises:
         ConfigError: If it is neither.
@@ -92,7 +99,7 @@ def open_model(directory: str | Path, version: DatasetVersion, config: RunConfig
     """
     uri = storage.absolute_uri(str(directory))
     if not storage.exists(storage.join(uri, MARKER_FILE)):
-        return UrsaPipeline.from_pretrained(directory)
+        return UrsaPipeline.from_pretrained(directory, device=device)
     place = re.search(r"(?:^|/)([a-z_]+)/[0-9a-f]{32}/step-\d{8}\.[0-9a-f]+$", uri)
     if place is None or place[1] not in STAGES:
         raise ConfigError(
@@ -119,7 +126,7 @@ def open_model(directory: str | Path, version: DatasetVersion, config: RunConfig
         fingerprint=marker.fingerprint,
         parent_uri=None,
     )
-    return trained_pipeline(request, checkpoint)
+    return trained_pipeline(request, checkpoint).to(device)
 
 
 def measure_model(

@@ -7,6 +7,8 @@ measures of drawn clips.
 
 import logging
 
+import torch
+
 from ursa import storage
 from ursa.artifacts import (
     SCHEMA_VERSION,
@@ -39,6 +41,7 @@ def evaluate(
     *,
     output_uri: str,
     champion: Champion | None,
+    device: torch.device | str = "cpu",
     on_metrics: OnMetrics | None = None,
 ) -> EvalReport:
     """Measure a model on held-out tokens, sample it and decide whether it passes the gate.
@@ -50,6 +53,8 @@ def evaluate(
         config: The run; `evaluation` and `release` matter.
         output_uri: Root of all data of the run.
         champion: The present champion, measured on the same samples and noise; None without one.
+        device: Where the networks run; noise is drawn on the CPU, so no device has other tokens to
+            predict, and losses differ by rounding.
         on_metrics: Called once with (steps trained, metrics).
 
     Returns:
@@ -78,7 +83,7 @@ def evaluate(
     if done is not None:
         return done
     with storage.local_directory(model.directory_uri) as directory:
-        pipeline = UrsaPipeline.from_pretrained(directory)
+        pipeline = UrsaPipeline.from_pretrained(directory, device=device)
     metrics, grids = held_out_metrics(pipeline, datasets, config)
     metrics |= stage_metrics(model.checkpoint)
     place = ScoresPlace(model, datasets, config, output_uri)

@@ -1,5 +1,6 @@
 """How well the visual tokenizer keeps a picture, and how many of its codes are in use."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from ursa.evaluation.measures import group_cases, join, mean_measure, plain_meas
 from ursa.evaluation.windows import iter_windows
 from ursa.generation import UrsaPipeline
 from ursa.video.decode import ReadFrames, read_frames_at
+
+logger = logging.getLogger(__name__)
 
 _WINDOWS = 32
 
@@ -59,6 +62,7 @@ def _measure_split(
             ("clip", [window.clip_id for window in windows]),
         ),
     )
+    logger.info("reconstruction of %d %s windows", len(windows), split)
     real = np.stack([window.frames for window in windows])
     size = config.evaluation.batch_size
     tokenizer = pipeline.visual_tokenizer

@@ -73,14 +73,17 @@ def test_a_directory_and_its_checkpoint_measure_the_same(trained, tmp_path, caps
     files = [tmp_path / "model.json", tmp_path / "checkpoint.json"]
     first = [trained.model.directory_uri, trained.root, "--out", str(files[0])]
     assert run(*first, *trained.changes) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "drawing 4 clips from first frames" in said
     assert "motion_adherence" in printed
     assert "nats, lower is better" in printed
     place = storage.local_path(trained.checkpoint.uri)
     monkeypatch.chdir(place.parent)
     second = [place.name, trained.root, "--out", str(files[1])]
-    assert run(*second, "--against", str(files[0]), *trained.changes) == 0
-    compared = capsys.readouterr().out.partition("case by case")[2]
+    assert run(*second, "--against", str(files[0]), "--quiet", *trained.changes) == 0
+    printed, said = capsys.readouterr()
+    assert "drawing" not in said
+    compared = printed.partition("case by case")[2]
     assert "i2v_later_psnr" in compared
     assert {line.split()[1] for line in compared.splitlines()[1:-1]} == {"+0"}
     one, two = (ModelMeasurements.model_validate_json(path.read_bytes()) for path in files)
@@ -111,6 +114,10 @@ def test_what_cannot_be_read_is_named(trained, tmp_path, capsys):
         return capsys.readouterr().err
 
     directory = trained.model.directory_uri
+    assert "no model at runs/typo/model" in message("runs/typo/model", trained.root)
+    assert "--device cuda:99 cannot be used" in message(
+        directory, trained.root, "--device", "cuda:99"
+    )
     assert "no version 7" in message(directory, trained.root, "--data-version", "7")
     assert "holds no measurements" in message(
         directory, trained.root, "--against", str(Path(__file__))
