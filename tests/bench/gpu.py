@@ -13,8 +13,9 @@ Parts: `equal` trains on the CPU in float32, on the device in float32 and in bfl
 with layers computed again, and after a resume, and compares losses; `speed` times steps and their
 memory; `loss` compares the loss with the plain way, logits of all tokens at once; `sampler` times a
 step of sampling with guidance against the plain way; `plan` compares memory and time with what
-`ursa plan` says of the card. MFU counts the operations that a step needs (what is computed again
-does not count) over the peak of dense bfloat16 products.
+`ursa plan` says of the card; `tokenizer` times the official visual tokenizer (random weights).
+MFU counts the operations that a step needs (what is computed again does not count) over the peak of
+dense bfloat16 products.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +47,8 @@ from ursa.errors import UrsaError
 from ursa.model.config import TransformerConfig
 from ursa.model.size import Clip, Recomputed
 from ursa.model.transformer import UrsaTransformer
+from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
+from ursa.tokenizers.visual import AutoencoderTokenizer
 from ursa.training.checkpoint import gathered_copy, restore_state, training_state
 from ursa.training.distributed import Group
 from ursa.training.execution import DeviceType, Execution
@@ -56,7 +60,7 @@ from ursa.training.trainer import Trainer, training_flops
 STAGE = plan_bench.STAGE
 PEAK_FLOPS = 989e12
 """Dense bfloat16 products a second of an H100 or H200 SXM, as published."""
-PARTS = ("equal", "speed", "loss", "sampler", "plan")
+PARTS = ("equal", "speed", "loss", "sampler", "plan", "tokenizer")
 LM_VOCAB_SIZE = 151_669
 FULL: dict[str, Any] = {
     "model": {"hidden_size": 1024, "intermediate_size": 3072, "num_layers": 28,
@@ -109,6 +113,7 @@ class Bench:
 
     def __init__(self, device: DeviceType, *, is_small: bool, folder: Path) -> None:
         self.device: DeviceType = device
+        self.is_small = is_small
         self.base = SMALL if is_small else FULL
         self.short = {"num_frames": 5, "height_px": 48, "width_px": 64} if is_small else SHORT
         self.lm_vocab_size = 300 if is_small else LM_VOCAB_SIZE
@@ -438,6 +443,26 @@ def plan(bench: Bench) -> None:
                 total_bytes=planned.memory.total_bytes, step_s=planned.step_s)  # fmt: skip
 
 
+def tokenizer(bench: Bench) -> None:
+    """Time the official visual tokenizer on clips: what bulk tokenization waits for."""
+    small = {"block_out_channels": (16, 16, 32), "layers_per_block": 1} if bench.is_small else {}
+    coder = AutoencoderTokenizer(CosmosAutoencoder(CosmosConfig(**small)).eval())
+    sizes = (5, 64, 96) if bench.is_small else (49, 320, 512)
+    # a CPU pools no bfloat16
+    dtypes = (torch.float32, torch.bfloat16)[: 1 if bench.device == "cpu" else 2]
+    for batch_size, dtype in itertools.product((1, 4), dtypes):
+        coder.to(device=bench.device, dtype=dtype)
+        frames = np.random.default_rng(0).integers(0, 256, (batch_size, *sizes, 3), np.uint8)
+        clean(bench.device)
+        encode_s, most = timed(bench.device, lambda: coder.encode(frames), 3)  # noqa: B023
+        ids = coder.encode(frames)
+        decode_s, _ = timed(bench.device, lambda: coder.decode(ids), 3)  # noqa: B023
+        count = batch_size * sizes[0]
+        say(part="tokenizer", batch_size=batch_size, dtype=str(dtype), peak_bytes=most,
+            encoded_frames_per_s=count / encode_s,
+            decoded_frames_per_s=count / decode_s)  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts; each prints lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -464,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     sampler(bench, shape, case)
                     clean(bench.device)
             else:
-                {"equal": equal, "loss": loss, "plan": plan}[part](bench)
+                {"equal": equal, "loss": loss, "plan": plan, "tokenizer": tokenizer}[part](bench)
             say(part=part, seconds_in_all=time.perf_counter() - began)
 
 
