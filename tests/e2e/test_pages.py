@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
+from selenium.webdriver.common.keys import Keys
 
 from tasks.tracking import TrackedRun
 from tests.browser import needs_browser, open_browser, wait_for, wait_until
@@ -77,6 +78,31 @@ def test_mlflow_page_of_the_runs(
     browser.get(TrackedRun(tracking_uri=url, experiment_id="1", run_id=stage, spool_uri="").url)
     # the menu for training, not the one for language-model applications
     assert "Playground" not in wait_for(browser, "video-pretrain", "Model registry")
+
+
+def test_mlflow_slides_through_the_samples_of_a_stage(
+    browser: Chrome, finished: Finished, picture: Callable[[str], None]
+) -> None:
+    """The slider begins at step 0, which has a picture, and moves to those of later steps."""
+    runs = {tags(item)["ursa.stage"]: item for item in mlflow_runs(finished.services, "")}
+    run_id = runs["video-pretrain"]["info"]["run_id"]
+    url = finished.services.mlflow_url
+    browser.get(f"{url}/#/experiments/1/runs/{run_id}/model-metrics")
+    wait_for(browser, "train/loss")
+    find = "[...document.querySelectorAll('[role=slider]')].find(e => e.ariaValueMin == '0')"
+    # charts are drawn when they come into sight
+    heading = "[...document.querySelectorAll('[aria-expanded]')]"
+    heading += ".find(e => e.innerText.startsWith('Model metrics'))"
+    wait_until(browser, f"{heading}?.scrollIntoView(); return {find}")
+    slider = browser.execute_script(f"return {find}")
+    shown = "[...document.querySelectorAll('img')].filter(e => e.naturalWidth)"
+    shown += (
+        ".map(e => decodeURIComponent(e.src).match(/samples.step.(\\d+)/)?.[1]).filter(Boolean)"
+    )
+    for step in ("0", "2", "4"):
+        wait_until(browser, f"return {shown}.includes('{step}')")
+        picture(f"mlflow-slider-{step}")
+        slider.send_keys(Keys.ARROW_RIGHT)
 
 
 def test_mlflow_plays_a_sample(

@@ -87,7 +87,7 @@ class StageSamples:
         """Whether samples are drawn after a step.
 
         Args:
-            step: Steps done.
+            step: Steps done; 0 is what the stage begins with.
         """
         every = self._stage.sample_every
         return every is not None and step % every == 0 and step <= self._stage.max_steps

@@ -187,6 +187,8 @@ def _train(
     began = time.perf_counter()
     with Termination() as termination, contextlib.closing(run):
         first, metrics = run.resume()
+        if first == 0 and samples.is_due(0):
+            samples.draw(0)
         for step in range(first, config.max_steps):
             metrics, count = run.step(step), step + 1
             stop = group.any(termination.requested or is_told_to_end())

@@ -23,11 +23,12 @@ def test_samples_are_drawn_at_intervals_and_change_nothing(make_request, stage):
     request = make_request(stage, sample_every=2, **SHORT)
     found = train_stage(request)
     assert files_of(request, 1) == {} == files_of(request, 3)
-    first, second = files_of(request, 2), files_of(request, 4)
+    start, first, second = (files_of(request, step) for step in (0, 2, 4))
     sampling = request.config.evaluation.sampling
     is_image = stage == "image_pretrain"
     clips = set() if is_image else {f"{number}.mp4" for number in range(sampling.num_prompts)}
-    assert set(first) == set(second) == {SAMPLES_PICTURE, *clips}
+    assert set(start) == set(first) == set(second) == {SAMPLES_PICTURE, *clips}
+    assert start[SAMPLES_PICTURE].read_bytes() != second[SAMPLES_PICTURE].read_bytes()
     size = request.config.tokenization
     columns = 1 if is_image else min(5, size.num_frames)
     with Image.open(first[SAMPLES_PICTURE]) as picture:
