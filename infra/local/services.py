@@ -600,6 +600,9 @@ def status() -> int:
 
 def run(preset: str, source: str, parameters: list[str]) -> int:
     """Run the literal `prefect deployment run`, follow it and say where to look."""
+    presets = sorted(path.stem for path in (ROOT / "ursa" / "presets").glob("*.yaml"))
+    if preset not in presets:
+        raise ServiceError(f"there is no PRESET={preset}; there are {', '.join(presets)}")
     if "://" not in source:
         folder = (ROOT / source).resolve()
         if (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():

@@ -90,6 +90,15 @@ def test_the_evaluation_is_in_mlflow(finished: Finished) -> None:
     assert any("evaluation_curves" in item["path"] for item in listed["files"])
 
 
+def test_the_table_of_the_evaluation_can_be_read(finished: Finished) -> None:
+    """The gate first, means with their intervals, and no row for a time or a frame alone."""
+    rows = json.loads(finished.services.artifacts()["eval-report"]["data"])
+    names = [row["metric"] for row in rows]
+    assert names[0] == "gate"
+    assert {"eval/loss", "eval/i2v_loss", "eval/motion_adherence"} <= set(names)
+    assert not [name for name in names if re.search(r"_t0|_frame\d", name)]
+
+
 def test_stages_show_samples_at_intervals(finished: Finished) -> None:
     """Pictures under one key with the steps as a slider, and clips of stages on videos."""
     services = finished.services

@@ -129,6 +129,13 @@ def test_a_source_without_files_is_named_before_anything_starts(tmp_path: Path, 
     assert marked(tmp_path) == []
 
 
+def test_a_preset_that_is_none_is_named_before_anything_starts(tmp_path: Path) -> None:
+    done = run_script("run", "--preset", "tinny", environment=service_environment(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "ERROR: there is no PRESET=tinny; there are small, tiny\n"
+    assert marked(tmp_path) == []
+
+
 def test_port_that_is_no_port_is_refused(tmp_path: Path) -> None:
     environment = service_environment(tmp_path) | {"URSA_MLFLOW_PORT": "http"}
     done = run_script("status", environment=environment)
