@@ -72,7 +72,35 @@ def map_units(
     workers: Workers = Workers(),  # noqa: B008  (immutable)
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
-    """Apply a unit function to all items in parallel; return the results in any order.
+    """Return what `each_result` yields, all of it at once.
+
+    Args:
+        make_unit: See there, as for the other arguments and the errors.
+        items: Records to work on.
+        result_type: Type of the records that the unit returns.
+        settings: Where to run.
+        workers: Name and needs of the actors.
+        on_progress: Called with the number of items done and of all items.
+
+    Returns:
+        One result an item, in any order.
+    """
+    results = each_result(
+        make_unit, items, result_type, settings, workers=workers, on_progress=on_progress
+    )
+    return list(results)
+
+
+def each_result(
+    make_unit: Callable[[], Callable[[Item], Result]],
+    items: Sequence[Item],
+    result_type: type[Result],
+    settings: RuntimeSettings,
+    *,
+    workers: Workers = Workers(),  # noqa: B008  (immutable)
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Result]:
+    """Apply a unit function to all items in parallel; yield the results as they come.
 
     An error of one unit does not stop the others: what is finished stays committed. Transient
     errors are tried again in up to `UNIT_ROUNDS` rounds, then the first error is raised. A unit
@@ -87,32 +115,35 @@ def map_units(
         workers: Name and needs of the actors; `settings.num_workers` is how many there are.
         on_progress: Called with the number of items done and of all items.
 
-    Returns:
-        One result an item.
+    Yields:
+        One result an item, unless an error is raised at the end.
 
     Raises:
         UrsaError: The first error of a unit that did not go away.
         ServiceError: If Ray cannot be started or reached.
     """
-    results: list[Result] = []
+    num_done = 0
     todo = list(items)
     failed: list[tuple[Item, UrsaError]] = []
     for attempt in range(UNIT_ROUNDS):
         failed = []
         for index, outcome in _outcomes(make_unit, todo, settings, workers):
+            result = None
             if outcome["error"]:
                 failed.append((todo[index], _restore_error(outcome)))
             else:
-                results.append(result_type.model_validate_json(outcome["result"]))
+                result = result_type.model_validate_json(outcome["result"])
+                num_done += 1
             if on_progress is not None:
-                on_progress(len(results), len(items))
+                on_progress(num_done, len(items))
+            if result is not None:
+                yield result
         if not failed or not all(error.transient for _, error in failed):
             break
         logger.warning("%d units failed in round %d: %s", len(failed), attempt + 1, failed[0][1])
         todo = [item for item, _ in failed]
     if failed:
         raise next((error for _, error in failed if not error.transient), failed[0][1])
-    return results
 
 
 def run_distributed(

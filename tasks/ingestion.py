@@ -1,6 +1,9 @@
 """Tasks of the data part: ingest, select, fit the tokenizers."""
 
+import contextlib
 import functools
+import itertools
+from collections.abc import Iterable
 from typing import TypeVar
 
 from tasks import cluster, reports, tracking
@@ -10,7 +13,7 @@ from tasks.settings import RuntimeSettings
 from ursa import ingestion, storage
 from ursa.artifacts import ClipSelection, ClipSet, IngestedVideo, TokenizerRef
 from ursa.data import versions
-from ursa.data.clips import read_failures, read_selection
+from ursa.data.clips import iter_selection, read_failures
 from ursa.errors import DataError, ManifestError
 
 Unit = TypeVar("Unit")
@@ -49,29 +52,38 @@ def ingest_videos(context: RunContext) -> ClipSet:
         )
     if plan.committed is not None:
         return plan.committed
-    new: list[IngestedVideo] = []
-    if plan.todo:
-        unit = functools.partial(ingestion.ingest_video, output_uri=context.data_uri, config=config)
-        before, total = len(plan.done), len(plan.done) + len(plan.todo)
-        with reports.progress("ingest-progress", "files", total=total, before=before) as advance:
-            new = cluster.map_units(
+    with contextlib.ExitStack() as stack:
+        new: Iterable[IngestedVideo] = ()
+        if plan.todo:
+            unit = functools.partial(
+                ingestion.ingest_video, output_uri=context.data_uri, config=config
+            )
+            before, total = len(plan.done), len(plan.done) + len(plan.todo)
+            new = cluster.each_result(
                 functools.partial(_same, unit),
                 plan.todo,
                 IngestedVideo,
                 RuntimeSettings.from_env(),
                 workers=cluster.Workers("ingest"),
-                on_progress=advance,
+                on_progress=stack.enter_context(
+                    reports.progress("ingest-progress", "files", total=total, before=before)
+                ),
             )
-    clips = ingestion.commit_clips(
-        context.source_uri, (*plan.done, *new), context.data_uri, plan, config
-    )
+        clips = ingestion.commit_clips(
+            # units that are damaged are found before the work begins
+            context.source_uri,
+            itertools.chain(plan.done, new),
+            context.data_uri,
+            plan,
+            config,
+        )
     announce(
         "%d clips from %d files, %d quarantined",
         clips.num_clips,
         clips.num_videos,
         clips.num_failed,
     )
-    failed = [video for video in (*plan.done, *new) if video.failure is not None]
+    failed = read_failures(clips)
     for video in failed[:MAX_NAMED]:
         announce("quarantined: %s: %s", reports.printable(video.source.uri), video.failure)
     if len(failed) > MAX_NAMED:
@@ -101,7 +113,7 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
     """
     selection = ingestion.select_clips(clips, context.config.selection, output_uri=context.data_uri)
     reports.data_funnel(clips, selection, read_failures(clips))
-    reports.clip_examples(read_selection(selection))
+    reports.clip_examples(iter_selection(selection))
     announce("kept %d of %d clips", selection.num_kept, clips.num_clips)
     with tracking.child_run(
         context.run, "data", {"ursa.fingerprint": selection.fingerprint, **reports.flow_run_tags()}

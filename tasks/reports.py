@@ -8,7 +8,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -252,14 +252,18 @@ def _funnel_row(step: str, count: int, total: int, detail: str = "") -> dict[str
     return {"step": step, "count": count, "percent": percent, "file": "", "detail": detail}
 
 
-def clip_examples(selected: Sequence[SelectedClip]) -> None:
+def clip_examples(selected: Iterable[SelectedClip]) -> None:
     """Store some kept and some rejected clips with their scores.
 
     Args:
         selected: The verdict on every clip; the first `EXAMPLES` of each kind are shown.
     """
-    kept = [item for item in selected if item.kept][:EXAMPLES]
-    rejected = [item for item in selected if not item.kept][:EXAMPLES]
+    kept: list[SelectedClip] = []
+    rejected: list[SelectedClip] = []
+    for item in selected:
+        found = kept if item.kept else rejected
+        if len(found) < EXAMPLES:
+            found.append(item)
     lines = ["| verdict | caption | motion px/s | source | span |", "|---|---|---|---|---|"]
     for item in (*kept, *rejected):
         clip = item.clip

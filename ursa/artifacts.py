@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from ursa.config import (
     FrozenModel,
@@ -199,6 +199,10 @@ class Clip(FrozenModel):
     )
     license: str | None = Field(default=None, description="of the source, as it was given")
     attribution: str | None = Field(default=None, description="whom the source asks to name")
+
+
+CLIPS = TypeAdapter(tuple[Clip, ...])
+"""Clips from and to JSON."""
 
 
 class IngestedVideo(FrozenModel):

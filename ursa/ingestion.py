@@ -10,9 +10,11 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ursa import storage
 from ursa.artifacts import (
@@ -29,14 +31,16 @@ from ursa.data.clips import (
     CLIP_SCHEMA,
     FAILURE_SCHEMA,
     SELECTION_SCHEMA,
+    batches_of,
     clip_row,
-    each_clip,
     failure_row,
+    iter_clips,
+    put_batches,
     put_table,
     read_clip_table,
     selection_rows,
 )
-from ursa.errors import DataError, FailureBudgetExceeded
+from ursa.errors import DataError, FailureBudgetExceeded, ManifestError
 from ursa.sources.names import last_segment, stand_in_etag
 from ursa.sources.notes import SourceNotes
 from ursa.sources.reading import copy_source
@@ -58,18 +62,58 @@ _UNSTABLE_FAILURES = frozenset(
     }
 )
 _MAX_NAMED = 5
+_UNITS_AT_ONCE = 64
+
+
+class DoneVideos:
+    """Files of a source that are done; whoever iterates reads their units, few at a time."""
+
+    def __init__(
+        self,
+        units: Sequence[tuple[SourceVideo, str]] = (),
+        failed: Sequence[IngestedVideo] = (),
+    ) -> None:
+        """Take over what is known.
+
+        Args:
+            units: Files and the URIs of their units.
+            failed: Files that have no unit.
+        """
+        self._units = units
+        self._failed = failed
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._units) + len(self._failed)
+
+    def __iter__(self) -> Iterator[IngestedVideo]:
+        """Yield what became of each file.
+
+        Raises:
+            ManifestError: If a unit is damaged, or gone since the plan was made.
+            StorageError: If the store refuses or does not answer.
+        """
+        yield from self._failed
+        for start in range(0, len(self._units), _UNITS_AT_ONCE):
+            part = self._units[start : start + _UNITS_AT_ONCE]
+            units = storage.load_records([uri for _, uri in part], IngestedVideo)
+            for (source, uri), unit in zip(part, units, strict=True):
+                if unit is None:
+                    raise ManifestError(f"{uri} is gone since this run began; run again")
+                yield _rebind(unit, source)
 
 
 class IngestPlan(NamedTuple):
     """What is finished and what is still to do for a source.
 
     Attributes:
+        done: Files with a unit, or with a problem that is known without one.
         fingerprint: Of the set of clips.
         notes: Captions and licences, read once: the fingerprint holds for these.
     """
 
     committed: ClipSet | None
-    done: tuple[IngestedVideo, ...]
+    done: "DoneVideos"
     todo: tuple[SourceVideo, ...]
     fingerprint: str
     notes: SourceNotes
@@ -109,7 +153,8 @@ def plan_ingestion(
         config: Limits, and what clips shall be like.
 
     Returns:
-        The set if it is committed, else the files that are done and those to do.
+        The set if it is committed, else the files that are done and those to do. What became of
+        the files that are done is read when it is asked for.
 
     Raises:
         StorageError: If the store refuses or does not answer.
@@ -129,31 +174,29 @@ def plan_ingestion(
         _set_uri(output_uri, plan_fingerprint, "manifest.json"), ClipSet
     )
     if committed is not None:
-        return IngestPlan(committed, (), (), plan_fingerprint, notes)
+        return IngestPlan(committed, DoneVideos(), (), plan_fingerprint, notes)
+    place = _units_uri(output_uri, config)
     try:
-        units_uri = storage.join(output_uri, "clips", "units", _unit_fingerprint(config)[:16])
-        present = {
-            last_segment(item.uri) for item in storage.list_files(units_uri, with_etag=False)
-        }
+        present = {last_segment(item.uri) for item in storage.list_files(place, with_etag=False)}
     except FileNotFoundError:
         present = set()
-    readable = [source for source in sources if source.problem is None]
-    done = [
+    failed = [
         _quarantined(source, source.problem, source.detail)
         for source in sources
         if source.problem is not None
     ]
-    unit_uris = [_unit_uri(output_uri, source, config) for source in readable]
-    known = [uri for uri in unit_uris if last_segment(uri) in present]
-    units = dict(zip(known, storage.load_records(known, IngestedVideo), strict=True))
+    units: list[tuple[SourceVideo, str]] = []
     todo: list[SourceVideo] = []
-    for source, uri in zip(readable, unit_uris, strict=True):
-        unit = units.get(uri)
-        if unit is None:
-            todo.append(source)
+    for source in sources:
+        if source.problem is not None:
+            continue
+        name = _unit_name(source)
+        if name in present:
+            units.append((source, storage.join(place, name)))
         else:
-            done.append(_rebind(unit, source))
-    return IngestPlan(None, tuple(done), tuple(todo), plan_fingerprint, notes)
+            todo.append(source)
+    done = DoneVideos(units, failed)
+    return IngestPlan(None, done, tuple(todo), plan_fingerprint, notes)
 
 
 def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) -> IngestedVideo:
@@ -184,7 +227,7 @@ def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) 
         is_final = True
         try:
             sha256, demuxer = copy_source(source, folder, config)
-            content_uri = _content_uri(output_uri, sha256, config)
+            content_uri = storage.join(_units_uri(output_uri, config), _content_name(sha256))
             known = storage.load_record(content_uri, IngestedVideo)
             if known is not None:
                 return _rebind(storage.commit_record(unit_uri, known), source)
@@ -211,13 +254,14 @@ def ingest_video(source: SourceVideo, output_uri: str, config: IngestionConfig) 
     if not is_final:
         return unit
     if sha256 is not None:
-        unit = storage.commit_record(_content_uri(output_uri, sha256, config), unit)
+        content_uri = storage.join(_units_uri(output_uri, config), _content_name(sha256))
+        unit = storage.commit_record(content_uri, unit)
     return _rebind(storage.commit_record(unit_uri, unit), source)
 
 
 def commit_clips(
     source_uri: str,
-    videos: Sequence[IngestedVideo],
+    videos: Iterable[IngestedVideo],
     output_uri: str,
     plan: IngestPlan,
     config: IngestionConfig,
@@ -226,10 +270,12 @@ def commit_clips(
 
     Args:
         source_uri: Where the files are.
-        videos: One result for each file of the plan, in any order.
+        videos: One result for each file of the plan, in any order; read once, and of none are the
+            clips held as objects.
         output_uri: Root of all intermediate data.
-        plan: The plan whose `todo` has been done. A set in which files timed out, ran out of
-            memory or crashed gets another fingerprint, so that the next plan tries them again.
+        plan: The plan whose `todo` has been done, or is while `videos` is read. A set in which
+            files timed out, ran out of memory or crashed gets another fingerprint, so that the
+            next plan tries them again.
         config: Holds the failure budget.
 
     Returns:
@@ -238,11 +284,28 @@ def commit_clips(
     Raises:
         FailureBudgetExceeded: If too large a share of the files failed.
         DataError: If there is no clip at all.
+        ManifestError: If a unit of the plan is damaged or gone.
         StorageError: If the store refuses or does not answer.
     """
-    ordered = sorted(videos, key=lambda video: video.source.uri)
-    failed = [video for video in ordered if video.failure is not None]
-    _check_budget(source_uri, ordered, failed, config)
+    names: list[str] = []
+    counts: list[int] = []
+    failed: list[IngestedVideo] = []
+    num_dropped_shots = 0
+
+    def each_row() -> Iterator[dict[str, Any]]:
+        nonlocal num_dropped_shots
+        for video in videos:
+            names.append(video.source.uri)
+            counts.append(len(video.clips))
+            num_dropped_shots += video.num_dropped_shots
+            if video.failure is not None:
+                failed.append(video)
+            for clip in video.clips:
+                yield clip_row(plan.notes.applied_to(clip))
+
+    batches = batches_of(CLIP_SCHEMA, each_row())
+    failed.sort(key=lambda video: video.source.uri)
+    _check_budget(source_uri, len(names), sum(counts), failed, config)
     unstable = [
         f"{video.failure}:{video.source.etag}"
         for video in failed
@@ -252,8 +315,8 @@ def commit_clips(
     if unstable:  # a set of its own name, so that a plan looks at these files again
         key = fingerprint("clips-without", key, sorted(unstable))
     plan.notes.warn_about_unused_rows()
-    clips = (plan.notes.applied_to(clip) for video in ordered for clip in video.clips)
-    clips_uri = put_table(_set_uri(output_uri, key), "clips", CLIP_SCHEMA, map(clip_row, clips))
+    order = _order_of_clips(names, counts)
+    clips_uri = put_batches(_set_uri(output_uri, key), "clips", CLIP_SCHEMA, batches, order)
     failures_uri = put_table(
         _set_uri(output_uri, key),
         "failures",
@@ -267,10 +330,10 @@ def commit_clips(
             manifest_uri=manifest_uri,
             clips_uri=clips_uri,
             source_uri=source_uri,
-            num_videos=len(ordered),
+            num_videos=len(names),
             num_failed=len(failed),
-            num_clips=sum(len(video.clips) for video in ordered),
-            num_dropped_shots=sum(video.num_dropped_shots for video in ordered),
+            num_clips=sum(counts),
+            num_dropped_shots=num_dropped_shots,
             failures=_counts(video.failure for video in failed if video.failure is not None),
             failures_uri=failures_uri,
             config=config,
@@ -304,17 +367,17 @@ def select_clips(clips: ClipSet, config: SelectionConfig, *, output_uri: str) ->
     committed = storage.load_record(manifest_uri, ClipSelection)
     if committed is not None:
         return committed
-    table = read_clip_table(clips)
-    judged = judge_clips(each_clip(table), config)
+    judged = judge_clips(iter_clips(clips), config)
     splits = Counter(split for split in judged.splits if split is not None)
     num_kept, num_validation = splits.total(), splits["validation"]
     rejections: dict[str, int] = _counts(reason for reason in judged.reasons if reason)
     if num_kept == 0:
         raise DataError(
-            f"none of {table.num_rows} clips passes the selection ({_in_words(rejections)}); "
+            f"none of {clips.num_clips} clips passes the selection ({_in_words(rejections)}); "
             "loosen the thresholds in `selection` or add videos"
         )
     _check_split(num_kept, num_validation, config.validation_fraction)
+    table = read_clip_table(clips, ("clip_id", "source_uri"))
     verdicts = selection_rows(table, judged.reasons, judged.splits)
     selection_uri = put_table(folder_uri, "selection", SELECTION_SCHEMA, verdicts)
     return storage.commit_record(
@@ -394,23 +457,34 @@ def _describe_damage(video: NormalisedVideo) -> str:
     return f"{video.num_decode_errors} damaged packets were left out"
 
 
+def _order_of_clips(names: Sequence[str], counts: Sequence[int]) -> np.ndarray | None:
+    """Return the places of all clips in the order of their files; None if they are in order."""
+    order = sorted(range(len(names)), key=lambda place: names[place])
+    if order == list(range(len(names))):
+        return None
+    ends = np.cumsum(counts)
+    ranges = [np.arange(ends[place] - counts[place], ends[place]) for place in order]
+    return np.concatenate(ranges)
+
+
 def _check_budget(
     source_uri: str,
-    videos: Sequence[IngestedVideo],
+    num_videos: int,
+    num_clips: int,
     failed: Sequence[IngestedVideo],
     config: IngestionConfig,
 ) -> None:
     reasons = _in_words(_counts(video.failure for video in failed if video.failure is not None))
-    if len(failed) > config.max_failed_fraction * len(videos):
+    if len(failed) > config.max_failed_fraction * num_videos:
         names = ", ".join(video.source.uri for video in failed[:_MAX_NAMED])
         raise FailureBudgetExceeded(
-            f"{len(failed)} of {len(videos)} files of {source_uri} failed ({reasons}), expected at "
+            f"{len(failed)} of {num_videos} files of {source_uri} failed ({reasons}), expected at "
             f"most a share of {config.max_failed_fraction:g}; remove the bad files or raise "
             f"ingestion.max_failed_fraction. The first: {names}"
         )
-    if not any(video.clips for video in videos):
+    if num_clips == 0:
         raise DataError(
-            f"no clip in {len(videos)} files of {source_uri} ({reasons}); add readable videos of "
+            f"no clip in {num_videos} files of {source_uri} ({reasons}); add readable videos of "
             f"at least {config.min_clip_s:g} s"
         )
 
@@ -421,18 +495,24 @@ def _unit_fingerprint(config: IngestionConfig) -> str:
 
 
 def _unit_uri(output_uri: str, source: SourceVideo, config: IngestionConfig) -> str:
+    return storage.join(_units_uri(output_uri, config), _unit_name(source))
+
+
+def _unit_name(source: SourceVideo) -> str:
     etag = source.etag
     if not re.fullmatch(r"[0-9A-Za-z-]{32,}", etag):
         # too short to be of the content alone
         etag = stand_in_etag(source.uri, etag)
-    return _content_uri(output_uri, etag, config)
+    return _content_name(etag)
 
 
-def _content_uri(output_uri: str, sha256: str, config: IngestionConfig) -> str:
-    """Return the place of the unit of a content: of local files that of their etag."""
-    return storage.join(
-        output_uri, "clips", "units", _unit_fingerprint(config)[:16], f"{sha256[:32]}.json"
-    )
+def _content_name(sha256: str) -> str:
+    """Return the name of the unit of a content: of local files that of their etag."""
+    return f"{sha256[:32]}.json"
+
+
+def _units_uri(output_uri: str, config: IngestionConfig) -> str:
+    return storage.join(output_uri, "clips", "units", _unit_fingerprint(config)[:16])
 
 
 def _set_uri(output_uri: str, plan_fingerprint: str, *parts: str) -> str:

@@ -40,9 +40,11 @@ from ursa.data.units import (
     TokenizationUnit,
     TokenizedUnit,
     clip_samples,
-    iter_units,
+    divide_clips,
+    make_unit,
     num_variants,
     sample_id,
+    unit_record_uri,
 )
 from ursa.errors import FailureBudgetExceeded, ServiceError, StorageError, UrsaError
 from ursa.tokenizers.visual import AutoencoderTokenizer, load_visual_tokenizer
@@ -118,10 +120,15 @@ def plan_tokenization(
     committed = storage.load_record(manifest_uri, TokenDatasets)
     if committed is not None:
         return TokenizationPlan(committed, (), (), recipe, {})
-    units = list(iter_units(recipe, output_uri))
-    results = storage.load_records([unit.record_uri for unit in units], TokenizedUnit)
+    clips, units = divide_clips(recipe)
+    uris = [unit_record_uri(output_uri, unit.key) for unit in units]
+    results = storage.load_records(uris, TokenizedUnit)
     done = tuple(result for result in results if result is not None)
-    todo = tuple(unit for unit, result in zip(units, results, strict=True) if result is None)
+    todo = tuple(
+        make_unit(unit, clips, output_uri)
+        for unit, result in zip(units, results, strict=True)
+        if result is None
+    )
     buckets = {unit.key: unit.bucket for unit in units}
     return TokenizationPlan(None, done, todo, recipe, buckets)
 

@@ -20,7 +20,7 @@ from ursa.annotation.units import (
 )
 from ursa.artifacts import ClipSet
 from ursa.config import AnnotationConfig
-from ursa.data.clips import read_clips
+from ursa.data.clips import each_clip, read_clip_table
 
 MakeUnit = Callable[[], Callable[[AnnotationUnit], AnnotatedUnit]]
 RunUnits = Callable[[ResolvedScorer, MakeUnit, Sequence[AnnotationUnit]], Sequence[AnnotatedUnit]]
@@ -59,7 +59,7 @@ def annotate_clips(
     plan = plan_annotation(clips, scorers, output_uri=output_uri)
     if plan.committed is not None:
         return plan.committed
-    rows = read_clips(clips)
+    rows = read_clip_table(clips)
     failed: list[FailedAnnotation] = []
     num_results: dict[str, int] = {}
     for scorer in scorers:
@@ -71,7 +71,7 @@ def annotate_clips(
             results |= unit.results
         own = sorted((item for unit in units for item in unit.failed), key=lambda item: item.key)
         num_results[scorer.name] = sum(
-            scorer.wants(clip) and scorer.key(clip) in results for clip in rows
+            scorer.wants(clip) and scorer.key(clip) in results for clip in each_clip(rows)
         )
         rows = apply_annotations(rows, scorer, results, own, config)
         failed += own

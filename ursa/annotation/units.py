@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from ursa import storage
 from ursa.annotation.records import (
@@ -32,14 +33,18 @@ from ursa.annotation.records import (
     SeenClip,
     UnreadableError,
 )
-from ursa.artifacts import SCHEMA_VERSION, Clip, ClipSet
+from ursa.artifacts import CLIPS, SCHEMA_VERSION, Clip, ClipSet
 from ursa.config import AnnotationConfig, CaptionerConfig, ScorerConfig, fingerprint
 from ursa.data.clips import (
     CLIP_SCHEMA,
     FAILURE_SCHEMA,
+    batches_of,
     clip_row,
+    clips_of,
+    each_clip,
     failure_row,
     local_clip,
+    put_batches,
     put_table,
     read_failures,
 )
@@ -93,12 +98,12 @@ def plan_annotation(
 
 
 def plan_scorer(
-    rows: Sequence[Clip], scorer: ResolvedScorer, config: AnnotationConfig, *, output_uri: str
+    rows: pa.Table, scorer: ResolvedScorer, config: AnnotationConfig, *, output_uri: str
 ) -> ScorerPlan:
     """Find out which clips a scorer has looked at, and divide the others into units.
 
     Args:
-        rows: All clips.
+        rows: All clips, a table of `CLIP_SCHEMA`.
         scorer: A captioner or scorer.
         config: Holds the size of the units.
         output_uri: Root of all data of the run.
@@ -110,7 +115,9 @@ def plan_scorer(
         ManifestError: If a committed result is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    wanted = {scorer.key(clip): clip for clip in rows if scorer.wants(clip)}
+    wanted = {
+        scorer.key(clip): place for place, clip in enumerate(each_clip(rows)) if scorer.wants(clip)
+    }
     folder_uri = _folder_uri(output_uri, scorer)
     try:
         present = {
@@ -123,10 +130,11 @@ def plan_scorer(
     with ThreadPoolExecutor(_READERS) as pool:  # of a store each takes a while
         found = pool.map(lambda key: _load(output_uri, scorer, key), known)
         done = {key: item for key, item in zip(known, found, strict=True) if item is not None}
-    left = [clip for key, clip in sorted(wanted.items()) if key not in done]
+    left = [place for key, place in sorted(wanted.items()) if key not in done]
     size = config.clips_per_unit
-    units = (AnnotationUnit(clips=tuple(left[at : at + size])) for at in range(0, len(left), size))
-    return ScorerPlan(done, tuple(units))
+    parts = (rows.take(left[at : at + size]) for at in range(0, len(left), size))
+    units = (CLIPS.dump_json(tuple(clips_of(part))).decode() for part in parts)
+    return ScorerPlan(done, tuple(AnnotationUnit(clips_json=text) for text in units))
 
 
 class ClipAnnotator:
@@ -249,16 +257,16 @@ def read_pictures(
 
 
 def apply_annotations(
-    rows: Sequence[Clip],
+    rows: pa.Table,
     scorer: ResolvedScorer,
     results: Mapping[str, Measurement],
     failed: Sequence[FailedAnnotation],
     config: AnnotationConfig,
-) -> list[Clip]:
+) -> pa.Table:
     """Return the clips with the results of a scorer on them.
 
     Args:
-        rows: All clips.
+        rows: All clips, a table of `CLIP_SCHEMA`.
         scorer: A captioner or scorer.
         results: By key, those of the plan and of all units.
         failed: The failures of all units.
@@ -268,28 +276,31 @@ def apply_annotations(
         FailureBudgetExceeded: If the scorer failed on too large a share of the clips that it was
             to look at.
     """
-    wanted = [clip for clip in rows if scorer.wants(clip)]
     keys = {item.key for item in failed}
-    num_failed = sum(scorer.key(clip) in keys for clip in wanted)
-    if num_failed > config.max_failed_fraction * len(wanted):
+    is_failed = [scorer.key(clip) in keys for clip in each_clip(rows) if scorer.wants(clip)]
+    num_failed, num_wanted = sum(is_failed), len(is_failed)
+    if num_failed > config.max_failed_fraction * num_wanted:
         reasons = Counter(item.reason for item in failed)
         counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         named = "; ".join(f"{item.source_uri}: {item.detail}" for item in failed[:_MAX_NAMED])
         raise FailureBudgetExceeded(
-            f"{scorer.name} failed on {num_failed} of {len(wanted)} clips ({counted}), more than "
+            f"{scorer.name} failed on {num_failed} of {num_wanted} clips ({counted}), more than "
             f"annotation.max_failed_fraction {config.max_failed_fraction:g} allows: {named}"
         )
-    return [
+    annotated = (
         _annotated(clip, scorer, results[scorer.key(clip)])
         if scorer.wants(clip) and scorer.key(clip) in results
         else clip
-        for clip in rows
-    ]
+        for clip in each_clip(rows)
+    )
+    return pa.Table.from_batches(
+        batches_of(CLIP_SCHEMA, map(clip_row, annotated)), schema=CLIP_SCHEMA
+    )
 
 
 def commit_annotations(
     clips: ClipSet,
-    rows: Sequence[Clip],
+    rows: pa.Table,
     plan: AnnotationPlan,
     report: AnnotationReport,
     *,
@@ -299,7 +310,7 @@ def commit_annotations(
 
     Args:
         clips: The set that was annotated.
-        rows: Its clips with all results.
+        rows: Its clips with all results, a table of `CLIP_SCHEMA`.
         plan: Its fingerprint. A set in which a scorer failed on clips gets another one, so that
             the next plan tries these again.
         report: Scorers and failures.
@@ -317,7 +328,7 @@ def commit_annotations(
         key = fingerprint("annotated-clips-without", key, without)
     manifest_uri = _set_uri(output_uri, key)
     folder_uri = manifest_uri.rpartition("/")[0]
-    clips_uri = put_table(folder_uri, "clips", CLIP_SCHEMA, map(clip_row, rows))
+    clips_uri = put_batches(folder_uri, "clips", CLIP_SCHEMA, rows.to_batches())
     failures = map(failure_row, read_failures(clips))
     failures_uri = put_table(folder_uri, "failures", FAILURE_SCHEMA, failures)
     storage.commit_record(storage.join(folder_uri, REPORT_NAME), report)

@@ -90,6 +90,7 @@ def stats(
     root: str | None = None,
     *,
     selection: str | None = None,
+    source: str | None = None,
     preset: Preset | None = None,
     changes: Changes = (),
     as_json: AsJson = False,
@@ -101,12 +102,14 @@ def stats(
     Args:
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         selection: Manifest or folder of a selection; the newest.
+        source: Of the data set, where the root holds several: its newest version.
         preset: What made token data sets without a recipe; else the presets are tried.
         changes: Overrides of the preset, such as tokenization.fps=12; may be given again.
         as_json: Print JSON; durations in seconds, sizes in bytes.
     """
     from ursa.inspection.stats import data_stats
 
+    selection = _selection_uri(root, selection, source)
     found = data_stats(root_uri(root), selection_uri=selection, config=_config(preset, changes))
     if as_json:
         print(found.model_dump_json(indent=1))
@@ -164,6 +167,7 @@ def what_if(
     changes: Changes = (),
     preset: Preset | None = None,
     selection: str | None = None,
+    source: str | None = None,
     list_clips: Annotated[bool, Parameter(name="--list", negative=())] = False,
 ) -> None:
     """Show what other thresholds would keep, from stored scores; nothing is decoded or written.
@@ -176,6 +180,7 @@ def what_if(
         changes: Thresholds to try, such as selection.min_sharpness=30; may be given again.
         preset: Where thresholds that are not set come from; else the selection itself.
         selection: Manifest or folder of the selection to compare with; the newest.
+        source: Of the data set, where the root holds several: its newest version.
         list_clips: Name the clips that make the difference.
     """
     from ursa.cli.data_tables import print_what_if
@@ -191,6 +196,8 @@ def what_if(
         )
     if preset is None:
         _load("tiny", given)  # a mistake is named before anything is read
+    selection = _selection_uri(root, selection, source)
+    if preset is None:
         record = load_selection(root_uri(root), selection)
         selection = record.manifest_uri
         base = {"selection": record.config.model_dump(mode="json") | given.pop("selection", {})}
@@ -248,6 +255,23 @@ def card(
     config = _config(preset, changes)
     out.write_text(data_card(root_uri(root), selection_uri=selection, config=config), "utf-8")
     print(out)
+
+
+def _selection_uri(root: str | None, selection: str | None, source: str | None) -> str | None:
+    """Return the selection that `--selection` or `--source` names; None is the newest."""
+    if source is None:
+        return selection
+    if selection is not None:
+        raise ConfigError("--selection names one already; leave out --source or --selection")
+    from ursa.cli.data_versions import choose_version
+    from ursa.data.versions import list_versions
+    from ursa.inspection.root import SELECTIONS
+    from ursa.storage import join
+
+    place = root_uri(root)
+    version = choose_version(list_versions(place), None, source)
+    # not where it says that it is: the root may have been moved
+    return join(place, *SELECTIONS, version.selection.manifest_uri.split("/")[-2])
 
 
 def root_uri(root: str | None) -> str:

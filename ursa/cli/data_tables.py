@@ -29,9 +29,7 @@ def print_stats(stats: "DataStats") -> None:
         stats: The counts.
     """
     console = Console(width=_WIDTH)
-    # texts of users are no markup
-    for name, value in (("source", stats.source_uri), ("selection", stats.selection_uri)):
-        console.print(Text(f"{name:10} {value}"), soft_wrap=True)
+    _print_origin(console, stats)
     console.print(
         f"{'seconds':10} {stats.duration_s:,.1f} in {stats.num_clips:,} clips, "
         f"{stats.kept_duration_s:,.1f} in {stats.num_kept:,} kept"
@@ -139,6 +137,7 @@ def print_what_if(result: "WhatIf", *, list_clips: bool) -> None:
         list_clips: Name the clips that make the difference.
     """
     console = Console(width=_WIDTH)
+    _print_origin(console, result)
     now = _counts(result.now.funnel)
     then = _counts(result.then.funnel)
     steps = [*now, *(step for step in then if step not in now)]
@@ -176,6 +175,18 @@ def print_recipes(recipes: Sequence["Recipe"]) -> None:
             words = ", ".join(f"{name} {value}" for name, value in limits.items())
             console.print(Text(f"  rule    {rule.score} of {rule.scorer}: {words}"), soft_wrap=True)
         console.print(Text(f"  note    {recipe.note}\n"), soft_wrap=True)
+
+
+def _print_origin(console: Console, found: "DataStats | WhatIf") -> None:
+    """Say which of the data of a root are meant."""
+    version = "none has this selection" if found.version is None else found.version
+    parts = (
+        ("source", found.source_uri),
+        ("version", version),
+        ("selection", found.selection_uri),
+    )
+    for name, value in parts:  # texts of users are no markup
+        console.print(Text(f"{name:10} {value}"), soft_wrap=True)
 
 
 def _is_before(step: str) -> bool:

@@ -7,7 +7,7 @@ evaluation.
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ursa.config import TokenizationConfig
 from ursa.data.schema import schema_difference
 from ursa.errors import ClipUnavailableError, ShardFormatError
 
+_POOL = pa.default_memory_pool()
 _ROWS_AT_ONCE = 1024  # a clip is ten times its row
 _VERSION_METADATA = {b"ursa.schema_version": str(SCHEMA_VERSION).encode()}
 _INFO_FIELDS = (
@@ -133,6 +134,19 @@ SELECTION_SCHEMA = pa.schema(
 """Rows are in the order of the clips they judge."""
 
 
+@contextlib.contextmanager
+def _returned_memory() -> Iterator[None]:
+    """Let Arrow take memory that goes back to the system when it is freed.
+
+    Its usual pool keeps so much of it that a table takes several times its size.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(_POOL)
+
+
 def read_clips(clips: ClipSet) -> list[Clip]:
     """Return all clips of a committed set, in order of source and time.
 
@@ -146,20 +160,21 @@ def read_clips(clips: ClipSet) -> list[Clip]:
     return clips_of(read_clip_table(clips))
 
 
-def read_clip_table(clips: ClipSet) -> pa.Table:
+def read_clip_table(clips: ClipSet, columns: Sequence[str] | None = None) -> pa.Table:
     """Return all clips of a committed set as a table: a tenth of the memory of `read_clips`.
 
     Args:
         clips: The committed set.
+        columns: Names of those to return; None returns all.
 
     Returns:
-        A table of `CLIP_SCHEMA`, in order of source and time.
+        A table of `CLIP_SCHEMA`, or of some of its columns, in order of source and time.
 
     Raises:
         ShardFormatError: If the table is damaged, incomplete or of another schema version.
         StorageError: If the store refuses or does not answer.
     """
-    return read_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips)
+    return read_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips, columns)
 
 
 def read_selection(selection: ClipSelection) -> list[SelectedClip]:
@@ -172,11 +187,27 @@ def read_selection(selection: ClipSelection) -> list[SelectedClip]:
         ShardFormatError: If a table is damaged or does not belong to the clips.
         StorageError: If the store refuses or does not answer.
     """
+    return list(iter_selection(selection))
+
+
+def iter_selection(selection: ClipSelection) -> Iterator[SelectedClip]:
+    """Yield what `read_selection` returns, with few of the clips in memory at a time.
+
+    Args:
+        selection: The committed selection.
+
+    Raises:
+        ShardFormatError: If a table is damaged or does not belong to the clips.
+        StorageError: If the store refuses or does not answer.
+    """
     clips, verdicts = read_selection_tables(selection)
-    return [
-        SelectedClip(clip=clip, kept=row["kept"], reason=row["reason"], split=row["split"])
-        for clip, row in zip(clips_of(clips), verdicts.to_pylist(), strict=True)
-    ]
+    for start in range(0, clips.num_rows, _ROWS_AT_ONCE):
+        part = clips_of(clips.slice(start, _ROWS_AT_ONCE))
+        rows = verdicts.slice(start, _ROWS_AT_ONCE).to_pylist()
+        for clip, row in zip(part, rows, strict=True):
+            yield SelectedClip(
+                clip=clip, kept=row["kept"], reason=row["reason"], split=row["split"]
+            )
 
 
 def read_selection_tables(selection: ClipSelection) -> tuple[pa.Table, pa.Table]:
@@ -237,6 +268,26 @@ def each_clip(table: pa.Table) -> Iterator[Clip]:
     """
     for start in range(0, table.num_rows, _ROWS_AT_ONCE):
         yield from unchecked_clips(table.slice(start, _ROWS_AT_ONCE))
+
+
+def iter_clips(clips: ClipSet) -> Iterator[Clip]:
+    """Yield all clips of a committed set; neither they nor their table are in memory as a whole.
+
+    Args:
+        clips: The committed set.
+
+    Yields:
+        Clips in order of source and time, whose values are not validated again.
+
+    Raises:
+        ShardFormatError: If the table is damaged, incomplete or of another schema version.
+        StorageError: If the store refuses or does not answer.
+    """
+    with _returned_memory():
+        file = _open_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips)
+        batches = file.iter_batches(_ROWS_AT_ONCE, use_threads=False)
+    for batch in batches:
+        yield from unchecked_clips(pa.Table.from_batches([batch]))
 
 
 def read_failures(clips: ClipSet) -> list[IngestedVideo]:
@@ -307,13 +358,16 @@ def clip_frames(clip: Clip, stride_s: float) -> Iterator[tuple[float, int]]:
         yield float(round(place) / clip.info.fps), round(float(place))
 
 
-def read_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pa.Table:
+def read_table(
+    uri: str, schema: pa.Schema, num_rows: int | None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read a table written by `put_table`; whatever is wrong with it is one error.
 
     Args:
         uri: Where it is; the name holds the hash.
         schema: Columns and metadata that it must have.
         num_rows: Number of rows that it must have; None takes any.
+        columns: Names of those to return; None returns all.
 
     Returns:
         The table.
@@ -322,6 +376,14 @@ def read_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pa.Table:
         ShardFormatError: If it is missing, damaged, of another schema or number of rows.
         StorageError: If the store refuses or does not answer.
     """
+    with _returned_memory():
+        file = _open_table(uri, schema, num_rows)
+        # threads keep what they have freed, each for itself
+        return file.read(columns, use_threads=False)
+
+
+def _open_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pq.ParquetFile:
+    """Open a table of which hash, schema and number of rows are right."""
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError as error:
@@ -334,16 +396,16 @@ def read_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pa.Table:
             "mends it or says what to do"
         )
     try:
-        table = pq.read_table(io.BytesIO(data))
+        file = pq.ParquetFile(pa.BufferReader(data))
     except pa.ArrowException as error:
         raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
-    num_rows = table.num_rows if num_rows is None else num_rows
-    difference = schema_difference(table.schema, schema)
+    difference = schema_difference(file.schema_arrow, schema)
     if difference:
         raise ShardFormatError(f"{uri}: {difference}")
-    if table.num_rows != num_rows:
-        raise ShardFormatError(f"{uri}: {table.num_rows} rows, expected {num_rows}")
-    return table
+    found = file.metadata.num_rows
+    if num_rows not in (None, found):
+        raise ShardFormatError(f"{uri}: {found} rows, expected {num_rows}")
+    return file
 
 
 def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> str:
@@ -361,7 +423,32 @@ def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict
     Raises:
         StorageError: If the store refuses or does not answer.
     """
-    data = table_bytes(schema, rows)
+    return put_batches(folder_uri, name, schema, batches_of(schema, rows))
+
+
+def put_batches(
+    folder_uri: str,
+    name: str,
+    schema: pa.Schema,
+    batches: list[pa.RecordBatch],
+    order: np.ndarray | None = None,
+) -> str:
+    """Write batches as `put_table` writes their rows.
+
+    Args:
+        folder_uri: Where the file goes.
+        name: What its name begins with.
+        schema: Columns and metadata of the table.
+        batches: Result of `batches_of`; emptied, so that no column is held twice.
+        order: Places of the rows in the order of the file, int64; None leaves them as they are.
+
+    Returns:
+        URI of the file.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    data = _batches_bytes(schema, batches, order)
     uri = storage.join(folder_uri, f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet")
     storage.put_named_by_hash(uri, data)
     return uri
@@ -374,14 +461,42 @@ def table_bytes(schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> bytes:
         schema: Columns and metadata of the table.
         rows: Values by column name.
     """
-    buffer = io.BytesIO()
+    return _batches_bytes(schema, batches_of(schema, rows))
+
+
+def batches_of(schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> list[pa.RecordBatch]:
+    """Return rows as columns, some at a time: a row as a dictionary is ten times its values.
+
+    Args:
+        schema: Columns and metadata of the table.
+        rows: Values by column name.
+    """
     remaining = iter(rows)
     parts = iter(lambda: list(islice(remaining, _ROWS_AT_ONCE)), [])
-    batches = [pa.RecordBatch.from_pylist(part, schema=schema) for part in parts]
-    # in one piece, or the pages of the file, and so its hash, would depend on the size of the parts
-    table = pa.Table.from_batches(batches, schema=schema).combine_chunks()
-    del batches
-    pq.write_table(table, buffer, compression="zstd")
+    batches = []
+    for part in parts:
+        with _returned_memory():
+            batches.append(pa.RecordBatch.from_pylist(part, schema=schema))
+    return batches
+
+
+@_returned_memory()
+def _batches_bytes(
+    schema: pa.Schema, batches: list[pa.RecordBatch], order: np.ndarray | None = None
+) -> bytes:
+    columns: list[Any] = [
+        [batch.column(place) for batch in batches] or [pa.array([], field.type)]
+        for place, field in enumerate(schema)
+    ]
+    batches.clear()
+    # in one piece, or the pages of the file, and so its hash, would depend on the size of the
+    # parts; column by column, or all values would be there twice
+    for place, parts in enumerate(columns):
+        whole = pa.concat_arrays(parts)
+        columns[place] = whole if order is None else whole.take(pa.array(order))
+        del parts, whole
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
 
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import TypeAdapter
 
 from ursa import storage
 from ursa.artifacts import (
+    CLIPS,
     SCHEMA_VERSION,
     Clip,
     ClipSelection,
@@ -29,15 +29,13 @@ from ursa.data.clips import (
     clip_frames,
     clip_windows,
     clips_of,
+    each_clip,
     read_selection_tables,
-    unchecked_clips,
 )
 
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 SPLITS: tuple[Split, ...] = ("train", "validation")
 RECIPE_NAME = "recipe.json"
-
-_CLIPS = TypeAdapter(tuple[Clip, ...])
 
 
 class TokenizationUnit(FrozenModel):
@@ -55,12 +53,22 @@ class TokenizationUnit(FrozenModel):
     @functools.cached_property
     def clips(self) -> tuple[Clip, ...]:
         """The clips in their order; from the first look on they are held too."""
-        return _CLIPS.validate_json(self.clips_json)
+        return CLIPS.validate_json(self.clips_json)
 
     @property
     def record_uri(self) -> str:
         """Where the record of the unit is committed."""
-        return storage.join(self.output_uri, "tokens", "units", f"{self.key}.json")
+        return unit_record_uri(self.output_uri, self.key)
+
+
+def unit_record_uri(output_uri: str, key: str) -> str:
+    """Return where the record of a unit is committed.
+
+    Args:
+        output_uri: Root of all data of the run.
+        key: Of the unit.
+    """
+    return storage.join(output_uri, "tokens", "units", f"{key}.json")
 
 
 class FailedClip(FrozenModel):
@@ -137,8 +145,57 @@ class Sample(NamedTuple):
     frames: list[int]
 
 
+class UnitRows(NamedTuple):
+    """A unit that is known, with its clips still in their table.
+
+    Attributes:
+        rows: Places of its clips, int64, in their order.
+    """
+
+    key: str
+    split: Split
+    bucket: int
+    rows: np.ndarray
+
+
 def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[TokenizationUnit]:
     """Yield the units of a recipe, one at a time: training clips first.
+
+    Args:
+        recipe: What decides the data set.
+        output_uri: Root of all data of the run.
+
+    Yields:
+        What `divide_clips` returns, with the clips.
+
+    Raises:
+        ShardFormatError: If a table of the clips is missing or damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    clips, units = divide_clips(recipe)
+    for unit in units:
+        yield make_unit(unit, clips, output_uri)
+
+
+def make_unit(unit: UnitRows, clips: pa.Table, output_uri: str) -> TokenizationUnit:
+    """Return a unit with its clips.
+
+    Args:
+        unit: One of `divide_clips`.
+        clips: The table that came with it.
+        output_uri: Root of all data of the run.
+    """
+    return TokenizationUnit(
+        key=unit.key,
+        split=unit.split,
+        bucket=unit.bucket,
+        clips_json=CLIPS.dump_json(tuple(clips_of(clips.take(unit.rows)))).decode(),
+        output_uri=output_uri,
+    )
+
+
+def divide_clips(recipe: TokenizationRecipe) -> tuple[pa.Table, list[UnitRows]]:
+    """Divide the kept clips of a recipe into units: training clips first.
 
     Clips are ordered by content and divided where their ids say so. A clip that comes or goes
     changes the unit it is in and hardly another; a renamed file changes none, unless its caption
@@ -146,60 +203,60 @@ def iter_units(recipe: TokenizationRecipe, output_uri: str) -> Iterator[Tokeniza
 
     Args:
         recipe: What decides the data set.
-        output_uri: Root of all data of the run.
 
-    Yields:
-        Units of `clips_per_shard` kept clips of one split and bucket on average, twice as many at
-        most.
+    Returns:
+        All clips, and units of `clips_per_shard` kept clips of one split and bucket on average,
+        twice as many at most.
 
     Raises:
         ShardFormatError: If a table of the clips is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
     clips, verdicts = read_selection_tables(recipe.selection)
-    settings = recipe.settings
+    narrow = clips.select((*_SORTED_BY, *_IN_KEY)).append_column(
+        "place", pa.array(np.arange(clips.num_rows))
+    )
+    units: list[UnitRows] = []
     for split in SPLITS:
         chosen = pc.and_kleene(verdicts["kept"], pc.equal(verdicts["split"], split))
-        kept = clips.filter(chosen).sort_by(
-            [(name, "ascending") for name in ("source_sha256", "start_s", "clip_id", "source_uri")]
-        )
+        kept = narrow.filter(chosen).sort_by([(name, "ascending") for name in _SORTED_BY])
         # a copy that was not dropped would give the same samples again
         ids = kept["clip_id"].to_numpy()
         kept = kept.filter(pa.array(np.append(True, ids[1:] != ids[:-1])[: len(ids)]))
-        for bucket, part in _bucket_units(kept, settings):
-            key = fingerprint(
-                "token-unit",
-                SCHEMA_VERSION,
-                # a bucket more changes the units of those clips alone that go there
-                bucket_settings(settings, bucket),
-                recipe.visual_tokenizer.fingerprint,
-                split,
-                # all that goes into the rows, and not where files lie
-                [
-                    [clip.clip_id, clip.media_sha256, clip.caption, clip.scores.motion_px_per_s]
-                    for clip in part
-                ],
-            )
-            yield TokenizationUnit(
-                key=key[:32],
-                split=split,
-                bucket=bucket,
-                clips_json=_CLIPS.dump_json(part).decode(),
-                output_uri=output_uri,
-            )
+        units += _bucket_units(kept, split, clips, recipe)
+    return clips, units
+
+
+_SORTED_BY = ("source_sha256", "start_s", "clip_id", "source_uri")
+_IN_KEY = ("media_sha256", "caption", "motion_px_per_s")
 
 
 def _bucket_units(
-    kept: pa.Table, settings: TokenizationConfig
-) -> Iterator[tuple[int, tuple[Clip, ...]]]:
-    """Yield the units of one split: bucket and clips."""
+    kept: pa.Table, split: Split, clips: pa.Table, recipe: TokenizationRecipe
+) -> Iterator[UnitRows]:
+    """Yield the units of one split."""
+    settings = recipe.settings
     buckets = np.zeros(kept.num_rows, int)
     if settings.extra_buckets:
-        buckets[:] = [choose_bucket(clip, settings) for clip in unchecked_clips(kept)]
+        whole = clips.take(kept["place"])
+        buckets[:] = [choose_bucket(clip, settings) for clip in each_clip(whole)]
     for bucket in range(1 + len(settings.extra_buckets)):
         own = kept.filter(pa.array(buckets == bucket))
-        for start, end in _spans(own["clip_id"].to_pylist(), settings.clips_per_shard):
-            yield bucket, tuple(clips_of(own.slice(start, end - start)))
+        # a bucket more changes the units of those clips alone that go there
+        sizes = bucket_settings(settings, bucket).model_dump(mode="json")
+        places, ids = own["place"].to_numpy(), own["clip_id"].to_pylist()
+        # all that goes into the rows, and not where files lie
+        said = list(map(list, zip(ids, *(own[name].to_pylist() for name in _IN_KEY), strict=True)))
+        for start, end in _spans(ids, settings.clips_per_shard):
+            key = fingerprint(
+                "token-unit",
+                SCHEMA_VERSION,
+                sizes,
+                recipe.visual_tokenizer.fingerprint,
+                split,
+                said[start:end],
+            )
+            yield UnitRows(key[:32], split, bucket, places[start:end])
 
 
 def _spans(clip_ids: Sequence[str], mean_length: int) -> Iterator[tuple[int, int]]:

@@ -168,7 +168,7 @@ def commit_version(
     clips = selection.clips
     visual, text = tokenizers
     settings = data_config(config)
-    table = read_clip_table(clips).select(_COMPARED)
+    table = read_clip_table(clips, _COMPARED)
     files = list_source_files(clips, table)
     print_ = _fingerprint(settings, selection, datasets.fingerprint, text)
     folder_uri = _folder_uri(root_uri, clips.source_uri)
@@ -513,7 +513,7 @@ def compare_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[F
 def _recaptioned(before: ClipSet, after: pa.Table) -> list[FileChange]:
     """Return the files that have clips of which other things are said than before, by URI."""
     try:
-        old = read_clip_table(before)
+        old = read_clip_table(before, _COMPARED)
     except ShardFormatError as error:
         logger.warning("captions are not compared with those of the version before: %s", error)
         return []
@@ -558,7 +558,7 @@ def list_source_files(clips: ClipSet, table: pa.Table | None = None) -> list[dic
         ShardFormatError: If a table is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
-    table = read_clip_table(clips) if table is None else table
+    table = read_clip_table(clips, _COMPARED) if table is None else table
     counted = table.group_by(["source_uri", "source_sha256"]).aggregate([([], "count_all")])
     rows = [
         {

@@ -149,6 +149,25 @@ def load_selection(root_uri: str, selection_uri: str | None = None) -> ClipSelec
     return selection
 
 
+def version_of(root_uri: str, selection: ClipSelection) -> int | None:
+    """Return the number of the newest data set version with a selection; None if none has it.
+
+    Args:
+        root_uri: The data root.
+        selection: The committed selection.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    numbers = [
+        version.number
+        for version in list_versions(root_uri)
+        if version.selection.fingerprint == selection.fingerprint
+        and version.source_uri == selection.clips.source_uri
+    ]
+    return max(numbers, default=None)
+
+
 def iter_records(
     root_uri: str, folder: Sequence[str], kind: type[Record]
 ) -> Iterator[tuple[str, Record | ManifestError]]:

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 from ursa import storage
 from ursa.artifacts import EvalReport, StageRequest
 from ursa.data.addresses import address_seed
-from ursa.data.clips import read_selection, read_selection_tables
+from ursa.data.clips import iter_selection, read_selection, read_selection_tables
 from ursa.data.versions import DatasetVersion, read_version_files
 from ursa.generation import UrsaPipeline
 from ursa.inspection.gallery import sample_figures
@@ -199,7 +199,7 @@ def _gallery(report: EvalReport) -> str:
 
 
 def _flips(pipeline: UrsaPipeline, given: RunReport) -> str:
-    selected = [] if given.version is None else read_selection(given.version.selection)
+    selected = () if given.version is None else iter_selection(given.version.selection)
     captions = [item.clip.caption or "" for item in selected if item.split == "train"]
     figures = []
     for prompt in list(dict.fromkeys(captions or [""]))[:NUM_FLIP_STRIPS]:

@@ -26,6 +26,7 @@ from ursa.inspection.root import (
     known_configs,
     list_below,
     load_selection,
+    version_of,
 )
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -67,6 +68,8 @@ class DataStats(FrozenModel):
 
     selection_uri: str
     source_uri: str
+    version: int | None
+    """Number of the newest data set version with this selection, if there is one."""
     num_files: int
     num_failed_files: int
     num_clips: int
@@ -114,6 +117,7 @@ def data_stats(
     return DataStats(
         selection_uri=selection.manifest_uri,
         source_uri=selection.clips.source_uri,
+        version=version_of(root_uri, selection),
         num_files=selection.clips.num_videos,
         num_failed_files=selection.clips.num_failed,
         num_clips=selection.clips.num_clips,

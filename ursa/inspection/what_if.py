@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ursa.artifacts import Clip, ClipSelection
+from ursa.artifacts import ClipSelection
 from ursa.config import RunConfig
-from ursa.data.clips import read_selection_tables, unchecked_clips
-from ursa.inspection.root import load_selection
+from ursa.data.clips import each_clip, read_selection_tables
+from ursa.inspection.root import load_selection, version_of
 from ursa.inspection.stats import FunnelRow, funnel
 from ursa.video.selection import judge_clips
 
@@ -23,6 +23,9 @@ class ChangedClip(NamedTuple):
     reason_then: str | None
 
 
+_NAMED = ("clip_id", "source_uri", "start_s", "end_s")
+
+
 class Outcome(NamedTuple):
     """What a selection keeps."""
 
@@ -35,6 +38,8 @@ class WhatIf(NamedTuple):
     """The selection as it is, as it would be, and the clips that make the difference."""
 
     selection_uri: str
+    source_uri: str
+    version: int | None
     now: Outcome
     then: Outcome
     gained: tuple[ChangedClip, ...]
@@ -61,20 +66,26 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
     """
     selection = load_selection(root_uri, selection_uri)
     table, verdicts = read_selection_tables(selection)
-    clips = unchecked_clips(table)
     reasons_now = verdicts["reason"].to_pylist()
-    then = judge_clips(clips, config.selection)
+    then = judge_clips(each_clip(table), config.selection)
     splits_now, splits_then = verdicts["split"].to_pylist(), then.splits
     reasons_then = then.reasons
     changed = [
-        ChangedClip(clip.clip_id, clip.source_uri, clip.start_s, clip.end_s, now, then)
-        for clip, now, then in zip(clips, reasons_now, reasons_then, strict=True)
+        ChangedClip(
+            **{name: table[name][place].as_py() for name in _NAMED},
+            reason_now=now,
+            reason_then=then,
+        )
+        for place, (now, then) in enumerate(zip(reasons_now, reasons_then, strict=True))
         if (now is None) != (then is None)
     ]
+    durations_s = table["duration_s"].to_pylist()
     return WhatIf(
         selection_uri=selection.manifest_uri,
-        now=_outcome(selection, clips, reasons_now, splits_now),
-        then=_outcome(selection, clips, reasons_then, splits_then),
+        source_uri=selection.clips.source_uri,
+        version=version_of(root_uri, selection),
+        now=_outcome(selection, durations_s, reasons_now, splits_now),
+        then=_outcome(selection, durations_s, reasons_then, splits_then),
         gained=tuple(item for item in changed if item.reason_then is None),
         lost=tuple(item for item in changed if item.reason_then is not None),
     )
@@ -82,13 +93,13 @@ def what_if(root_uri: str, config: RunConfig, *, selection_uri: str | None = Non
 
 def _outcome(
     selection: ClipSelection,
-    clips: Sequence[Clip],
+    durations_s: Sequence[float],
     reasons: Sequence[str | None],
     splits: Sequence[str | None],
 ) -> Outcome:
     rejections = Counter(str(reason) for reason in reasons if reason is not None)
     kept_s = sum(
-        clip.info.duration_s for clip, reason in zip(clips, reasons, strict=True) if reason is None
+        seconds for seconds, reason in zip(durations_s, reasons, strict=True) if reason is None
     )
     counts = Counter(split for split in splits if split is not None)
     rows = funnel(selection.clips, rejections, counts["train"], counts["validation"])

@@ -1,5 +1,6 @@
 """The files of a source that may be videos: of a tree, a prefix, a manifest or tar files."""
 
+import errno
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from ursa.sources.names import (
     is_manifest,
     is_tar,
     member_uri,
-    relative_name,
+    relative_namer,
     stand_in_etag,
     tar_of,
 )
@@ -31,6 +32,10 @@ _MAX_SINGLE_LOOKUPS = 100
 """Of more objects than this in one folder, the folder is listed instead."""
 _NUM_THREADS = 8
 _MAX_NAMED = 5
+_TOO_LONG = (
+    "no file can have this name: a part of it is longer than the file system allows (most: 255 "
+    "bytes), or all of it is; correct it in the manifest"
+)
 
 Item = TypeVar("Item")
 
@@ -136,16 +141,17 @@ def _of_tree(source_uri: str, hashes: ContentHashes) -> list[SourceVideo]:
             f"source {source_uri!r} does not exist or is empty; give a directory, a file, an "
             "s3:// prefix, a manifest or a tar file"
         ) from error
+    relative_name = relative_namer(source_uri)
     sources = [
         source
         for item in files
-        if is_candidate(relative_name(source_uri, item.uri))
+        if is_candidate(relative_name(item.uri))
         for source in _of_file(item, hashes)
     ]
     sources += [
         SourceVideo(uri=uri, num_bytes=0, etag=stand_in_etag("irregular", uri))
         for uri in irregular
-        if is_candidate(relative_name(source_uri, uri))
+        if is_candidate(relative_name(uri))
     ]
     if not sources:
         holds = f"{len(files)} files, but none that may be a video" if files else "no files"
@@ -163,7 +169,12 @@ def _of_names(uris: list[str], hashes: ContentHashes) -> list[SourceVideo]:
     others = [uri for uri in uris if not is_https(uri) and not storage.is_remote(uri)]
     sources = _of_addresses(addresses)
     for uri, item in (*_stat_objects(objects), *((uri, _stat_local(uri)) for uri in others)):
-        sources += [_missing(uri)] if item is None else _of_file(item, hashes)
+        if item is None:
+            sources.append(_missing(uri))
+        elif isinstance(item, SourceVideo):
+            sources.append(item)
+        else:
+            sources += _of_file(item, hashes)
     return sources
 
 
@@ -261,13 +272,18 @@ def _stat_objects(uris: list[str]) -> Iterator[tuple[str, StoredFile | None]]:
     yield from zip(single, _in_threads(look_up, single), strict=True)
 
 
-def _stat_local(uri: str) -> StoredFile | None:
-    """Return a file with its size; what is no regular file is refused when it is ingested."""
+def _stat_local(uri: str) -> StoredFile | SourceVideo | None:
+    """Return a file with its size; what is no regular file is refused when it is ingested.
+
+    Of a name that no file can have the result is a source with this problem.
+    """
     try:
         status = storage.local_path(uri).lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _with_problem(uri, FailureReason.MISSING, _TOO_LONG)
         return StoredFile(uri, 0, stand_in_etag("unreadable", uri))
     if not stat.S_ISREG(status.st_mode):
         return StoredFile(uri, 0, stand_in_etag("irregular", uri))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
@@ -51,27 +52,30 @@ def is_candidate(name: str) -> bool:
     Args:
         name: Path of the file relative to the source.
     """
-    path = PurePosixPath(name)
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    return not is_hidden and path.suffix.lower() not in _OTHER_SUFFIXES
+    # no Path: a listing asks for each file
+    is_hidden = any(part.startswith(".") and part != "." for part in name.split("/"))
+    return not is_hidden and os.path.splitext(name)[1].lower() not in _OTHER_SUFFIXES  # noqa: PTH122
 
 
-def relative_name(source_uri: str, uri: str) -> str:
-    """Return the path of a file below the source, as a person would write it.
+def relative_namer(source_uri: str) -> Callable[[str], str]:
+    """Return what gives the path of a file below the source, as a person would write it.
 
     Args:
         source_uri: The source.
-        uri: A file of it, absolute; of a member of a tar file the `#` and its name stay.
 
     Returns:
-        The path; bytes that are no UTF-8 are surrogates, so that each file has another name.
+        A function of the absolute URI of a file of it; of a member of a tar file the `#` and its
+        name stay. Bytes that are no UTF-8 become surrogates, so that each file has another name.
     """
-    if storage.is_remote(source_uri):
-        name = uri.removeprefix(source_uri.rstrip("/")).lstrip("/")
-        return name or last_segment(uri)
-    root = storage.local_path(source_uri).absolute().as_uri().rstrip("/")
-    name = uri.removeprefix(root).lstrip("/") or last_segment(uri)
-    return unquote(name, errors="surrogateescape")
+    is_remote = storage.is_remote(source_uri)
+    root = source_uri if is_remote else storage.local_path(source_uri).absolute().as_uri()
+    root = root.rstrip("/")
+
+    def relative_name(uri: str) -> str:
+        name = uri.removeprefix(root).lstrip("/") or last_segment(uri)
+        return name if is_remote else unquote(name, errors="surrogateescape")
+
+    return relative_name
 
 
 def file_name(source: SourceVideo) -> str:
@@ -158,10 +162,11 @@ def resolve_name(manifest_uri: str, name: str) -> str:
     if storage.is_remote(manifest_uri):
         if name.startswith("/"):
             raise DataError(_NO_LOCAL_FILES.format(name))
-        parts = [part for part in name.split("/") if part not in {"", "."}]
-        if ".." in parts or not parts:
+        parts = [part for part in name.split("/") if part != "."]
+        if ".." in parts or not parts or not parts[-1]:
             raise DataError(_LEADS_OUT.format(name))
-        return storage.join(manifest_uri.rpartition("/")[0], *parts)
+        # not `storage.join`: to a store a key with two slashes is another key
+        return "/".join([manifest_uri.rpartition("/")[0], *parts])
     folder = os.path.abspath(storage.local_path(manifest_uri).parent)  # noqa: PTH100
     path = os.path.normpath(os.path.join(folder, name))  # noqa: PTH118  (a dot-dot goes first)
     is_inside = path.startswith(folder.rstrip("/") + "/") and _stays_inside(path, folder)
@@ -181,7 +186,7 @@ def _checked_uri(manifest_uri: str, name: str, scheme: str, rest: str) -> str:
         return name
     if scheme == "s3" and all(rest.partition("/")):
         return f"s3://{rest}"
-    if scheme == "file" and rest.startswith("/"):
+    if scheme == "file" and rest.removeprefix("localhost").startswith("/"):
         if storage.is_remote(manifest_uri):
             raise DataError(_NO_LOCAL_FILES.format(name))
         return Path(os.path.normpath(storage.local_path(f"file://{rest}"))).as_uri()

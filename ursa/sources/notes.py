@@ -14,7 +14,7 @@ from ursa.sources.names import (
     is_https,
     is_manifest,
     member_name,
-    relative_name,
+    relative_namer,
     resolve_name,
     tar_of,
 )
@@ -80,11 +80,12 @@ class SourceNotes:
         is_single = [item.uri for item in listed] == [file_uri]
         if not is_single:
             folder_uri = source_uri
-        names = {relative_name(folder_uri, uri): uri for uri in self._sources}
+        relative_name = relative_namer(folder_uri)
+        names = {relative_name(uri): uri for uri in self._sources}
         if is_single:
             videos = [name for name, uri in names.items() if uri == file_uri]
             listed = _look_up_beside(folder_uri, videos)
-        files = {relative_name(folder_uri, item.uri): item for item in listed}
+        files = {relative_name(item.uri): item for item in listed}
         caption_file = files.get(CAPTION_FILE_NAME)
         if caption_file is not None and caption_file.num_bytes <= CAPTION_FILE_LIMIT_BYTES:
             # what is removed after it was listed is not there

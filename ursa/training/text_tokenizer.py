@@ -3,7 +3,7 @@
 from ursa import storage
 from ursa.artifacts import SCHEMA_VERSION, ClipSelection, TokenizerRef
 from ursa.config import RunConfig, fingerprint
-from ursa.data.clips import read_selection
+from ursa.data.clips import iter_selection
 from ursa.tokenizers.text import load_text_tokenizer, motion_prompt, train_text_tokenizer
 
 
@@ -27,7 +27,7 @@ def fit_text_tokenizer(
     """
     settings = config.text_tokenizer
     captions = {
-        item.clip.caption or "" for item in read_selection(selection) if item.split == "train"
+        item.clip.caption or "" for item in iter_selection(selection) if item.split == "train"
     }
     texts = sorted({motion_prompt(caption, 0.0) for caption in captions} | captions)
     decisive = settings.model_dump(mode="json", exclude={"refit_growth"})

@@ -1,16 +1,24 @@
 """What is said about a clip: from a caption file, a text beside the video, or its name."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+logger = logging.getLogger(__name__)
+
 MAX_CAPTION_CHARACTERS = 2000
+_TEXT_ENDS = (".txt", ".TXT", ".json", ".JSON")
 
 CaptionSource = Literal["sidecar", "manifest", "tar", "template"]
 
 _MANIFEST: CaptionSource = "manifest"
+
+
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key more than once."""
 
 
 class Caption(NamedTuple):
@@ -73,7 +81,7 @@ def parse_object(text: str) -> object:
         Its value.
 
     Raises:
-        ValueError: If it is no JSON, or a key of an object is repeated.
+        ValueError: If it is no JSON; RepeatedKeyError if a key of an object is repeated.
         RecursionError: If it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_without_repeated_keys)
@@ -81,7 +89,7 @@ def parse_object(text: str) -> object:
 
 def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if repeated := repeated_names([key for key, _ in pairs]):
-        raise ValueError(f"{', '.join(map(repr, repeated))} is there more than once")
+        raise RepeatedKeyError(f"{', '.join(map(repr, repeated))} is there more than once")
     return dict(pairs)
 
 
@@ -160,14 +168,18 @@ def parse_text_beside(name: str, data: bytes) -> Notes:
         data: UTF-8; what is not is replaced.
 
     Returns:
-        What it says; nothing of JSON that is damaged or no object.
+        What it says; nothing of JSON that is damaged or no object. A key that is there twice is
+        such damage, and named in the log: the last one would win in silence.
     """
     text = data.decode("utf-8", "replace")
     if not name.lower().endswith(".json"):
         return Notes(caption=clean_caption(text) or None)
     try:
-        values = json.loads(text)
+        values = parse_object(text)
         return parse_notes(values) if isinstance(values, dict) else Notes()
+    except RepeatedKeyError as error:
+        logger.warning("%r is left out: %s", name, error)
+        return Notes()
     except (ValueError, TypeError, RecursionError):
         return Notes()
 
@@ -177,7 +189,7 @@ def names_beside(name: str, *, in_tar: bool = False) -> tuple[str, ...]:
 
     Args:
         name: Such as `d/a.b.mp4`, for which it may be `d/a.b.mp4.txt` or `d/a.b.txt`; likewise
-            with `.json`.
+            with `.TXT`, `.json` and `.JSON`, in this order.
         in_tar: Whether it is a member of a tar file: then it may also be `d/a.txt`, since the key
             of a webdataset sample ends at the first dot.
     """
@@ -185,7 +197,7 @@ def names_beside(name: str, *, in_tar: bool = False) -> tuple[str, ...]:
     stems = dict.fromkeys((base, base.rpartition(".")[0] or base))
     if in_tar:
         stems[base.partition(".")[0] or base] = None
-    return tuple(f"{folder}{slash}{stem}{end}" for end in (".txt", ".json") for stem in stems)
+    return tuple(f"{folder}{slash}{stem}{end}" for end in _TEXT_ENDS for stem in stems)
 
 
 def join_notes(first: Notes, *others: Notes) -> Notes:

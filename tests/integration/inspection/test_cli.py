@@ -6,6 +6,8 @@ import pytest
 from tests import data_roots
 from ursa import storage
 from ursa.cli import main
+from ursa.data.versions import commit_version
+from ursa.ingestion import select_clips
 from ursa.video.decode import video_info
 
 
@@ -56,6 +58,31 @@ def test_data_are_counted(root, ursa):
     out = ursa("stats", root.uri)[1]
     for part in ("rejected: too_dark", "128x96", "video train", "sidecar", "luminance, kept"):
         assert part in out
+
+
+def test_source_and_version_are_named_and_chosen(records, ursa):
+    root, version = records.root, records.versions[1]
+    config = data_roots.root_config(selection={"validation_fraction": 0.0})
+    clips = root.selection.clips.model_copy(update={"source_uri": "/else", "fingerprint": "e" * 64})
+    other = select_clips(clips, config.selection, output_uri=root.uri)
+    tokenizers = (version.visual_tokenizer, version.text_tokenizer)
+    commit_version(root.uri, config, other, tokenizers, root.datasets, code={})
+    sources = {str(root.source): version.number, "/else": 1}
+    for command in ("stats", "what-if"):
+        for source, number in sources.items():
+            lines = ursa(command, root.uri, "--source", source)[1].splitlines()
+            assert lines[:2] == [f"source     {source}", f"version    {number}"]
+        lines = ursa(command, root.uri, "--selection", other.manifest_uri)[1].splitlines()
+        assert lines[:2] == ["source     /else", "version    1"]
+        status, _, err = ursa(command, root.uri, "--source", "/gone")
+        assert (status, "no version of /gone; there are: /else, " in err) == (1, True)
+        status, _, err = ursa(command, root.uri, "--source", "/else", "--selection", "x")
+        assert (status, "leave out --source or --selection" in err) == (1, True)
+    assert json.loads(ursa("stats", root.uri, "--source", "/else", "--json")[1])["version"] == 1
+
+
+def test_data_without_a_version_say_so(root, ursa):
+    assert "version    none has this selection\n" in ursa("stats", root.uri)[1]
 
 
 def test_other_thresholds_are_tried(root, ursa):

@@ -1,13 +1,20 @@
+import gc
+import io
 import random
 import tracemalloc
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests import media
-from ursa.artifacts import Clip, ClipScores, IngestedVideo, SourceVideo, VideoInfo
-from ursa.config import load_config
-from ursa.errors import DataError
+from tests import many_clips, media
+from ursa import storage
+from ursa.artifacts import FailureReason
+from ursa.data.clips import CLIP_SCHEMA, clip_row, read_failures
+from ursa.errors import DataError, ManifestError
 from ursa.ingestion import (
+    DoneVideos,
     IngestPlan,
     commit_clips,
     ingest_video,
@@ -51,60 +58,72 @@ def test_captions_belong_to_the_source(tmp_path):
     assert notes_digest(str(tmp_path), sources) != without
 
 
+def test_tables_do_not_depend_on_the_order_of_the_results(tmp_path):
+    """What is committed has the bytes of a table of all clips in the order of their files."""
+    data, names = str(tmp_path / "data"), [f"{place:02}.mp4" for place in range(40)]
+    videos = [
+        many_clips.video_of(Path(f"/source/{name}"), data, place, place % 4)
+        for place, name in enumerate(names)
+    ]
+    failed = videos[7].model_copy(update={"clips": (), "failure": FailureReason.UNREADABLE})
+    videos[7] = failed
+    notes = SourceNotes([video.source for video in videos])
+    plan = IngestPlan(None, DoneVideos(), (), "f" * 64, notes)
+    rows = [clip_row(notes.applied_to(clip)) for video in videos for clip in video.clips]
+    random.Random(0).shuffle(videos)
+    clips = commit_clips("file:///source", iter(videos), data, plan, CONFIG)
+    whole = pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
+    buffer = io.BytesIO()
+    pq.write_table(whole, buffer, compression="zstd")
+    assert storage.read_bytes(clips.clips_uri) == buffer.getvalue()
+    assert (clips.num_videos, clips.num_failed, clips.num_clips) == (40, 1, len(rows))
+    assert [video.source for video in read_failures(clips)] == [failed.source]
+
+
+def test_a_unit_that_has_gone_since_the_plan_is_named(tmp_path):
+    source, data = tmp_path / "source", str(tmp_path / "data")
+    many_clips.write_videos(source, data, 3)
+    sources = discover_videos(str(source))
+    plan = plan_ingestion(str(source), sources, data, many_clips.config())
+    assert (len(plan.done), plan.todo) == (3, ())
+    assert [video.source for video in plan.done] == list(sources)
+    (gone, *_) = sorted((tmp_path / "data" / "clips" / "units").rglob("*.json"))
+    gone.unlink()
+    with pytest.raises(ManifestError, match=rf"{gone.name} is gone since this run began"):
+        commit_clips(str(source), plan.done, data, plan, many_clips.config())
+    assert len(plan_ingestion(str(source), sources, data, many_clips.config()).todo) == 1
+
+
 def test_memory_does_not_grow_by_clips_as_objects(tmp_path):
     _peaks(8, str(tmp_path / "first"))  # imports, and what is held once
     peaks = [_peaks(number, str(tmp_path / str(number))) for number in (2048, 4096)]
-    bytes_a_clip = [(large - small) / 2048 for small, large in zip(*peaks, strict=True)]
-    assert max(bytes_a_clip) < 1000, bytes_a_clip  # a clip as objects has 5,000
+    commit, select = ((large - small) / 2048 for small, large in zip(*peaks, strict=True))
+    assert commit < 200, commit  # a clip as objects has 5,000
+    assert select < 1000, select
 
 
 def _peaks(number: int, data: str) -> list[int]:
     """Return the peaks of committing and of selecting, bytes over what is held before."""
-    hashes = random.Random(0)
-    scores = dict.fromkeys(ClipScores.model_fields, 0.1)
-    scores |= {"motion_px_per_s": 10.0, "sharpness": 50.0, "luminance": 100.0, "distinct_fps": 24.0}
-    info = VideoInfo(
-        width_px=320, height_px=180, fps=24.0, num_frames=120, duration_s=5.0, codec="h264"
+    paths = [Path(f"/source/{place:06}.mp4") for place in range(number // 8)]
+
+    def videos():
+        for place, path in enumerate(paths):
+            yield many_clips.video_of(path, data, place, 8)
+
+    notes = SourceNotes(
+        [many_clips.video_of(path, data, place, 0).source for place, path in enumerate(paths)]
     )
-    videos = []
-    for place in range(0, number, 8):
-        source = SourceVideo(uri=f"file:///{place:06}.mp4", num_bytes=1, etag=str(place))
-        clips = [
-            Clip(
-                clip_id=f"{place + i:032x}",
-                source_uri=source.uri,
-                source_sha256=f"{place:064x}",
-                start_s=i * 5.0,
-                end_s=i * 5.0 + 5,
-                media_uri=f"{data}/clips/media/{place + i:032x}.mp4",
-                media_sha256=f"{place + i:064x}",
-                info=info,
-                scores=ClipScores(
-                    **scores | {"perceptual_hash": f"{hashes.getrandbits(576):0144x}"}
-                ),
-            )
-            for i in range(8)
-        ]
-        videos.append(
-            IngestedVideo(
-                source=source,
-                source_sha256=f"{place:064x}",
-                info=info,
-                clips=tuple(clips),
-                failure=None,
-                detail="",
-            )
-        )
-    plan = IngestPlan(None, (), (), "f" * 64, SourceNotes([video.source for video in videos]))
-    selection = load_config("tiny", {}).selection
+    plan = IngestPlan(None, DoneVideos(), (), "f" * 64, notes)
     peaks = []
     tracemalloc.start()
     try:
-        clips = commit_clips("file:///", videos, data, plan, CONFIG)
+        clips = commit_clips("file:///", videos(), data, plan, CONFIG)
         peaks.append(tracemalloc.get_traced_memory()[1])
+        gc.collect()
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        assert select_clips(clips, selection, output_uri=data).num_kept == number
+        found = select_clips(clips, many_clips.CONFIG.selection, output_uri=data)
+        assert found.num_kept == number
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()

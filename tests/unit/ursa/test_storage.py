@@ -327,6 +327,10 @@ def test_a_place_has_one_spelling(given, expected):
     assert storage.absolute_uri(expected) == expected
 
 
+def test_a_file_uri_may_name_this_machine():
+    assert storage.local_path("file://localhost/a%20b") == storage.local_path("file:///a%20b")
+
+
 def test_relative_paths_and_links(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -235,6 +235,8 @@ def test_a_missing_or_huge_manifest_is_named(tmp_path, monkeypatch):
         ("", None),
         ("a\0.mp4", None),
         ("file://host/a.mp4", None),
+        ("file://localhosts/a.mp4", None),
+        ("file://localhost/else/a%20b.mp4", "file:///else/a%20b.mp4"),
         ("file:///a%00b/../c.mp4", "file:///c.mp4"),
         ("http://host/a.mp4", None),
         ("subfile,,start,0,end,0,,:///etc/passwd", None),
@@ -252,7 +254,18 @@ def test_names_stay_where_they_may(name, found):
 def test_a_manifest_of_a_store_names_no_file_of_this_machine():
     assert resolve_name("s3://b/p/list.csv", "x/./a.mp4") == "s3://b/p/x/a.mp4"
     assert resolve_name("s3://b/p/list.csv", "s3://c/a.mp4") == "s3://c/a.mp4"
-    for name in ("/etc/passwd", "file:///etc/passwd", "../a.mp4", "x/../../a.mp4"):
+    assert resolve_name("s3://b/p/list.csv", "x//a.mp4") == "s3://b/p/x//a.mp4"
+    assert resolve_name("s3://b/p//list.csv", "a.mp4") == "s3://b/p//a.mp4"
+    assert resolve_name("s3://b/p/list.csv", "s3://c//x//a.mp4") == "s3://c//x//a.mp4"
+    for name in (
+        ".",
+        "x/",
+        "file://localhost/etc/passwd",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "../a.mp4",
+        "x/../../a.mp4",
+    ):
         with pytest.raises(DataError):
             resolve_name("s3://b/p/list.csv", name)
 
@@ -331,3 +344,19 @@ def test_manifest_whose_files_are_all_missing_is_refused(tmp_path, names, expect
     (tmp_path / "there.mp4").write_bytes(b"video")
     path.write_text("\n".join([*names, "there.mp4"]))
     assert len(discover_videos(str(path))) == len(names) + 1
+
+
+def test_a_name_that_no_file_can_have_is_missing_and_says_why(tmp_path):
+    from ursa.sources.listing import discover_videos
+
+    (tmp_path / "there.mp4").write_bytes(b"video")
+    path = tmp_path / "list.txt"
+    path.write_text(f"there.mp4\n{'a' * 252}.mp4\n{'b' * 251}.mp4\n{'c/' * 2050}d.mp4")
+    found = discover_videos(str(path))
+    problems = {source.uri.rpartition("/")[2]: (source.problem, source.detail) for source in found}
+    assert problems.pop("there.mp4") == (None, "")
+    assert problems.pop(f"{'b' * 251}.mp4") == ("missing", "there is no such file")
+    assert len(problems) == 2
+    for problem, detail in problems.values():
+        assert problem == "missing"
+        assert "no file can have this name" in detail

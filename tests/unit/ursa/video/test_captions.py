@@ -71,17 +71,23 @@ def test_template_is_made_of_the_words_of_a_name(name, caption):
 
 def test_texts_beside_a_video_fill_each_other_up():
     assert names_beside("d/a.b.mp4") == (
-        *("d/a.b.mp4.txt", "d/a.b.txt"),
-        *("d/a.b.mp4.json", "d/a.b.json"),
+        *("d/a.b.mp4.txt", "d/a.b.txt", "d/a.b.mp4.TXT", "d/a.b.TXT"),
+        *("d/a.b.mp4.json", "d/a.b.json", "d/a.b.mp4.JSON", "d/a.b.JSON"),
     )
     assert "d/a.txt" in names_beside("d/a.b.mp4", in_tar=True)
-    assert names_beside("a") == ("a.txt", "a.json")
+    assert names_beside("a") == ("a.txt", "a.TXT", "a.json", "a.JSON")
     short = parse_text_beside("a.txt", b" A\nbee. ")
     data = {"caption": "x", "caption_long": "Long.", "licence": "CC0", "attribution": None, "w": 1}
     long = parse_text_beside("a.JSON", json.dumps(data).encode())
     assert join_notes(short, long) == Notes("A bee.", "Long.", "CC0", None)
     for bad in (b"[1]", b"{", b'{"caption": 3}', b"[" * 100_000, b"\xff"):
         assert parse_text_beside("a.json", bad) == Notes()
+
+
+def test_a_repeated_key_beside_a_video_is_named(caplog):
+    twice = b'{"caption": "first", "caption": "last", "license": "CC0"}'
+    assert parse_text_beside("d/a\n.json", twice) == Notes()
+    assert r"'d/a\n.json' is left out: 'caption' is there more than once" in caplog.text
 
 
 def test_captions_are_one_bounded_line():
