@@ -17,13 +17,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ursa.artifacts import Measure, Measurements
 from ursa.data.addresses import address_seed
 from ursa.errors import ConfigError
 from ursa.evaluation.measures import group_cases, mean_measure, plain_measure, statistic_measure
 from ursa.generation import UrsaPipeline
+from ursa.generation.limits import open_picture
 from ursa.video.encode import write_video
 
 Layout = Literal["vbench", "vbench-i2v", "geneval", "dpg"]
@@ -194,11 +195,7 @@ def _draw(
 ) -> np.ndarray:
     image = None
     if item.image is not None:
-        try:
-            with Image.open(item.image) as opened:
-                image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"--images: {item.image} cannot be read ({error})") from error
+        image = open_picture(item.image, "--images")
     frames: np.ndarray = pipeline(
         item.prompt,
         image=image,
