@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ursa.data.versions import Change
 from ursa.inspection.stats import QUANTILES
+from ursa.texts import printable
 from ursa.video.score_table import BUILT_IN_SCORERS
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def print_stats(stats: "DataStats") -> None:
     console = Console(width=_WIDTH)
     # texts of users are no markup
     for name, value in (("source", stats.source_uri), ("selection", stats.selection_uri)):
-        console.print(Text(f"{name:10} {value}"), soft_wrap=True)
+        console.print(Text(printable(f"{name:10} {value}")), soft_wrap=True)
     console.print(
         f"{'seconds':10} {stats.duration_s:,.1f} in {stats.num_clips:,} clips, "
         f"{stats.kept_duration_s:,.1f} in {stats.num_kept:,} kept"
@@ -104,7 +105,7 @@ def print_versions(versions: Sequence["DatasetVersion"]) -> None:
     """
     console = Console(width=_WIDTH + 10)  # a column more than others have
     for source_uri in dict.fromkeys(version.source_uri for version in versions):
-        console.print(Text(source_uri), soft_wrap=True)
+        console.print(Text(printable(source_uri)), soft_wrap=True)
         own = [version for version in versions if version.source_uri == source_uri]
         kinds = tuple(_HEADS.get(kind, str(kind)) for kind in Change)
         _print(
@@ -155,7 +156,7 @@ def print_what_if(result: "WhatIf", *, list_clips: bool) -> None:
     if list_clips:
         for sign, clips in (("+", result.gained), ("-", result.lost)):
             for clip in clips:
-                console.print(Text(_clip_line(sign, clip)), soft_wrap=True)
+                console.print(Text(printable(_clip_line(sign, clip))), soft_wrap=True)
 
 
 def print_recipes(recipes: Sequence["Recipe"]) -> None:
@@ -216,5 +217,5 @@ def _print(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]])
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

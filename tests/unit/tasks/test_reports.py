@@ -5,6 +5,7 @@ import pytest
 
 from tasks import reports
 from tests import factories
+from ursa.texts import markdown_text
 
 
 def test_outside_of_a_flow_run_nothing_is_stored() -> None:
@@ -75,14 +76,14 @@ def test_shots_that_are_too_short_are_a_share_of_all_shots(
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("a\nb|c.mp4", "a\\nb\\|c.mp4"),
-        ("caf\udce9.mp4", "caf\\udce9.mp4"),
+        ("a\nb|c.mp4", r"a\\nb\|c.mp4"),
+        ("caf\udce9.mp4", r"caf\\udce9.mp4"),
         ("plain.mp4", "plain.mp4"),
     ],
 )
 def test_hostile_names_fit_into_a_table(name: str, expected: str) -> None:
-    assert reports.cell(name) == expected
-    reports.cell(name).encode("utf-8")
+    assert markdown_text(name) == expected
+    markdown_text(name).encode("utf-8")
 
 
 def test_artifact_keys_have_dashes() -> None:
