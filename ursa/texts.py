@@ -45,6 +45,16 @@ def _written(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a text can be the name of a file in a folder, and of none elsewhere.
+
+    Args:
+        name: Anything; `/` and the backslash of Windows are no part of a name.
+    """
+    is_plain = isinstance(name, str) and not re.search(r"[/\\\0]", name)
+    return is_plain and name not in {"", ".", ".."} and len(name.encode("utf-8", "replace")) <= 255
+
+
 def markdown_text(text: object) -> str:
     """Return a text that stays a text in Markdown, in a cell of a table too.
 
