@@ -1060,7 +1060,8 @@ def _refuse_permanent(uri: str, error: Exception) -> None:
         ) from error
     if isinstance(error, PermissionError):
         raise StorageConfigurationError(
-            f"{uri}: access denied ({without_user(str(error))}); check the S3 credentials and bucket policy"
+            f"{uri}: access denied ({without_user(str(error))}); check the S3 credentials and "
+            "bucket policy"
         ) from error
     if getattr(error, "errno", None) in _DISK_FULL:
         raise StorageConfigurationError(

@@ -14,7 +14,7 @@ from ursa.cli.data_versions import choose_version
 from ursa.cli.lines import print_lines
 from ursa.cli.models import check_device, check_place, model_directory
 from ursa.errors import ConfigError
-from ursa.texts import printable
+from ursa.texts import PrintableRecords, printable
 
 if TYPE_CHECKING:
     from ursa.artifacts import Measure, Measurements
@@ -98,6 +98,7 @@ def evaluate(
 def _progress() -> Iterator[None]:
     """Write what is being measured to the terminal."""
     logger, handler = logging.getLogger("ursa.evaluation"), logging.StreamHandler()
+    handler.addFilter(PrintableRecords())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -110,7 +110,7 @@ def _iter_prompts(layout: Layout, prompts: Path, images: Path | None) -> Iterato
         yield from (Asked(str(item["id"]), item["prompt"]) for item in json.loads(text))
     else:
         for item in json.loads(text):
-            if not is_file_name(item["image_name"]):
+            if images is not None and not is_file_name(item["image_name"]):
                 raise ConfigError(f"--prompts: {item['image_name']!r} is no name of an image")
             image = None if images is None else images / item["image_name"]
             yield Asked(item["prompt_en"], item["prompt_en"], image)

@@ -169,7 +169,8 @@ def resolve_name(manifest_uri: str, name: str) -> str:
 
     Raises:
         DataError: If the name is not allowed: another scheme, a secret in an address, a relative
-            name that leads out of the folder, or a file of this machine in a manifest of an object store.
+            name that leads out of the folder, or a file of this machine in a manifest of an object
+            store.
     """
     if not name or "\0" in name:
         raise DataError(f"{name!r} is no name of a file")
