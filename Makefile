@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check docs check-infra test test-unit test-faults test-slow bench bench-data bench-toy \
+.PHONY: help setup run up down status deploy check docs check-infra audit sbom test test-unit test-faults test-slow bench bench-data bench-toy \
   bench-steps bench-evaluation bench-plan bench-gpu ablation
 
 help: ## list the commands
@@ -48,11 +48,12 @@ status: setup ## say which services are up
 deploy: setup ## deploy prefect.yaml again
 	@$(SERVICES) deploy
 
-check: setup docs ## format, lint, layers, types, docstrings, documentation
+check: setup docs ## format, lint, layers, types, docstrings, unsafe calls, documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r ursa flows tasks -ll
 
 # not --quiet, with which --strict sees no warnings
 docs: setup ## build the documentation into build/docs; a link that leads nowhere is an error
@@ -69,6 +70,23 @@ check-infra: ## infra/: YAML, compose model, Kubernetes schemas, checkov; half a
 	$(INFRA_BIN)/docker-compose -f infra/compose/compose.yaml config --quiet
 	$(INFRA_BIN)/python infra/check.py
 	$(INFRA_BIN)/checkov --config-file infra/.checkov.yaml
+
+# what needs the network, and lists what is in the environment
+AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
+AUDIT_BIN := .venv-audit/bin
+
+$(AUDIT_BIN)/pip-audit:
+	$(PYTHON) -m venv .venv-audit
+	$(AUDIT_BIN)/python -m pip install --quiet --disable-pip-version-check $(AUDIT_TOOLS)
+
+# --strict: a package that nobody can say anything of is an error, not a pass
+audit: $(AUDIT_BIN)/pip-audit ## known holes of all pinned dependencies, asked of PyPI
+	$(AUDIT_BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+sbom: setup $(AUDIT_BIN)/pip-audit ## what the environment consists of, as CycloneDX: build/sbom.json
+	@mkdir -p build
+	$(AUDIT_BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.json $(VENV)
 
 test: test-unit test-faults ## everything but slow and GPU tests
 	$(BIN)/pytest tests/integration -m "not slow and not gpu" -n auto --maxprocesses 2 --dist loadfile

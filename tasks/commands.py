@@ -13,6 +13,7 @@ from typing import Any
 from tasks import releases, tracking
 from ursa.decisions import Decision, who
 from ursa.errors import ConfigError, UrsaError
+from ursa.texts import printable, without_user
 
 
 def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
@@ -183,7 +184,8 @@ def main(name: str, arguments: str) -> int:
     try:
         answer = COMMANDS[name](**json.loads(arguments))
     except UrsaError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        message = without_user(printable(" ".join(str(error).split())))
+        sys.stderr.write(f"error: {message}\n")
         return 1
     sys.stdout.write(f"{json.dumps(answer)}\n")
     return 0

@@ -85,7 +85,7 @@ def ingest_videos(context: RunContext) -> ClipSet:
     )
     failed = read_failures(clips)
     for video in failed[:MAX_NAMED]:
-        announce("quarantined: %s: %s", reports.printable(video.source.uri), video.failure)
+        announce("quarantined: %s: %s", video.source.uri, video.failure)
     if len(failed) > MAX_NAMED:
         announce("and %d more; `ursa data stats` counts them by reason", len(failed) - MAX_NAMED)
     return clips

@@ -11,6 +11,7 @@ from prefect.exceptions import MissingContextError
 from prefect.tasks import exponential_backoff
 
 from ursa.errors import UrsaError
+from ursa.texts import PrintableRecords
 
 if TYPE_CHECKING:
     from pydantic import BaseModel as ConfigOverrides
@@ -99,11 +100,16 @@ class _OneLine(logging.Filter):
 
 
 _one_line = _OneLine()
+_printable = PrintableRecords()
 
 
 def show_library_logs() -> None:
-    """Let the INFO lines of the library through, and shorten known errors to one line."""
+    """Let the INFO lines of the library through, each as one printable line, errors too."""
     logging.getLogger("ursa").setLevel(logging.INFO)
+    for name in ("", "prefect", "ursa", *ENGINE_LOGGERS):
+        for handler in logging.getLogger(name).handlers:
+            if _printable not in handler.filters:
+                handler.addFilter(_printable)
     for name in ENGINE_LOGGERS:
         logger = logging.getLogger(name)
         if _one_line not in logger.filters:

@@ -26,6 +26,8 @@ REQUIREMENTS = (
     *("pyyaml", "av", "opencv-python-headless", "tqdm", "huggingface_hub"),
 )
 NOT_GIVEN = -1
+MAX_PROMPTS = 64
+"""Of a call: its clips are held until the last one is made."""
 
 
 def signature() -> ModelSignature:
@@ -80,15 +82,22 @@ class UrsaModel(PythonModel):
             MP4 files as base64 texts, one a prompt.
 
         Raises:
-            ConfigError: If a parameter does not fit.
+            ConfigError: If a parameter does not fit, a prompt is too long or there are too many.
         """
         import torch  # noqa: PLC0415
 
+        from ursa.errors import ConfigError  # noqa: PLC0415
+        from ursa.generation.limits import check_texts  # noqa: PLC0415
         from ursa.video.encode import write_video  # noqa: PLC0415
 
         given = {k: v for k, v in (params or {}).items() if v is not None and v != NOT_GIVEN}
         seed = int(given.pop("seed", 0))
         prompts = [str(value) for value in model_input["prompt"]]
+        if len(prompts) > MAX_PROMPTS:
+            raise ConfigError(
+                f"expected at most {MAX_PROMPTS} prompts a call, got {len(prompts):,}"
+            )
+        check_texts("prompt", prompts)
         clips = []
         with tempfile.TemporaryDirectory() as folder:
             for number, prompt in enumerate(prompts):

@@ -14,6 +14,7 @@ from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
 from ursa.data.versions import DatasetVersion
 from ursa.decisions import who
+from ursa.texts import markdown_code, markdown_text
 
 CARD = "model_card.md"
 REPORT = "report.html"
@@ -257,8 +258,8 @@ def run_note(context: RunContext, version: ModelVersion) -> str:
         for label, tag in RECORDS.items()
         if found is not None and found.tags.get(tag)
     }
-    links = " · ".join(f"[{text}]({page})" for text, page in pages.items())
-    lines = [f"- {label}: `{uri}`" for label, uri in records.items()]
+    links = " · ".join(f"[{markdown_text(text)}]({page})" for text, page in pages.items())
+    lines = [f"- {label}: {markdown_code(uri)}" for label, uri in records.items()]
     return "\n".join([links, "", *lines])
 
 
@@ -291,6 +292,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
         tags[tracking.NOTE] = run_note(context, version)
     tracking.tag_run(context.run, tags)
     reports.model_version(version, url)
+    name = markdown_text(version.name)
     title = (
         f"registered {version.name} version {version.version}"
         if version.is_new
@@ -299,17 +301,20 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
     reports.run_summary(
         title,
         [
-            ("model version", f"[{version.name} {version.version}]({url}), {version.alias}"),
+            ("model version", f"[{name} {version.version}]({url}), {version.alias}"),
             ("MLflow run", f"[{context.run.run_id}]({context.run.url})"),
             ("pages", reports.artifact_links("data-funnel", "eval-report", "sample-grid")),
-            ("in MLflow", " · ".join(f"[{name}]({page})" for name, page in pages.items())),
-            ("source", f"`{reports.cell(context.source_uri)}`"),
+            (
+                "in MLflow",
+                " · ".join(f"[{markdown_text(text)}]({page})" for text, page in pages.items()),
+            ),
+            ("source", markdown_code(context.source_uri)),
             ("preset", context.preset),
-            ("data", f"`{context.data_uri}`"),
+            ("data", markdown_code(context.data_uri)),
             ("fingerprint of the run", f"`{context.fingerprint[:16]}`"),
             ("next", "`make run` again after adding videos, or with another PRESET"),
         ],
     )
-    name = "Completed" if version.is_new else "NothingChanged"
-    state: State[ModelVersion] = Completed(message=title, name=name)
+    state_name = "Completed" if version.is_new else "NothingChanged"
+    state: State[ModelVersion] = Completed(message=title, name=state_name)
     return state

@@ -35,6 +35,7 @@ from ursa.artifacts import (
     TokenDatasets,
 )
 from ursa.data.versions import DatasetVersion, FileChange
+from ursa.texts import markdown_code, markdown_text
 from ursa.video.selection import explain
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def step_progress(key: str, max_steps: int) -> Iterator[Callable[[int, Mapping[s
 
 
 def table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
-    """Store a table.
+    """Store a table; Prefect shows texts in it as Markdown, so they are escaped.
 
     Args:
         key: Key of the artifact: lower case, digits and dashes.
@@ -172,7 +173,14 @@ def table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None
     """
     if in_flow_run():
         with _courtesy():
-            create_table_artifact([dict(row) for row in rows], key=key, description=description)
+            shown = [
+                {
+                    name: markdown_text(value) if isinstance(value, str) else value
+                    for name, value in row.items()
+                }
+                for row in rows
+            ]
+            create_table_artifact(shown, key=key, description=description)
 
 
 def markdown(key: str, text: str, description: str) -> None:
@@ -239,7 +247,7 @@ def data_funnel(
             "step": f"quarantined: {video.failure}",
             "count": 1,
             "percent": "",
-            "file": printable(video.source.uri),
+            "file": video.source.uri,
             "detail": video.detail,
         }
         for video in failures
@@ -270,8 +278,8 @@ def clip_examples(selected: Iterable[SelectedClip]) -> None:
         verdict = f"kept ({item.split})" if item.kept else f"rejected: {item.reason}"
         motion = clip.scores.motion_px_per_s
         lines.append(
-            f"| {verdict} | {cell(clip.caption or '')} | "
-            f"{'' if motion is None else f'{motion:.1f}'} | {cell(clip.source_uri)} | "
+            f"| {markdown_text(verdict)} | {markdown_text(clip.caption or '')} | "
+            f"{'' if motion is None else f'{motion:.1f}'} | {markdown_text(clip.source_uri)} | "
             f"{clip.start_s:.2f} s to {clip.end_s:.2f} s |"
         )
     markdown("clip-examples", "\n".join(lines), "Some clips with their verdicts.")
@@ -318,12 +326,13 @@ def dataset_version(version: DatasetVersion, changes: Sequence[FileChange]) -> N
         {
             "change": str(item.change),
             "files": 1,
-            "file": printable(item.source_uri),
-            "before": printable(item.previous_uri or (item.previous_content or "")[:16]),
+            "file": item.source_uri,
+            "before": item.previous_uri or (item.previous_content or "")[:16],
         }
         for item in changes[:CHANGES]
     ]
-    table("dataset-version", rows, f"Version {version.number}, `{version.manifest_uri}`.")
+    place = markdown_code(version.manifest_uri)
+    table("dataset-version", rows, f"Version {version.number}, {place}.")
 
 
 def stage_summary(stage: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> None:
@@ -335,7 +344,7 @@ def stage_summary(stage: str, metrics: Mapping[str, float], facts: Mapping[str, 
         facts: Further rows: name and Markdown.
     """
     lines = ["| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    lines += [f"| {markdown_text(key)} | {value} |" for key, value in facts.items()]
     lines += [f"| `{key}` | {value:.5g} |" for key, value in sorted(metrics.items())]
     markdown(f"train-{slug(stage)}", "\n".join(lines), f"Stage {stage}.")
 
@@ -403,7 +412,7 @@ def model_version(version: ModelVersion, url: str) -> None:
     """
     alias = f" ({version.alias})" if version.alias else ""
     text = f"{version.name} version {version.version}{alias}"
-    link("model-version", url, text, f"Load it as `{version.model_uri}`.")
+    link("model-version", url, text, f"Load it as {markdown_code(version.model_uri)}.")
 
 
 def run_summary(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -414,7 +423,7 @@ def run_summary(title: str, rows: Sequence[tuple[str, str]]) -> None:
         rows: Name, any text, and value in Markdown.
     """
     lines = [f"# {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {cell(key)} | {value} |" for key, value in rows]
+    lines += [f"| {markdown_text(key)} | {value} |" for key, value in rows]
     markdown("run-summary", "\n".join(lines), title)
 
 
@@ -436,21 +445,3 @@ def slug(text: str) -> str:
         text: Such as the name of a stage.
     """
     return text.lower().replace("_", "-")
-
-
-def printable(text: str) -> str:
-    """Return a text without what cannot be stored as UTF-8 or would break a line.
-
-    Args:
-        text: Any text, with surrogates too.
-    """
-    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-
-
-def cell(text: str) -> str:
-    """Return a text that fits into a markdown table and stays a text there.
-
-    Args:
-        text: Any text, with surrogates too.
-    """
-    return re.sub(r"([`\[\]<>|])", r"\\\1", printable(text))

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from ursa import storage
 from ursa.errors import ConfigError
 from ursa.model.size import Recomputed
+from ursa.texts import secret_of_address, without_user
 from ursa.training.execution import Execution, Strategy
 
 
@@ -68,6 +69,17 @@ class RuntimeSettings(BaseSettings):
     def _absolute(cls, value: str) -> str:
         return storage.absolute_uri(value)
 
+    @field_validator("data_uri", "mlflow_tracking_uri")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        # it is kept in records and shown on pages
+        if found := secret_of_address(value):
+            raise ValueError(
+                f"the address holds {found}; give it without, secrets have variables of their own "
+                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_...)"
+            )
+        return value
+
     @field_validator("ray_address", mode="before")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -87,7 +99,8 @@ class RuntimeSettings(BaseSettings):
             settings = cls()
         except ValidationError as error:
             problems = "; ".join(
-                f"URSA_{str(item['loc'][0]).upper()}: {item['msg']} (got {item['input']!r})"
+                f"URSA_{str(item['loc'][0]).upper()}: {item['msg']} "
+                f"(got {without_user(repr(item['input']))})"
                 for item in error.errors()
             )
             raise ConfigError(f"environment refused: {problems}") from error

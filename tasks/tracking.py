@@ -27,7 +27,7 @@ from tasks.processes import process_mark
 from ursa import storage
 from ursa.artifacts import SAMPLES_PICTURE, EvalReport, ExportedModel, ModelVersion
 from ursa.config import FrozenModel, RunConfig
-from ursa.errors import ConfigError, RegistrationError, ServiceError, UrsaError
+from ursa.errors import ConfigError, DataError, RegistrationError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
     from mlflow.entities import RunData
@@ -431,6 +431,7 @@ def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_p
         artifact_path: Folder of the run.
 
     Raises:
+        DataError: If a name leads out of the folder.
         ServiceError: If the server does not answer.
         FileNotFoundError: If a file is missing.
         StorageError: If the store refuses or does not answer.
@@ -442,6 +443,8 @@ def log_files(run: TrackedRun, folder_uri: str, names: Sequence[str], artifact_p
         for name in names:
             if Path(name).name in present:
                 continue
+            if not storage.is_below(storage.join(folder_uri, name), folder_uri):
+                raise DataError(f"{name[:200]!r} leads out of {folder_uri}")
             with (
                 storage.local_copy(storage.join(folder_uri, name)) as path,
                 tempfile.TemporaryDirectory() as folder,

@@ -3,6 +3,7 @@
 The clip comes out, with the frames on the way from noise to it. Needs the extra `demo` (Gradio).
 """
 
+import html
 import queue
 import threading
 import time
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ursa.errors import ConfigError, UrsaError
 from ursa.generation import UrsaPipeline
+from ursa.model.size import MAX_SIDE_PX
+from ursa.texts import printable
 from ursa.video.encode import write_video
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ _PUBLISHED_NUM_FRAMES = 49
 _PUBLISHED_MOTION_PX_S = 9.0
 """What published models are asked for; their directories do not say it."""
 _MAX_WAITING = 8
+_MAX_UPLOAD_BYTES = 64 << 20
 _WAY = "From noise to the clip"
 _CACHE_S = 3600
 
@@ -162,7 +166,7 @@ def open_page(pipeline: UrsaPipeline, folder: Path) -> "gradio.Blocks":
             for item in draw_with_previews(
                 pipeline,
                 num_steps=steps,
-                prompt=prompt[:_MAX_PROMPT_CHARACTERS],
+                prompt=prompt,
                 image=None if image is None else image.convert("RGB"),
                 motion_score=motion,
                 num_frames=int(frames or defaults.num_frames),
@@ -177,7 +181,9 @@ def open_page(pipeline: UrsaPipeline, folder: Path) -> "gradio.Blocks":
                     seconds = time.perf_counter() - started
                     yield shown(f"{len(item)} frames, seed {number}, {seconds:.1f} s", item)
         except UrsaError as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            # the page takes it for HTML
+            text = html.escape(printable(error))
+            raise gr.Error(text, duration=None, print_exception=False) from error
 
     page: gradio.Blocks = gr.Blocks(
         title="ursa", analytics_enabled=False, delete_cache=(_CACHE_S, _CACHE_S)
@@ -261,12 +267,15 @@ def serve(pipeline: UrsaPipeline, *, port: int, announce: Callable[[str], None])
         OSError: If the port is in use.
     """
     gr = _import_gradio()
+    # Gradio reads what is uploaded; Pillow refuses twice as many pixels as are said here
+    Image.MAX_IMAGE_PIXELS = MAX_SIDE_PX**2 // 2
     with TemporaryDirectory(prefix="ursa-demo-") as folder:
         page = open_page(pipeline, Path(folder))
         _, address, _ = page.launch(
             server_name=_HOST,
             server_port=port,
             share=False,
+            max_file_size=_MAX_UPLOAD_BYTES,
             quiet=True,
             prevent_thread_lock=True,
             ssr_mode=False,

@@ -30,11 +30,13 @@ from safetensors import SafetensorError
 from ursa.artifacts import SCHEMA_VERSION
 from ursa.config import FrozenModel
 from ursa.errors import (
+    DataError,
     ManifestError,
     SchemaVersionError,
     StorageConfigurationError,
     StorageError,
 )
+from ursa.texts import without_user
 
 ANSWER_DEADLINE_S = 30.0
 """Of one request, beside the time that its bytes take; s3fs alone would wait for ever."""
@@ -152,17 +154,56 @@ def local_path(uri: str) -> Path:
             it is.
 
     Raises:
-        StorageConfigurationError: If the URI is of another kind, `s3://` among them.
+        StorageConfigurationError: If the URI is of another kind, `s3://` among them, or has a NUL.
     """
-    if uri.startswith("file://"):
+    is_uri = uri.startswith("file://")
+    path = uri
+    if is_uri:
         path = uri.removeprefix("file://")
         path = path.removeprefix("localhost") if path.startswith("localhost/") else path
-        return Path(os.fsdecode(unquote_to_bytes(path)))
-    if "://" in uri:
+        path = os.fsdecode(unquote_to_bytes(path))
+    if "\0" in path:
+        raise StorageConfigurationError(f"{uri!r} is no name of a file")
+    if not is_uri and "://" in uri:
         raise StorageConfigurationError(
             f"unsupported URI {uri!r}; use s3://bucket/prefix, file:///path or a local path"
         )
-    return Path(uri)
+    return Path(path)
+
+
+def is_below(uri: str, folder_uri: str) -> bool:
+    """Whether a place is below another one; links and `..` count as what they lead to.
+
+    Args:
+        uri: A file or object.
+        folder_uri: Directory or prefix.
+    """
+    if is_remote(uri) != is_remote(folder_uri):
+        return False
+    if is_remote(uri):
+        rest = uri.removeprefix(f"{folder_uri.rstrip('/')}/")
+        return rest != uri and ".." not in rest.split("/")
+    try:
+        path, folder = (os.path.realpath(local_path(item)) for item in (uri, folder_uri))
+    except (StorageConfigurationError, ValueError):
+        return False
+    return path.startswith(f"{folder.rstrip('/')}/")
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in a local folder whose name somebody else has chosen.
+
+    Args:
+        folder: A folder without links.
+        name: Relative, with slashes.
+
+    Raises:
+        DataError: If it would be a path outside of the folder, or none.
+    """
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts) or "\0" in name:
+        raise DataError(f"{name[:200]!r} is no name of a file in a folder")
+    return folder.joinpath(*parts)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -616,6 +657,7 @@ def local_directory(uri: str) -> Iterator[Path]:
         The directory; it must not be written to.
 
     Raises:
+        DataError: If a key of an object leads out of the prefix.
         FileNotFoundError: If a prefix holds nothing; of a local directory the reader learns it.
         StorageError: If the store refuses or does not answer.
     """
@@ -624,7 +666,7 @@ def local_directory(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ursa-") as folder:
         for item in list_files(uri):
-            target = Path(folder) / item.uri.removeprefix(uri.rstrip("/") + "/")
+            target = path_inside(Path(folder), item.uri.removeprefix(uri.rstrip("/") + "/"))
             target.parent.mkdir(parents=True, exist_ok=True)
             _download(item.uri, target, item.num_bytes)
         yield Path(folder)
@@ -1051,7 +1093,8 @@ def _refuse_permanent(uri: str, error: Exception) -> None:
         ) from error
     if isinstance(error, PermissionError):
         raise StorageConfigurationError(
-            f"{uri}: access denied ({error}); check the S3 credentials and bucket policy"
+            f"{uri}: access denied ({without_user(str(error))}); check the S3 credentials and "
+            "bucket policy"
         ) from error
     if getattr(error, "errno", None) in _DISK_FULL:
         raise StorageConfigurationError(
@@ -1132,5 +1175,5 @@ def _s3_call(
     except _TransientError as error:
         tries = f"{len(failures_s)} tries" if len(failures_s) > 1 else "1 try"
         raise StorageError(
-            f"{uri}: the object store cannot be reached ({tries}): {error}"
+            f"{uri}: the object store cannot be reached ({tries}): {without_user(str(error))}"
         ) from error

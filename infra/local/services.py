@@ -648,9 +648,11 @@ def why_not_completed(flow_run: dict[str, Any], page: str) -> str:
             f"\nCANCELLED: somebody has cancelled the run; nothing went wrong in it ({page})\n"
             "Try: `make run` again to go on (finished work is kept)"
         )
+    from ursa.texts import printable  # noqa: PLC0415  (services start without the package)
+
     message = str(state.get("message") or state["name"])
     message = message.removeprefix("Flow run encountered an exception: ").splitlines()[0]
-    message = re.sub(r"\x1b?\[\d+m", "", message)
+    message = printable(re.sub(r"\x1b?\[\d+m", "", message))
     return (
         f"\nFAILED: {message}\n"
         f"Try: mend that (more on {page}), then `make run` again (finished work is kept)"

@@ -47,6 +47,19 @@ def at_most(seconds):
     assert taken < seconds, f"took {taken:.1f} s"
 
 
+@pytest.mark.parametrize("key", ["m/../../evil.txt", "m//evil.txt", "m/./evil.txt"])
+def test_a_key_that_leads_out_of_its_prefix_is_not_downloaded(prefix, key):
+    storage.write_bytes(storage.join(prefix, "m", "a.txt"), b"a")
+    storage.write_bytes(f"{prefix}/{key}", b"evil")
+    names = [item.uri for item in storage.list_files(f"{prefix}/m")]
+    assert len(names) == 2, names
+    with (
+        pytest.raises(DataError, match="is no name of a file"),
+        storage.local_directory(f"{prefix}/m"),
+    ):
+        raise AssertionError("it was downloaded")
+
+
 def test_bytes_are_a_round_trip(prefix):
     uri = storage.join(prefix, "a", "b c%.bin")
     with pytest.raises(FileNotFoundError):

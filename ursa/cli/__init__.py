@@ -1,5 +1,6 @@
 """The `ursa` command: a module a command; each imports what it needs when it runs."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from ursa.cli.generate import generate
 from ursa.cli.merge import merge
 from ursa.cli.plan import plan
 from ursa.errors import UrsaError
+from ursa.texts import PrintableRecords, printable, without_user
 
 app = App(
     name="ursa",
@@ -62,11 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: What stands after `ursa`; None takes it from the command line.
     """
+    if logging.lastResort is not None:  # what the library warns of
+        logging.lastResort.addFilter(PrintableRecords())
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}; --help lists what there is\n")
+        sys.stderr.write(f"error: {_one_line(error)}; --help lists what there is\n")
         sys.exit(2)
     except UrsaError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_one_line(error)}\n")
         sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    return without_user(printable(" ".join(str(error).split())))

@@ -6,6 +6,7 @@ from typing import Literal
 from cyclopts import App
 
 from ursa.cli.data import AsJson
+from ursa.cli.lines import print_lines
 from ursa.cli.models import check_device, model_directory
 from ursa.errors import ConfigError
 
@@ -64,7 +65,7 @@ def draw(
     size = (height or defaults.height, width or defaults.width)
     done = draw_layout(pipeline, layout, asked, out, seed=seed, count=count, size=size)
     for number, path in enumerate(done, 1):
-        print(f"{number} of {len(asked)}  {path}", flush=True)
+        print_lines(f"{number} of {len(asked)}  {path}")
 
 
 @app.command
@@ -86,6 +87,6 @@ def read(results: Path, layout: Layout, *, as_json: AsJson = False) -> None:
 
     found = read_results(layout, results)
     if as_json:
-        print(found.model_dump_json(indent=1))
+        print(found.model_dump_json(indent=1, ensure_ascii=True))
         return
     print_measures(found)

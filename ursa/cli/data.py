@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from ursa.cli.lines import print_lines
 from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def verify(
 
     found = verify_root(root_uri(root), with_media=media, config=_config(preset, changes))
     if as_json:
-        print(found.model_dump_json(indent=1))
+        print(found.model_dump_json(indent=1, ensure_ascii=True))
     else:
         print(
             f"checked {found.num_clip_sets} sets of clips, {found.num_selections} selections, "
@@ -54,9 +55,9 @@ def verify(
             f"records, {found.num_files:,} files, {found.num_bytes:,} bytes"
         )
         for item in found.not_checked:
-            print(f"not checked: {item}")
+            print_lines(f"not checked: {item}")
         for problem in found.problems:
-            print(f"\n{problem.uri}\n  {problem.detail}\n  to do: {problem.repair}")
+            print_lines("", problem.uri, f"  {problem.detail}", f"  to do: {problem.repair}")
         print(f"\n{len(found.problems)} problems" if found.problems else "all is whole")
     if found.problems:
         sys.exit(1)
@@ -79,7 +80,7 @@ def repair(root: str | None = None, *, preset: Preset | None = None, changes: Ch
 
     report = repair_root(root_uri(root), config=_config(preset, changes))
     for item in report.repairs:
-        print(f"{'repaired' if item.is_repaired else 'LEFT'}  {item.uri}\n  {item.detail}")
+        print_lines(f"{'repaired' if item.is_repaired else 'LEFT'}  {item.uri}", f"  {item.detail}")
     print(f"{len(report.repairs) - report.num_left} repaired, {report.num_left} left")
     if report.num_left:
         sys.exit(1)
@@ -112,7 +113,7 @@ def stats(
     selection = _selection_uri(root, selection, source)
     found = data_stats(root_uri(root), selection_uri=selection, config=_config(preset, changes))
     if as_json:
-        print(found.model_dump_json(indent=1))
+        print(found.model_dump_json(indent=1, ensure_ascii=True))
     else:
         from ursa.cli.data_tables import print_stats
 
@@ -154,7 +155,7 @@ def sample(
     record = load_selection(root_uri(root), selection)
     examples = choose_examples(record, number, kept=chosen, reason=reason)
     for path in write_examples(examples, out, as_strips=strips):
-        print(path)
+        print_lines(path)
     if not examples:
         print("no clip of this kind")
 

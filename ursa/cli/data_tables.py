@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ursa.data.versions import Change
 from ursa.inspection.stats import QUANTILES
+from ursa.texts import printable
 from ursa.video.score_table import BUILT_IN_SCORERS
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def print_versions(versions: Sequence["DatasetVersion"]) -> None:
     """
     console = Console(width=_WIDTH + 10)  # a column more than others have
     for source_uri in dict.fromkeys(version.source_uri for version in versions):
-        console.print(Text(source_uri), soft_wrap=True)
+        console.print(Text(printable(source_uri)), soft_wrap=True)
         own = [version for version in versions if version.source_uri == source_uri]
         kinds = tuple(_HEADS.get(kind, str(kind)) for kind in Change)
         _print(
@@ -154,7 +155,7 @@ def print_what_if(result: "WhatIf", *, list_clips: bool) -> None:
     if list_clips:
         for sign, clips in (("+", result.gained), ("-", result.lost)):
             for clip in clips:
-                console.print(Text(_clip_line(sign, clip)), soft_wrap=True)
+                console.print(Text(printable(_clip_line(sign, clip))), soft_wrap=True)
 
 
 def print_recipes(recipes: Sequence["Recipe"]) -> None:
@@ -186,7 +187,7 @@ def _print_origin(console: Console, found: "DataStats | WhatIf") -> None:
         ("selection", found.selection_uri),
     )
     for name, value in parts:  # texts of users are no markup
-        console.print(Text(f"{name:10} {value}"), soft_wrap=True)
+        console.print(Text(printable(f"{name:10} {value}")), soft_wrap=True)
 
 
 def _is_before(step: str) -> bool:
@@ -227,5 +228,5 @@ def _print(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]])
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ursa.cli.data import AsJson, root_uri
+from ursa.cli.lines import print_lines
 from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ def changes(
         return
     for item in files:
         before = f"  (was {item.previous_uri})" if item.previous_uri else ""
-        print(f"{item.change:11} {item.source_uri}{before}")
+        print_lines(f"{item.change:11} {item.source_uri}{before}")
     for name in settings:
         print(f"{'setting':11} {name}")
     if parent is None and version.parent_uri is not None:
-        print(f"settings are not compared: {version.parent_uri} cannot be read")
+        print_lines(f"settings are not compared: {version.parent_uri} cannot be read")
     if num_recaptioned:
         print(f"captions changed: {num_recaptioned} files")
     num_other = len(files) - num_recaptioned
@@ -116,15 +117,17 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
     if as_json:
         print(json.dumps(rows, indent=1))
     for row in rows if not as_json else ():
-        print(f"version {row['version']} of {row['source']}")
-        print(f"  {row['file']}: {row['status']}, {row['clips']} clips")
+        print_lines(
+            f"version {row['version']} of {row['source']}",
+            f"  {row['file']}: {row['status']}, {row['clips']} clips",
+        )
         for model in row["models"]:
-            print(f"  model {model}")
+            print_lines(f"  model {model}")
         for model in row["descendants"]:
-            print(f"  model {model}, whose weights began with those of a model above")
+            print_lines(f"  model {model}, whose weights began with those of a model above")
     if not rows:
         if not as_json:
-            print(f"no version holds {names[0]}")
+            print_lines(f"no version holds {names[0]}")
         sys.exit(1)
 
 

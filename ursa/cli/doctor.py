@@ -8,6 +8,7 @@ import textwrap
 from ursa.cli.backstage import call_tasks
 from ursa.cli.data import AsJson, Flag, root_uri
 from ursa.cli.models import prefect_uri, registry_uri
+from ursa.texts import printable
 
 _WORDS = {"ok": "ok", "note": "note", "wrong": "WRONG", "mended": "mended"}
 
@@ -47,7 +48,7 @@ def _print_table(found: list[dict[str, str]]) -> None:
     columns = max(shutil.get_terminal_size((110, 24)).columns, 60)
     for item in found:
         head = f"{item['area']:13} {_WORDS[item['state']]:7} "
-        text = item["text"] + (f"; to do: {item['advice']}" if item["advice"] else "")
+        text = printable(item["text"] + (f"; to do: {item['advice']}" if item["advice"] else ""))
         print(
             textwrap.fill(
                 text,

@@ -11,8 +11,10 @@ from cyclopts import Parameter
 
 from ursa.cli.data import AsJson, Changes, Preset, parse_changes, root_uri
 from ursa.cli.data_versions import choose_version
+from ursa.cli.lines import print_lines
 from ursa.cli.models import check_device, check_place, model_directory
 from ursa.errors import ConfigError
+from ursa.texts import PrintableRecords, printable
 
 if TYPE_CHECKING:
     from ursa.artifacts import Measure, Measurements
@@ -81,11 +83,11 @@ def evaluate(
     if out is not None:
         out.write_text(found.model_dump_json(indent=1), "utf-8")
     if as_json:
-        print(found.model_dump_json(indent=1))
+        print(found.model_dump_json(indent=1, ensure_ascii=True))
         return
     print_measures(found.measurements)
     for reason in found.not_measured:
-        sys.stderr.write(f"not measured: {reason}\n")
+        sys.stderr.write(f"not measured: {printable(reason)}\n")
     if other is not None:
         _print_differences(found, other)
     if out is not None:
@@ -96,6 +98,7 @@ def evaluate(
 def _progress() -> Iterator[None]:
     """Write what is being measured to the terminal."""
     logger, handler = logging.getLogger("ursa.evaluation"), logging.StreamHandler()
+    handler.addFilter(PrintableRecords())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -130,10 +133,12 @@ def print_measures(found: "Measurements") -> None:
     print(f"{'metric':36} {'value':>9}  95 % interval         unit, which way is better")
     for item in found.measures:
         better = f", {item.better} is better" if item.better else ""
-        print(f"{item.metric:36} {item.value:9.4g}  {_interval(item):20}  {item.unit}{better}")
+        print_lines(
+            f"{item.metric:36} {item.value:9.4g}  {_interval(item):20}  {item.unit}{better}"
+        )
     for group in found.cases:
         drawn = f"{len(set(group.units))} {group.unit}s" if group.unit else "no interval"
-        print(f"{group.name}: {len(group.cases)} cases, {drawn}")
+        print_lines(f"{group.name}: {len(group.cases)} cases, {drawn}")
 
 
 def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -> None:
@@ -145,9 +150,9 @@ def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -
             f"{other.model} was measured on other data ({other.data_version_uri}) or with another "
             "seed: nothing can be compared"
         )
-    print(f"\n{found.model} less {other.model}, case by case")
+    print_lines("", f"{found.model} less {other.model}, case by case")
     for row in rows:
-        print(f"{row.metric:36} {row.value:+9.4g}  {_interval(row):20}  {row.verdict}")
+        print_lines(f"{row.metric:36} {row.value:+9.4g}  {_interval(row):20}  {row.verdict}")
 
 
 def _interval(item: "Measure | Difference") -> str:

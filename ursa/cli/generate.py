@@ -121,14 +121,18 @@ def generate(
     import torch
 
     from ursa.generation import SampleDefaults, UrsaPipeline, slide_window
+    from ursa.generation.limits import check_texts
 
     check_device(device)
     _check_sampler(steps, guidance, shift, temperature, noise)
+    check_texts("the prompt", [prompt])
+    check_texts("--negative", [negative or ""])
     first, last = _open_image("--image", image), _open_image("--last-image", last_image)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     started = time.perf_counter()
     with model_directory(model) as directory:
         _check_sizes(directory, sizes)
+        _check_memory(directory, sizes, device)
         pipeline = UrsaPipeline.from_pretrained(directory, device=device)
     pipeline.set_progress_bar_config(disable=True if quiet else None, desc="steps")
     defaults, stride = pipeline.defaults, pipeline.visual_tokenizer.temporal_stride
@@ -225,6 +229,40 @@ def _check_sizes(directory: Path, sizes: dict[str, int | None]) -> None:
             raise ConfigError(f"{name} must be {fits}, got {size}; {hint}")
 
 
+def _check_memory(directory: Path, sizes: dict[str, int | None], device: str) -> None:
+    """Check sizes against the memory of the device, before the weights are read."""
+    strides = strides_of(directory)
+    if strides is None:
+        return
+    import torch
+
+    from ursa.generation.files import sample_defaults
+    from ursa.generation.limits import check_frames, check_memory
+    from ursa.model.config import read_transformer_config
+    from ursa.model.size import Clip, latent_shape
+
+    defaults = sample_defaults(directory)
+    total = sizes["--num-frames"] or defaults.num_frames
+    height, width = sizes["--height"] or defaults.height, sizes["--width"] or defaults.width
+    with _options_named():
+        frames = min(sizes["--window"] or total, total)
+        # of a last window that is shorter the surplus is made too
+        frames += -(frames - 1) % strides[0]
+        shape = latent_shape(
+            frames, height, width, temporal_stride=strides[0], spatial_stride=strides[1]
+        )
+    check_frames(max(total, sizes["--given-frames"] or 0), height, width)
+    check_memory(
+        read_transformer_config(directory / "transformer"),
+        Clip(shape, defaults.max_prompt_length),
+        num_videos=1,
+        frame_px=(frames, height, width),
+        is_guided=False,
+        bytes_per_value=2,
+        device=torch.device(device),
+    )
+
+
 def _check_files(out: Path, **inputs: Path | None) -> None:
     if out.suffix.lower() not in {".mp4", ".gif", ".png"}:
         raise ConfigError(f"--out must end in .mp4, .gif or .png, got {out.name!r}")
@@ -288,15 +326,9 @@ def _check_sampler(
 def _open_image(option: str, path: Path | None) -> "Image | None":
     if path is None:
         return None
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from ursa.generation.limits import open_picture
 
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(
-            f"{option}: {path} is not an image that can be read ({error}); give a PNG or JPEG file"
-        ) from error
+    return open_picture(path, option)
 
 
 def _read_video(

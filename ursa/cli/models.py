@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ursa.errors import ConfigError
+from ursa.texts import secret_of_address
 
 _REGISTRY_PREFIX = "models:/"
 
@@ -81,14 +82,27 @@ def check_place(model: str) -> None:
 def registry_uri() -> str:
     """Return the address of the tracking server: what is set, else what `make up` starts."""
     given = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("URSA_MLFLOW_TRACKING_URI")
-    return given or f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
+    return _without_secret(
+        given or f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}", "MLflow"
+    )
+
+
+def _without_secret(address: str, name: str) -> str:
+    """Refuse an address that must not be shown: it goes into messages and command lines."""
+    if found := secret_of_address(address):
+        raise ConfigError(
+            f"the address of {name} holds {found}; give it without, secrets have variables of "
+            "their own (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, "
+            "PREFECT_API_AUTH_STRING)"
+        )
+    return address
 
 
 def prefect_uri() -> str:
     """Return the address of the Prefect server, without "/api": what is set, else as above."""
     port = os.environ.get("URSA_PREFECT_PORT") or 4200
     api_url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
-    return api_url.rstrip("/").removesuffix("/api")
+    return _without_secret(api_url.rstrip("/").removesuffix("/api"), "Prefect")
 
 
 def check_answers(uri: str, *, name: str = "MLflow", variable: str = "MLFLOW_TRACKING_URI") -> None:

@@ -113,7 +113,7 @@ def plan(
 
     Raises:
         ConfigError: If arguments do not fit together, a model directory is not readable, or
-            training does not fit.
+            training or inference does not fit.
     """
     if sum(item is not None for item in (model, size, preset)) > 1:
         raise ConfigError("give one of --model, --size and --preset")
@@ -171,8 +171,23 @@ def plan(
         _print_plan(result, known, dtype, steps)
         if training is not None:
             print_training(training)
-    if training is not None and training.problems:
-        raise ConfigError("; ".join(training.problems))
+    problems = [*_too_large(result), *(training.problems if training is not None else ())]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _too_large(plan: "Plan") -> Iterator[str]:
+    """Say that no GPU holds the inference; where memory is named too, as nothing else asks."""
+    from ursa.training.plan import GPUS
+
+    largest = max(GPUS.values(), key=lambda gpu: gpu.memory_bytes or 0)
+    there = largest.memory_bytes or 0
+    if plan.inference_bytes > there:
+        needed = short(plan.inference_bytes, "B")
+        yield (
+            f"inference needs {needed} at once, and {largest.name}, the largest GPU that is known "
+            f"here, has {short(there, 'B')}; ask for fewer or smaller frames"
+        )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ursa.errors import ConfigError
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from ursa.training.execution import Strategy
     from ursa.training.plan import DataSize, Machine, Speed, StagePlan
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _PROCESS_BYTES = 480_000_000
 """Python with torch, transformers and pyarrow on a CPU, before there is a model."""
 _LOCAL_BYTES_PER_S = 1e9
@@ -244,6 +242,7 @@ def _check(cluster: Cluster) -> None:
 
 def _machine(cluster: Cluster) -> "Machine":
     """Return what each worker has; processes of this machine share its memory."""
+    from ursa.model.size import machine_bytes
     from ursa.training.plan import GPUS, Machine
 
     if cluster.gpu is not None and cluster.gpu in GPUS:
@@ -251,7 +250,7 @@ def _machine(cluster: Cluster) -> "Machine":
     elif cluster.gpu == "cpu":
         machine = Machine(
             name="cpu of this machine",
-            memory_bytes=_memory_bytes() // cluster.num_workers,
+            memory_bytes=machine_bytes() // cluster.num_workers,
             process_bytes=_PROCESS_BYTES,
             memory_bytes_per_s=1e10,
             link_bytes_per_s=_LOCAL_BYTES_PER_S,
@@ -261,14 +260,6 @@ def _machine(cluster: Cluster) -> "Machine":
     if cluster.memory_gb is not None:
         machine = machine.model_copy(update={"memory_bytes": int(cluster.memory_gb * 1e9)})
     return machine
-
-
-def _memory_bytes() -> int:
-    """Return the memory of this machine, or of the container that this process is in."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text("utf-8").strip()) != "max":
-        return min(total, int(limit))
-    return total
 
 
 def _measured(

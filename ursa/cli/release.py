@@ -7,6 +7,7 @@ from cyclopts import App
 
 from ursa.cli.backstage import call_tasks
 from ursa.cli.data import AsJson, root_uri
+from ursa.cli.lines import print_lines
 from ursa.cli.models import check_answers, registry_uri
 
 app = App(
@@ -38,9 +39,11 @@ def list_models(*, name: str = _DEFAULT, as_json: AsJson = False) -> None:
         loss = "" if item["loss"] is None else f"loss {item['loss']:.4f}"
         gate = "gate holds" if item["gate_passed"] else "refused"
         state = gate if item["is_whole"] else "HALF REGISTERED (ursa doctor --fix)"
-        print(f"{item['version']:>4}  {made}  {loss:12} {state:11} {', '.join(item['aliases'])}")
+        print_lines(
+            f"{item['version']:>4}  {made}  {loss:12} {state:11} {', '.join(item['aliases'])}"
+        )
         if item["decision"]:
-            print(f"      {item['decision']}")
+            print_lines(f"      {item['decision']}")
     if not found:
         print(f"no version of {name} yet")
 
@@ -121,8 +124,10 @@ def history(*, name: str = _DEFAULT, root: str | None = None, as_json: AsJson = 
     for item in found:
         what = item.event.replace("_", " ")
         champion = f"champion {item.champion_before or '-'} -> {item.champion or '-'}"
-        print(f"{item.number:>4}  {item.decided_at}  {what} version {item.version}  {champion}")
-        print(f"      by {item.decided_by}: {item.reason}")
+        print_lines(
+            f"{item.number:>4}  {item.decided_at}  {what} version {item.version}  {champion}"
+        )
+        print_lines(f"      by {item.decided_by}: {item.reason}")
     if not found:
         print(f"no decision about {name} at {root_uri(root)}")
 

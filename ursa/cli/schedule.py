@@ -9,6 +9,7 @@ from cyclopts import App
 
 from ursa.cli.backstage import call_tasks
 from ursa.cli.data import AsJson
+from ursa.cli.lines import print_lines
 from ursa.cli.models import check_answers, prefect_uri
 
 app = App(
@@ -81,7 +82,7 @@ def run(*, source: str | None = None, preset: str | None = None, as_json: AsJson
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    print(f"{found['name']} is to run on {_what(found)}: {found['url']}")
+    print_lines(f"{found['name']} is to run on {_what(found)}: {found['url']}")
     if not found["has_worker"]:
         print("no worker is up, so it waits: `make up` starts one")
 
@@ -111,4 +112,4 @@ def _say(found: dict[str, Any], *, as_json: bool) -> None:
     due = found["next"]
     when = f", next {datetime.fromisoformat(due):%Y-%m-%d %H:%M %Z}" if due else ""
     print(f"{'on' if found['active'] else 'off'}: {', '.join(found['schedules'])}{when}")
-    print(f"     {_what(found)}; {found['url']}")
+    print_lines(f"     {_what(found)}; {found['url']}")

@@ -17,13 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ursa.artifacts import Measure, Measurements
 from ursa.data.addresses import address_seed
 from ursa.errors import ConfigError
 from ursa.evaluation.measures import group_cases, mean_measure, plain_measure, statistic_measure
 from ursa.generation import UrsaPipeline
+from ursa.generation.limits import open_picture
+from ursa.texts import is_file_name
 from ursa.video.encode import write_video
 
 Layout = Literal["vbench", "vbench-i2v", "geneval", "dpg"]
@@ -108,13 +110,16 @@ def _iter_prompts(layout: Layout, prompts: Path, images: Path | None) -> Iterato
         yield from (Asked(str(item["id"]), item["prompt"]) for item in json.loads(text))
     else:
         for item in json.loads(text):
+            if images is not None and not is_file_name(item["image_name"]):
+                raise ConfigError(f"--prompts: {item['image_name']!r} is no name of an image")
             image = None if images is None else images / item["image_name"]
             yield Asked(item["prompt_en"], item["prompt_en"], image)
 
 
 def _check_name(asked: Asked) -> None:
     name = asked.name
-    if "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > _MAX_NAME_BYTES:
+    is_name = is_file_name(name) and not name.startswith(".")
+    if not is_name or len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES:
         raise ConfigError(f"{name[:80]!r} cannot be the name of a file, as the benchmark wants it")
     if asked.image is not None and not asked.image.is_file():
         raise ConfigError(f"--images: there is no file {asked.image}")
@@ -194,11 +199,7 @@ def _draw(
 ) -> np.ndarray:
     image = None
     if item.image is not None:
-        try:
-            with Image.open(item.image) as opened:
-                image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"--images: {item.image} cannot be read ({error})") from error
+        image = open_picture(item.image, "--images")
     frames: np.ndarray = pipeline(
         item.prompt,
         image=image,

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 from torch import Tensor
 
 from ursa.errors import ConfigError, name_hint
+from ursa.generation.limits import MAX_INFERENCE_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def check_sampler(
     """Check that the sampler's numbers are in their ranges.
 
     Args:
-        num_inference_steps: At least 1.
+        num_inference_steps: At least 1, at most `MAX_INFERENCE_STEPS`.
         guidance_scale: In [0, 1000]; up to 1 is off.
         flow_shift: Positive and finite; 1 is none.
         temperature: At least 0, finite; 1 is the model's own law.
@@ -132,6 +133,12 @@ def check_sampler(
     """
     for name, value, fits, expected in (
         ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
+        (
+            "num_inference_steps",
+            num_inference_steps,
+            num_inference_steps <= MAX_INFERENCE_STEPS,
+            f"at most {MAX_INFERENCE_STEPS:,}",
+        ),
         (
             "guidance_scale",
             guidance_scale,

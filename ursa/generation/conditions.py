@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ursa.errors import ConfigError
+from ursa.generation.limits import check_picture
 from ursa.tokenizers.visual import AutoencoderTokenizer
 from ursa.video.decode import fit_frames
 
@@ -252,6 +253,7 @@ def frame_clock(start: Tensor, t: float, t_next: float) -> tuple[Tensor, Tensor]
 
 def _array(picture: Picture) -> np.ndarray:
     if isinstance(picture, Image.Image):
+        check_picture(picture, "an image")
         return np.asarray(picture.convert("RGB"))
     array = np.asarray(picture)
     if not array.size or array.ndim != 3 or array.dtype != np.uint8 or array.shape[-1] != 3:

@@ -273,15 +273,30 @@ def read_directory(root: Path, *, dtype: torch.dtype | None) -> Parts:
             raise ConfigError(
                 f"{root}: the transformer predicts {num_codes} codes, {what} has {size}"
             )
-    has_defaults = (root / DEFAULTS_FILE).is_file()
     return Parts(
         transformer=transformer,
         scheduler=scheduler,
         codebook=codebook,
         visual_tokenizer=visual,
         text_tokenizer=load_text_tokenizer(root / "tokenizer"),
-        defaults=_parse(SampleDefaults, root / DEFAULTS_FILE) if has_defaults else SampleDefaults(),
+        defaults=sample_defaults(root),
     )
+
+
+def sample_defaults(root: Path) -> SampleDefaults:
+    """Return what a call of a model takes where it names nothing.
+
+    Args:
+        root: The model directory.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    has_defaults = (root / DEFAULTS_FILE).is_file()
+    found: SampleDefaults = (
+        _parse(SampleDefaults, root / DEFAULTS_FILE) if has_defaults else SampleDefaults()
+    )
+    return found
 
 
 def write_directory(

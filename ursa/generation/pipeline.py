@@ -56,6 +56,7 @@ from ursa.generation.files import (
     read_directory,
     write_directory,
 )
+from ursa.generation.limits import check_memory, check_texts
 from ursa.generation.sampler import (
     DrawOrder,
     Draws,
@@ -65,6 +66,7 @@ from ursa.generation.sampler import (
     Solver,
     sample,
 )
+from ursa.model.size import Clip as LatentClip
 from ursa.model.size import latent_shape
 from ursa.model.transformer import UrsaTransformer
 from ursa.tokenizers.text import TextTokenizer, motion_prompt
@@ -417,15 +419,6 @@ class UrsaPipeline:
         times = self._times(grid, num_steps, shift)
         sampling = replace(sampling, times=tuple(times.tolist()))
         copies = _or(num_images_per_prompt, num_videos_per_prompt)
-        text_ids, negative_ids = self._prompts(
-            prompt,
-            negative_prompt,
-            prompt_ids,
-            negative_prompt_ids,
-            motion_score=motion_score,
-            length=_or(_or(max_prompt_length, max_sequence_length), asked.max_prompt_length),
-            copies=copies,
-        )
         tokenizer = self.visual_tokenizer
         if latents_shape is None:
             size = _or(height, asked.height), _or(width, asked.width)
@@ -438,6 +431,29 @@ class UrsaPipeline:
         else:
             shape = checked_latent_shape(latents_shape)
             size = shape[1] * tokenizer.spatial_stride, shape[2] * tokenizer.spatial_stride
+        length = _or(_or(max_prompt_length, max_sequence_length), asked.max_prompt_length)
+        if prompt_ids is not None:
+            num_prompts, length = len(prompt_ids), prompt_ids.shape[-1]
+        else:
+            num_prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+        check_memory(
+            self.transformer.config,
+            LatentClip(shape, length),
+            num_videos=num_prompts * max(copies, 1),
+            frame_px=(1 + (shape[0] - 1) * tokenizer.temporal_stride, *size),
+            is_guided=sampling.scale > 1,
+            bytes_per_value=self.dtype.itemsize,
+            device=self.device,
+        )
+        text_ids, negative_ids = self._prompts(
+            prompt,
+            negative_prompt,
+            prompt_ids,
+            negative_prompt_ids,
+            motion_score=motion_score,
+            length=length,
+            copies=copies,
+        )
         conditions = self._conditions(
             image,
             last_image,
@@ -532,6 +548,7 @@ class UrsaPipeline:
             texts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not texts:
                 raise ConfigError("prompt is an empty list; give at least one text")
+            check_texts("prompt", texts)
             prompt_ids = self.text_tokenizer.encode(
                 [motion_prompt(text, motion_score) for text in texts], max_length=length
             )
@@ -540,10 +557,9 @@ class UrsaPipeline:
                 f"prompt_ids must have shape (prompts, L), got {tuple(prompt_ids.shape)}"
             )
         if negative_prompt_ids is None:
-            negative_prompt_ids = self.text_tokenizer.encode(
-                per_video(negative_prompt or "", len(prompt_ids), "negative_prompt"),
-                max_length=prompt_ids.shape[1],
-            )
+            texts = per_video(negative_prompt or "", len(prompt_ids), "negative_prompt")
+            check_texts("negative_prompt", texts)
+            negative_prompt_ids = self.text_tokenizer.encode(texts, max_length=prompt_ids.shape[1])
         negative_prompt_ids = share(negative_prompt_ids, len(prompt_ids))
         if prompt_ids.shape != negative_prompt_ids.shape:
             raise ConfigError(

@@ -6,7 +6,9 @@ It holds everything itself and loads nothing. Prompts come from users: they are 
 import base64
 
 from ursa import storage
+from ursa.errors import DataError
 from ursa.inspection.page import escape
+from ursa.texts import is_file_name
 
 PROMPTS = "prompts.tsv"
 MODES = {"t2v": "from noise", "i2v": "from the first frame of a real clip"}
@@ -58,6 +60,7 @@ def sample_figures(samples_uri: str, *, max_bytes: int | None = None) -> list[st
         HTML.
 
     Raises:
+        DataError: If the list of prompts names what is no sample.
         FileNotFoundError: If a sample or the list of prompts is gone.
         StorageError: If the store refuses or does not answer.
     """
@@ -66,6 +69,8 @@ def sample_figures(samples_uri: str, *, max_bytes: int | None = None) -> list[st
     figures: list[str] = []
     num_bytes = 0
     for name, _, prompt in rows:
+        if not is_file_name(name):
+            raise DataError(f"{samples_uri}: {name[:200]!r} is no name of a sample")
         num_bytes += storage.size_bytes(storage.join(samples_uri, f"{name}.mp4"))
         if max_bytes is not None and num_bytes > max_bytes:
             break

@@ -11,6 +11,7 @@ from ursa.data.clips import read_selection_tables
 from ursa.data.versions import DatasetVersion
 from ursa.inspection.stats import count_values, total_s
 from ursa.model.size import num_parameters
+from ursa.texts import markdown_code, markdown_text
 from ursa.training.stage import transformer_config
 
 _MAX_LICENCES = 20
@@ -72,13 +73,14 @@ def model_card(
             if f"eval/{key}" in metrics
         ],
     )
+    source = markdown_code(unquote(version.source_uri))
     parts = [
-        f"# {name}",
+        f"# {markdown_text(name)}",
         "A text- and image-to-video model trained by `ursa` with uniform discrete diffusion over "
         "video tokens on a metric path ([arXiv 2510.24717](https://arxiv.org/abs/2510.24717)).",
         "## Use",
         "```python\nfrom ursa import UrsaPipeline\n\n"
-        f'pipe = UrsaPipeline.from_pretrained("{report.model.directory_uri}")\n'
+        f"pipe = UrsaPipeline.from_pretrained({report.model.directory_uri!a})\n"
         'frames = pipe("a caption like those it was trained on", output_type="np").frames[0]\n```',
         f"Clips of {samples.num_frames} frames, {samples.width_px} x {samples.height_px} pixels at "
         f"{samples.fps:g} frames per second.",
@@ -93,7 +95,7 @@ def model_card(
             ],
         ),
         "## Training data",
-        f"Version {version.number} of the data set of `{unquote(version.source_uri)}`: "
+        f"Version {version.number} of the data set of {source}: "
         f"{version.num_files:,} files, {clips.num_rows:,} clips, of which {kept.num_rows:,} are "
         f"kept ({total_s(kept) / 60:,.1f} minutes), {version.selection.num_validation:,} of them "
         f"held out by source; {version.num_tokens:,} visual tokens. Names of authors are known of "
@@ -112,24 +114,21 @@ def model_card(
         "repeats them. Nothing was done against misuse, captions were not checked for truth. "
         "Whether clips may be used for a purpose is said by their licences.",
         "## Where it is from",
-        _table(("what", "value"), [(key, f"`{value}`") for key, value in origin.items()]),
+        _table(("what", "value"), [(key, markdown_code(value)) for key, value in origin.items()]),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table of cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    """Return a text that stays in its cell."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _first(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    rows = [(name, f"{count:,}") for name, count in list(counts.items())[:_MAX_LICENCES]]
-    left = sum(counts.values()) - sum(list(counts.values())[:_MAX_LICENCES])
+    first = list(counts.items())[:_MAX_LICENCES]
+    rows = [(markdown_text(name), f"{count:,}") for name, count in first]
+    left = sum(counts.values()) - sum(count for _, count in first)
     return [*rows, *([("others", f"{left:,}")] if left else [])]
 
 
@@ -163,7 +162,8 @@ def _evaluation(metrics: Mapping[str, float], request: StageRequest) -> str:
 
 
 def _verdict(report: EvalReport) -> str:
-    return "holds" if report.gate_passed else f"fails: {'; '.join(report.failed_gates)}"
+    reasons = markdown_text("; ".join(report.failed_gates))
+    return "holds" if report.gate_passed else f"fails: {reasons}"
 
 
 def _number(value: float | None) -> str:

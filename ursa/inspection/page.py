@@ -7,6 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from ursa.inspection.stats import FunnelRow
+from ursa.texts import printable
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -63,9 +64,9 @@ def escape(text: object) -> str:
     """Return a text that is a text in HTML, in attributes too.
 
     Args:
-        text: Anything; what cannot be written as UTF-8 is replaced.
+        text: Anything; what is not to be seen or turns the direction of a text is written out.
     """
-    return html.escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+    return html.escape(printable(text), quote=True)
 
 
 def section(title: str, body: str) -> str:

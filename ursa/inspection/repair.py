@@ -46,6 +46,7 @@ from ursa.inspection.verify_tokens import KEY_DIGITS, load_unit_record, shard_ke
 from ursa.sources.listing import look_up_video
 from ursa.tokenization import ClipTokenizer
 
+_OUTSIDE = "it lies outside of the data root, where nothing is written; look at who has named it"
 _MENDED = frozenset(
     {ProblemKind.MEDIA, ProblemKind.SHARD, ProblemKind.VERSION_TABLE, ProblemKind.RECORD}
 )
@@ -86,8 +87,12 @@ def repair_root(root_uri: str, *, config: RunConfig | None = None) -> RepairRepo
     """
     found = verify_root(root_uri, with_media=True, config=config)
     damaged: dict[ProblemKind, list[str]] = defaultdict(list)
+    outside = []
     for problem in found.problems:
-        damaged[problem.kind].append(problem.uri)
+        if problem.kind in _MENDED and not storage.is_below(problem.uri, root_uri):
+            outside.append(not_done(problem.uri, _OUTSIDE))
+        else:
+            damaged[problem.kind].append(problem.uri)
     repairs = list(_repair_media(root_uri, damaged[ProblemKind.MEDIA]))
     lost = {repair.uri for repair in repairs if not repair.is_repaired}
     settings = [item.tokenization for item in known_configs(config)]
@@ -99,7 +104,7 @@ def repair_root(root_uri: str, *, config: RunConfig | None = None) -> RepairRepo
         for item in found.problems
         if item.kind not in _MENDED
     ]
-    return RepairReport(found=found, repairs=tuple(repairs))
+    return RepairReport(found=found, repairs=(*repairs, *outside))
 
 
 def _repair_media(root_uri: str, uris: Sequence[str]) -> Iterator[Repair]:

@@ -21,6 +21,7 @@ from ursa.errors import ConfigError
 from ursa.model.config import CONFIG_FILE, config_json, read_transformer_config
 from ursa.model.qwen3 import read_qwen3_config, transformer_config
 from ursa.model.transformer import HEAD_RANGE, UrsaTransformer, fourier_features
+from ursa.texts import is_file_name
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _ONE_FILE = (WEIGHTS_FILE, "model.safetensors")
@@ -201,13 +202,14 @@ def _weight_files(root: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), found[0])
     try:
         weight_map = json.loads(found[0].read_text("utf-8"))["weight_map"]
-        files = {str(name): root / str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places = dict(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{found[0]} is no index of shards: weight_map is missing") from error
-    outside = [str(path) for path in files.values() if path.parent != root]
+    outside = [place for place in places.values() if not is_file_name(place)]
     if outside:
-        raise ConfigError(f"{found[0]}: shards must stand beside the index, got {outside[0]}")
-    return files
+        text = str(outside[0])[:200]
+        raise ConfigError(f"{found[0]}: shards must stand beside the index, got {text!r}")
+    return {str(name): root / place for name, place in places.items()}
 
 
 def _read_tensors(
@@ -253,7 +255,7 @@ def _read_tensors(
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} is missing or damaged: {error}") from error
 
 

@@ -8,6 +8,8 @@ References:
     third. Memory of training: ZeRO, arXiv 1910.02054, section 3.1. Formulae in docs/math.md.
 """
 
+import os
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from ursa.config import FrozenModel, LoraConfig, LoraTarget
@@ -21,6 +23,7 @@ LOGITS_AT_ONCE = 2**23
 """Logits that the sampler holds at once, as in `ursa.diffusion.solver`."""
 MAX_SIDE_PX = 8192
 """Longest side of a picture: of the largest video that H.264 allows, 8192 x 4320 (level 6.2)."""
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LOGITS_COPIES = 2
 """Logits, and the weights that are drawn from."""
 _FLOAT32_BYTES = 4
@@ -143,6 +146,14 @@ def latent_shape(
         height_px // spatial_stride,
         width_px // spatial_stride,
     )
+
+
+def machine_bytes() -> int:
+    """Return the memory of this machine, or of the container that this process is in, bytes."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text("utf-8").strip()) != "max":
+        return min(total, int(limit))
+    return total
 
 
 def num_parameters(config: TransformerConfig) -> int:

@@ -27,6 +27,7 @@ from urllib3.response import BaseHTTPResponse
 
 from ursa.artifacts import FailureReason
 from ursa.sources.names import stand_in_etag
+from ursa.texts import without_user
 from ursa.video.probe import QuarantinedError
 
 FetchError = QuarantinedError
@@ -274,14 +275,14 @@ def _ask(url: str, rules: Rules, clock: _Clock, stack: contextlib.ExitStack) -> 
 def _checked(url: str, rules: Rules) -> tuple[SplitResult, str, int]:
     """Take an address apart; whatever two programs may read in two ways is refused."""
     if not re.fullmatch(r"[!-~]+", url) or "\\" in url:
-        raise _refused(f"{url!r} has characters that must be percent-encoded")
+        raise _refused(f"{_shown(url)} has characters that must be percent-encoded")
     try:
         parts = urlsplit(url)
         port = parts.port or 443
     except ValueError as error:
-        raise _refused(f"{url!r} is no address: {error}") from error
+        raise _refused(f"{_shown(url)} is no address: {error}") from error
     if parts.scheme != "https":
-        raise _refused(f"{url!r} is no https address")
+        raise _refused(f"{_shown(url)} is no https address")
     if "@" in parts.netloc:
         raise _refused("addresses with a user name are not fetched")
     if port not in rules.ports:
@@ -376,6 +377,11 @@ def _host(url: str) -> str:
     with contextlib.suppress(ValueError):
         return urlsplit(url).hostname or url
     return url
+
+
+def _shown(url: str) -> str:
+    """Return an address without what may be a secret: a server may send one in a redirect."""
+    return repr(without_user(url.partition("?")[0]))
 
 
 def _refused(detail: str) -> QuarantinedError:

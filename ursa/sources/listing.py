@@ -21,6 +21,7 @@ from ursa.sources.names import (
     is_manifest,
     is_tar,
     member_uri,
+    refuse_secret,
     relative_namer,
     stand_in_etag,
     tar_of,
@@ -65,6 +66,7 @@ def discover_videos(
             used.
         StorageError: If the store refuses or does not answer.
     """
+    refuse_secret(source_uri)
     with open_hashes(hash_cache) as hashes:
         if is_https(source_uri):
             if not allow_https:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -9,6 +10,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from ursa import storage
 from ursa.artifacts import SourceVideo
 from ursa.errors import DataError
+from ursa.texts import secret_of_address
 
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet", ".txt")
 TAR_SUFFIX = ".tar"
@@ -142,6 +144,25 @@ def stand_in_etag(*parts: object) -> str:
     return f"stand-in-{digest}"
 
 
+def refuse_secret(uri: str) -> None:
+    """Refuse an address that holds a secret: addresses are kept in tables and shown.
+
+    Args:
+        uri: Any URI or path.
+
+    Raises:
+        DataError: If it holds a user, a password, a signature or a token; does not show it.
+    """
+    scheme, is_uri, rest = uri.partition("://")
+    found = secret_of_address(uri) if is_uri else None
+    if found is not None:
+        raise DataError(
+            f"an address on {scheme}://{re.split('[/?#]', rest)[0].rpartition('@')[2]} holds "
+            f"{found}; addresses are kept and shown, so give one without a secret, or the "
+            "downloaded file"
+        )
+
+
 def resolve_name(manifest_uri: str, name: str) -> str:
     """Return the URI of a file that a manifest names.
 
@@ -151,11 +172,13 @@ def resolve_name(manifest_uri: str, name: str) -> str:
             or `https://` URI.
 
     Raises:
-        DataError: If the name is not allowed: another scheme, a relative name that leads out of
-            the folder, or a file of this machine in a manifest of an object store.
+        DataError: If the name is not allowed: another scheme, a secret in an address, a relative
+            name that leads out of the folder, or a file of this machine in a manifest of an object
+            store.
     """
     if not name or "\0" in name:
         raise DataError(f"{name!r} is no name of a file")
+    refuse_secret(name)
     scheme, is_uri, rest = name.partition("://")
     if is_uri:
         return _checked_uri(manifest_uri, name, scheme.lower(), rest)
@@ -189,6 +212,8 @@ def _checked_uri(manifest_uri: str, name: str, scheme: str, rest: str) -> str:
     if scheme == "file" and rest.removeprefix("localhost").startswith("/"):
         if storage.is_remote(manifest_uri):
             raise DataError(_NO_LOCAL_FILES.format(name))
+        if "%00" in rest:
+            raise DataError(f"{name!r} is no name of a file")
         return Path(os.path.normpath(storage.local_path(f"file://{rest}"))).as_uri()
     raise DataError(
         f"{name!r} is no address of a file; expected a path, s3://bucket/key, file:///path or "

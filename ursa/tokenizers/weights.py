@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ursa.errors import ConfigError
+from ursa.texts import is_file_name
 from ursa.tokenizers.cosmos import CosmosAutoencoder, CosmosConfig
 from ursa.tokenizers.fitted import FittedAutoencoder, FittedConfig
 from ursa.tokenizers.ibq import ImageAutoencoder, ImageConfig
@@ -126,16 +127,14 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], Path]:
     files = [source.name]
     if source.name == INDEX_FILE:
         shards = _read_json(source).get("weight_map")
-        if not isinstance(shards, dict) or any(
-            str(Path(str(f)).name) != f for f in shards.values()
-        ):
+        if not isinstance(shards, dict) or not all(map(is_file_name, shards.values())):
             raise ConfigError(f"{source}: weight_map must map keys to file names beside it")
         files = sorted(set(shards.values()))
     weights: dict[str, Tensor] = {}
     for name in files:
         try:
             weights |= load_file(directory / name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"{directory / name} cannot be read: {error}") from error
     return weights, source
 

@@ -86,7 +86,7 @@ class Machine(FrozenModel):
 
     Attributes:
         name: How it is called.
-        memory_bytes: Memory for its process; None is not known, so that everything fits.
+        memory_bytes: Memory for its process; None is not known, and the largest GPU is the limit.
         process_bytes: Of it, what Python, torch and drivers take before there is a model.
         peak_flops: Operations a second at float32, as published; None is not known.
         peak_half_flops: The same of bfloat16 products that are summed in float32; None is that of
@@ -718,9 +718,10 @@ def _problems(
             f"{stage}: global_batch_size {settings.global_batch_size} must be divisible by the "
             f"{num_workers} workers; try stages.{stage}.global_batch_size={near}"
         )
-    if machine.memory_bytes is None:
-        return found
-    room = machine.memory_bytes - machine.process_bytes
+    if machine.memory_bytes is None:  # what no machine has must not pass for a plan
+        machine = max(GPUS.values(), key=lambda gpu: gpu.memory_bytes or 0)
+    there = machine.memory_bytes or 0
+    room = there - machine.process_bytes
 
     def needed(parts: int | None = None) -> TrainingMemory:
         work = _work(config, stage, num_workers, execution, parts)
@@ -757,7 +758,7 @@ def _problems(
             )
     found.append(
         f"{stage}: a worker needs {_gigabytes(now.total_bytes + machine.process_bytes)} and "
-        f"{machine.name} has {_gigabytes(machine.memory_bytes)}; try {advice}"
+        f"{machine.name} has {_gigabytes(there)}; try {advice}"
     )
     return found
 

@@ -9,7 +9,7 @@ from ursa.inspection.root import read_recipe
 from ursa.release import export_model
 from ursa.training.stage import train_stage
 
-HOSTILE = "CC | BY\nnew line"
+HOSTILE = "CC | BY\nnew line <script>[x](javascript:alert(1))`"
 
 
 def test_the_card_says_what_the_records_say(root, tmp_path):
@@ -49,7 +49,7 @@ def test_the_card_says_what_the_records_say(root, tmp_path):
         f"{version.num_tokens:,} visual tokens",
         f"| video_pretrain | 2 | {checkpoint.num_samples_seen} |",
         f"{report.metrics['eval/unigram_loss']:.3f}",
-        "| source | `CC \\| BY new line` |",
+        "| source | `` CC \\| BY\\nnew line <script>[x](javascript:alert(1))` `` |",
         "| unknown |",
         report.failed_gates[0] if report.failed_gates else "The gate holds",
     ):

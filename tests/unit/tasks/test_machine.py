@@ -7,11 +7,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 
-from tasks import machine
+from tasks import commands, machine
 
 LISTEN = """
 import socket, sys
@@ -45,6 +47,34 @@ def test_a_service_that_others_reach_is_wrong_and_one_on_loopback_is_not() -> No
         assert "open to other machines on 0.0.0.0" in finding.text
     with listening("127.0.0.1", "mlflow") as port:
         assert ports(port) == []
+
+
+def own_address() -> str:
+    """Return an address of this machine that others reach."""
+    for addresses in psutil.net_if_addrs().values():
+        for item in addresses:
+            if item.family == socket.AF_INET and not item.address.startswith("127."):
+                return item.address
+    pytest.skip("this machine has no address but the loopback one")
+
+
+def test_the_command_names_a_port_that_is_open_on_an_address_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = own_address()
+    with listening(address, "prefect", "server") as port:
+        socket.create_connection((address, port), timeout=5).close()
+        found = commands.doctor(
+            tracking_uri="http://127.0.0.1:9",
+            prefect_url="http://127.0.0.1:9",
+            root_uri=str(tmp_path),
+            fix=False,
+            security=True,
+        )
+        (line,) = [item for item in found if f"port {port} " in item["text"]]
+    assert (line["area"], line["state"]) == ("security", "wrong")
+    assert f"open to other machines on {address}" in line["text"]
+    assert "127.0.0.1" in line["advice"]
 
 
 def test_ray_may_be_reached_if_it_demands_a_token() -> None:

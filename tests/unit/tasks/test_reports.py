@@ -1,10 +1,18 @@
+import io
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from tasks import reports
+from tasks.options import show_library_logs
 from tests import factories
+from ursa.artifacts import FailureReason, IngestedVideo, SelectedClip, SourceVideo, VideoInfo
+from ursa.texts import markdown_code, markdown_text
 
 
 def test_outside_of_a_flow_run_nothing_is_stored() -> None:
@@ -75,15 +83,116 @@ def test_shots_that_are_too_short_are_a_share_of_all_shots(
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("a\nb|c.mp4", "a\\nb\\|c.mp4"),
-        ("caf\udce9.mp4", "caf\\udce9.mp4"),
+        ("a\nb|c.mp4", r"a\\nb\|c.mp4"),
+        ("caf\udce9.mp4", r"caf\\udce9.mp4"),
         ("plain.mp4", "plain.mp4"),
     ],
 )
 def test_hostile_names_fit_into_a_table(name: str, expected: str) -> None:
-    assert reports.cell(name) == expected
-    reports.cell(name).encode("utf-8")
+    assert markdown_text(name) == expected
+    markdown_text(name).encode("utf-8")
 
 
 def test_artifact_keys_have_dashes() -> None:
     assert reports.slug("image_pretrain") == "image-pretrain"
+
+
+HOSTILE = (
+    "a\nforged\r\x1b[31m\u202e<script>alert(1)</script><img src=x onerror=alert(1)>"
+    "[x](javascript:alert(1))\\[y\\](javascript:alert(2))|`b`"
+)
+RENDER = MarkdownIt("commonmark", {"html": True}).enable("table")
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the artifacts of a run hold, with their descriptions."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(reports, "in_flow_run", lambda: True)
+
+    def store(data: Any, *, key: str, description: str, **more: str) -> None:
+        found[key] = [data, description, *more.values()]
+
+    def store_link(link: str, *, key: str, description: str, **more: str) -> None:
+        store(link, key=key, description=description, **more)
+
+    for name in ("create_markdown_artifact", "create_table_artifact"):
+        monkeypatch.setattr(reports, name, store)
+    monkeypatch.setattr(reports, "create_link_artifact", store_link)
+    return found
+
+
+def texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+
+
+def test_names_captions_and_reasons_stay_texts_in_all_artifacts(
+    stored: dict[str, Any], tmp_path: Path
+) -> None:
+    clip_path = tmp_path / "clip.mp4"
+    clip_path.write_bytes(b"x")
+    info = VideoInfo(codec="x", width_px=8, height_px=8, fps=8.0, num_frames=8, duration_s=1.0)
+    clip = factories.clip_of(clip_path, caption=HOSTILE, info=info)
+    clip = clip.model_copy(update={"source_uri": f"s3://bucket/{HOSTILE}"})
+    selection = factories.commit_selection(str(tmp_path), [])
+    source = SourceVideo(uri=f"s3://bucket/{HOSTILE}", num_bytes=1, etag="x")
+    failure = IngestedVideo(
+        source=source,
+        source_sha256=None,
+        info=None,
+        clips=(),
+        failure=FailureReason.NOT_A_VIDEO,
+        detail=HOSTILE,
+    )
+    reports.data_funnel(selection.clips, selection, [failure])
+    reports.clip_examples(
+        [
+            SelectedClip(clip=clip, kept=True, reason=None, split="train"),
+            SelectedClip(clip=clip, kept=False, reason="too_dark", split=None),
+        ]
+    )
+    reports.stage_summary("image_pretrain", {"train/loss": 1.0}, {HOSTILE: "fact"})
+    reports.run_summary("title", [(HOSTILE, "value"), ("source", markdown_code(HOSTILE))])
+    reports.table("dataset-version", [{"file": HOSTILE, "files": 1}], "Version 1.")
+    assert set(stored) == {
+        *("data-funnel", "clip-examples", "train-image-pretrain", "run-summary"),
+        "dataset-version",
+    }
+    shown = list(texts(list(stored.values())))
+    assert sum("alert" in text for text in shown) >= 6
+    for text in shown:
+        page = RENDER.render(text)
+        assert not re.search(r"<(script|img|a|iframe|svg)[ >]", page), page
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page), page
+        for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL):
+            assert row.count("<td>") + row.count("<th>") in {2, 5}, row
+
+
+def test_lines_of_the_library_are_printable_in_the_log_of_a_run() -> None:
+    stream = io.StringIO()
+    places = [logging.getLogger(name) for name in ("ursa", "prefect.flow_runs")]
+    handlers = [logging.StreamHandler(stream) for _ in places]
+    for place, handler in zip(places, handlers, strict=True):
+        place.addHandler(handler)
+    level = places[0].level
+    try:
+        show_library_logs()
+        show_library_logs()
+        logging.getLogger("ursa.ingestion").warning("%s: quarantined", HOSTILE)
+        extra = {"flow_run_name": "a", "flow_name": "b", "flow_run_id": "c"}
+        places[1].error("Finished in state Failed(%r)", HOSTILE, extra=extra)
+        places[1].error(HOSTILE, extra=extra)
+    finally:
+        places[0].setLevel(level)
+        for place, handler in zip(places, handlers, strict=True):
+            place.removeHandler(handler)
+    assert all(len(handler.filters) == 1 for handler in handlers)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3, lines
+    assert all("\\x1b[31m" in line and line.isprintable() for line in lines)

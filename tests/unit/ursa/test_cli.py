@@ -32,7 +32,7 @@ from ursa.model.pretrained import load_transformer
         (["--shift", "inf"], "error: --shift must be positive and finite"),
         (["--device", "meta"], "--device meta cannot be used"),
         (["--video", __file__, "--num-frames", "9"], "error: --video: "),
-        (["--clock", "entropy", "--steps", "100000"], "error: --clock"),
+        (["--clock", "entropy", "--steps", "10000"], "error: --clock"),
         (["--motion", "-3"], "error: --motion"),
         (["--given-frames", "3", "--window", "5"], "--given-frames must be 1 + 4k, got 3"),
         (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),

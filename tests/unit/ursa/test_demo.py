@@ -1,5 +1,7 @@
+import copy
 import sys
 
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,26 @@ def test_whoever_stops_reading_stops_the_sampler(pipeline):
 def test_errors_come_out_of_the_thread(pipeline):
     with pytest.raises(ConfigError, match="num_frames must be 1 \\+ 4k"):
         list(draw(pipeline, 3, num_frames=2))
+
+
+def test_an_error_is_shown_as_text_and_limits_hold(pipeline, tmp_path):
+    """The page takes messages for HTML."""
+
+    class Failing(UrsaPipeline):
+        def __call__(self, *_arguments, **_options):
+            raise ConfigError("<img src=x onerror=alert(1)>\x1b[31m")
+
+    failing = copy.copy(pipeline)
+    failing.__class__ = Failing
+    for shown, prompt, expected in (
+        (failing, "a tree", r"&lt;img src=x onerror=alert(1)&gt;\x1b[31m"),
+        (pipeline, "x" * 20_000, "prompt must have at most 10,000 characters, got 20,000"),
+    ):
+        page = open_page(shown, tmp_path)
+        (draw_clip,) = [item.fn for item in page.fns.values() if item.api_name == "generate"]
+        with pytest.raises(gradio.Error) as error:
+            list(draw_clip(prompt, None, 9.0, 5, 2, 7.0, 0))
+        assert error.value.message == expected
 
 
 def test_without_gradio_the_extra_is_named(pipeline, tmp_path, monkeypatch):

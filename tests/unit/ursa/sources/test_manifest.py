@@ -237,7 +237,7 @@ def test_a_missing_or_huge_manifest_is_named(tmp_path, monkeypatch):
         ("file://host/a.mp4", None),
         ("file://localhosts/a.mp4", None),
         ("file://localhost/else/a%20b.mp4", "file:///else/a%20b.mp4"),
-        ("file:///a%00b/../c.mp4", "file:///c.mp4"),
+        ("file:///a%00b/../c.mp4", None),
         ("http://host/a.mp4", None),
         ("subfile,,start,0,end,0,,:///etc/passwd", None),
         ("s3://bucket", None),

@@ -1,0 +1,158 @@
+"""Texts of others stay texts: on a terminal, in a log, in Markdown; secrets are not shown."""
+
+import html
+import io
+import logging
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from ursa.cli import app, main
+from ursa.cli.lines import print_lines
+from ursa.errors import DataError
+from ursa.inspection.page import escape
+from ursa.texts import (
+    PrintableRecords,
+    is_file_name,
+    markdown_code,
+    markdown_text,
+    printable,
+    secret_of_address,
+    without_user,
+)
+
+HOSTILE = (
+    "a\nERROR: forged\r\x1b[31mred\x1b]0;title\x07\x00\x9b2J\u202egpj.\u2066x\u2028y"
+    "<script>alert(1)</script><img src=x onerror=alert(1)>[x](javascript:alert(1))|`b`\\[y](data:,)"
+)
+PIECES = ("<", ">", "`", "``", "|", "\\", "[x](javascript:y)", "![i](u)", "<script>", "&lt;", "\n")
+texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8).map("".join)
+markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
+
+
+class Elements(HTMLParser):
+    """Names of the elements of a page, and the texts of its cells."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags, self.cells = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, _attrs):
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+def cells_of(first: str, second: str) -> Elements:
+    return Elements(markdown.render(f"| a | b |\n| --- | --- |\n| {first} | {second} |\n"))
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts)
+def test_a_text_stays_a_text_in_a_table_of_markdown(text):
+    found = cells_of(markdown_text(text), "last")
+    assert set(found.tags) <= {"table", "thead", "tbody", "tr", "th", "td", "em", "strong"}
+    assert len(found.cells) == 2
+    assert found.cells[1].strip() == "last"
+    if not re.search(r"[*_&]", text):  # emphasis and entities are texts too
+        assert found.cells[0].split() == printable(text).split()
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts)
+def test_a_text_stays_code_in_a_table_of_markdown(text):
+    found = cells_of(markdown_code(text), "last")
+    assert set(found.tags) <= {"table", "thead", "tbody", "tr", "th", "td", "code"}
+    assert len(found.cells) == 2
+    assert found.cells[0].split() == printable(text).split()
+
+
+@given(st.text() | texts)
+def test_what_is_printed_is_one_line_that_says_nothing_to_a_terminal(text):
+    for shown in (printable(text), html.unescape(escape(text))):
+        assert len(shown.splitlines()) <= 1
+        assert not re.search("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", shown)
+        shown.encode()
+    assert text.isprintable() <= (printable(text) == text)
+
+
+def test_lines_of_a_log_are_one_line_each():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(PrintableRecords())
+    log = logging.getLogger("ursa.test_texts")
+    log.addHandler(handler)
+    log.propagate = False
+    log.warning("%s: quarantined, %s", HOSTILE, "https://me:secret@host.test/a")
+    log.error("unexpected", exc_info=ValueError(HOSTILE))
+    log.removeHandler(handler)
+    first, *rest = stream.getvalue().split("\n")
+    assert first.startswith("a\\nERROR: forged\\r\\x1b[31mred")
+    assert first.endswith("https://***@host.test/a")
+    assert rest[0] == "unexpected"
+    assert rest[1].startswith("ValueError: a")
+    assert "".join(rest).isprintable()
+
+
+def test_an_error_of_the_command_line_is_one_printable_line(capsys, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise DataError(f"{HOSTILE} at https://me:secret@host.test/")
+
+    monkeypatch.setattr("ursa.cli.app", fail)
+    with pytest.raises(SystemExit):
+        main(["config"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a ERROR: forged \\x1b[31mred")
+    assert line.isprintable()
+    assert "secret" not in line
+    assert app is not fail
+
+
+def test_lines_of_the_command_line_are_printable(capsys):
+    print_lines(HOSTILE, "plain")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.isprintable()
+    assert second == "plain"
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("https://me:pass@host.test/a", "a user name or password"),
+        ("s3://key:secret@bucket/a", "a user name or password"),
+        ("https://h.test/a?X-Amz-Signature=1", "X-Amz-Signature=..."),
+        ("https://h.test/a?x=1&X-Goog-Credential=1", "X-Goog-Credential=..."),
+        ("https://h.test/a?sv=1&sig=abc", "sv=..."),
+        ("https://h.test/a?access_token=abc", "access_token=..."),
+        ("https://h.test/a?api_key=abc", "api_key=..."),
+        ("https://h.test/a?x=1&version=2&design=3&keyframe=4", None),
+        ("https://h.test/a?token=", None),
+        ("s3://bucket/a@b.mp4", None),
+        ("file:///a@b.mp4", None),
+        ("https://[bad", None),
+    ],
+)
+def test_secrets_in_addresses(address, found):
+    assert secret_of_address(address) == found
+
+
+def test_users_of_addresses_are_not_shown():
+    assert without_user("no route to http://u:p@h:1/x, s3://a/b@c") == (
+        "no route to http://***@h:1/x, s3://a/b@c"
+    )
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "x" * 256, 5, None])
+def test_what_is_no_name_of_a_file(name):
+    assert not is_file_name(name)
+    assert is_file_name("model-00001-of-00002.safetensors")

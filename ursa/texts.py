@@ -1,0 +1,127 @@
+"""Texts of others (captions, file names, prompts, reasons) where they are shown.
+
+A terminal, a log and Markdown each take some characters for commands: a caption may move the
+cursor, begin a line that looks like one of ours, turn the direction of what follows, or become a
+link. Here they stay texts. HTML is escaped by `ursa.inspection.page.escape`.
+"""
+
+import logging
+import re
+import traceback
+from urllib.parse import parse_qsl, urlsplit
+
+# control characters (C0, DEL, C1), marks that turn the direction, separators of lines and
+# paragraphs, what no text is (surrogates, tags, annotations, byte order marks)
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_MARKDOWN = re.compile(r"([\\`\[\]<>|])")
+_MAX_NAME_BYTES = 255
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^/\s@?#'\"]*@")
+_SECRET_WORDS = re.compile(
+    r"signature|^(sig|se|sv|key|apikey|accesskey|auth|password|passwd|pwd|secret)$|token|secret|"
+    r"credential|password|api[-_]?key|access[-_]?key",
+    re.IGNORECASE,
+)
+_OWN_LOGGERS = re.compile(
+    r"(ursa|tasks|flows|prefect\.(flow|task)_(runs|engine)|prefect\.engine)\b"
+)
+
+
+def printable(text: object) -> str:
+    r"""Return a text in one line that says nothing to a terminal.
+
+    Args:
+        text: Anything.
+
+    Returns:
+        The text with control characters, line breaks and marks of direction as Python writes them,
+        such as `\n`, `\x1b` and `\u202e`.
+    """
+    return _UNPRINTABLE.sub(_written, str(text))
+
+
+def _written(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a text can be the name of a file in a folder, and of none elsewhere.
+
+    Args:
+        name: Anything; `/` and the backslash of Windows are no part of a name.
+    """
+    if not isinstance(name, str) or re.search(r"[/\\\0]", name):
+        return False
+    return name not in {"", ".", ".."} and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+
+
+def markdown_text(text: object) -> str:
+    """Return a text that stays a text in Markdown, in a cell of a table too.
+
+    Args:
+        text: Anything.
+    """
+    return _MARKDOWN.sub(r"\\\1", printable(text))
+
+
+def markdown_code(text: object) -> str:
+    """Return a text as code in Markdown, in a cell of a table.
+
+    Args:
+        text: Anything; nothing gives nothing.
+    """
+    plain = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
+    space = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return f"{fence}{space}{plain}{space}{fence}" if plain.strip() else ""
+
+
+def without_user(text: str) -> str:
+    """Return a text in which addresses name no user and no password.
+
+    Args:
+        text: An address, or an error that names some.
+    """
+    return _USER_OF_ADDRESS.sub("***@", text)
+
+
+def secret_of_address(address: str) -> str | None:
+    """Return what of an address looks like a secret, in words that do not show it; None if nothing.
+
+    Args:
+        address: Any URI.
+    """
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return None
+    if "@" in parts.netloc:
+        return "a user name or password"
+    for name, value in parse_qsl(parts.query):
+        if value and _SECRET_WORDS.search(name):
+            return f"{name}=..."
+    return None
+
+
+class PrintableRecords(logging.Filter):
+    """Makes the lines of a handler that come from this program printable, and hides passwords.
+
+    A line of a log is then one line, whatever was in a file name; only the traceback of an error
+    that nobody expected has several.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite a record in place; all are let through.
+
+        Args:
+            record: The record.
+        """
+        if not _OWN_LOGGERS.match(record.name):
+            return True
+        record.msg, record.args = without_user(printable(record.getMessage())), ()
+        if record.exc_info and record.exc_info[1] is not None and not record.exc_text:
+            lines = "".join(traceback.format_exception(record.exc_info[1])).splitlines()
+            record.exc_text = without_user("\n".join(printable(line) for line in lines))
+        return True
