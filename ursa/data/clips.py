@@ -61,6 +61,7 @@ _SCORE_FIELDS = (
     pa.field("text_area_fraction", pa.float64()),
     pa.field("static_overlay_fraction", pa.float64()),
     pa.field("perceptual_hash", pa.string()),
+    pa.field("frame_hashes", pa.binary()),
 )
 CLIP_SCHEMA = pa.schema(
     [
@@ -109,6 +110,8 @@ CLIP_SCHEMA = pa.schema(
     metadata={b"ursa.kind": b"clips", **_VERSION_METADATA},
 )
 """A row is a `Clip`; `info` and `scores` are spread over columns of their field names."""
+_LATER_COLUMNS = ("frame_hashes",)
+"""Columns that tables of this version may lack: null in all rows."""
 FAILURE_SCHEMA = pa.schema(
     [
         pa.field("source_uri", pa.string(), nullable=False),
@@ -337,12 +340,23 @@ def read_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pa.Table:
         table = pq.read_table(io.BytesIO(data))
     except pa.ArrowException as error:
         raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
+    table = _completed(table, schema)
     num_rows = table.num_rows if num_rows is None else num_rows
     difference = schema_difference(table.schema, schema)
     if difference:
         raise ShardFormatError(f"{uri}: {difference}")
     if table.num_rows != num_rows:
         raise ShardFormatError(f"{uri}: {table.num_rows} rows, expected {num_rows}")
+    return table
+
+
+def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table with the columns, all null, that one of an older release may lack."""
+    for name in _LATER_COLUMNS:
+        if name in schema.names and name not in table.column_names:
+            field = schema.field(name)
+            nulls = pa.nulls(table.num_rows, field.type)
+            table = table.add_column(schema.get_field_index(name), field, nulls)
     return table
 
 
