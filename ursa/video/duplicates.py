@@ -206,8 +206,13 @@ def around(
     """
     width = stop - start
     masks = [0, *((1 << bit) for bit in range(width))] if with_flips else [0]
-    bands = (values[places] >> np.uint64(start)) & np.uint64((1 << width) - 1)
-    ordered = np.sort((bands << np.uint64(32)) | places.astype(np.uint64))
+    ordered = values[places]
+    # in place: these are the largest arrays that there are
+    ordered >>= np.uint64(start)
+    ordered &= np.uint64((1 << width) - 1)
+    ordered <<= np.uint64(32)
+    ordered |= places.astype(np.uint64)
+    ordered.sort()
     shift = 32 + width - _PART_BITS
     firsts = np.arange(1, 1 << _PART_BITS, dtype=np.uint64) << np.uint64(shift)
     parts = np.split(ordered, np.searchsorted(ordered, firsts))

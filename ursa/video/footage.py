@@ -29,6 +29,7 @@ MIN_PICTURES = 3
 PROBE_STEP = 4
 MAX_ALIKE = 256
 """Of the frames with a third of their bits in common with a probe, so many are looked at."""
+_CHUNK_PROBES = 1 << 18
 _CHUNK_PAIRS = 1 << 22
 _BATCH = 1 << 15
 
@@ -58,7 +59,7 @@ def join_by_footage(frames: ClipFrames, groups: np.ndarray, max_distance: int) -
     """
     pictures = _pictures(frames, max_distance)
     counts = np.diff(frames.first)
-    clip_of = np.repeat(np.arange(len(counts)), counts)
+    clip_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     moves = np.zeros(len(counts), bool)
     moves[clip_of[pictures >= MIN_PICTURES - 1]] = True
     for one, other in _near_frames(frames, clip_of, moves, max_distance):
@@ -86,12 +87,12 @@ def _is_open(
 
 
 def _pictures(frames: ClipFrames, max_distance: int) -> np.ndarray:
-    """Return the number of the picture that each frame shows, from 0 in every clip, int64."""
+    """Return the number of the picture that each frame shows, from 0 in every clip, int32."""
     starts, counts = frames.first[:-1], np.diff(frames.first)
-    numbers = np.zeros(len(frames.values), np.int64)
+    numbers = np.zeros(len(frames.values), np.int32)
     clips = np.flatnonzero(counts)
     shown = frames.values[starts[clips]]
-    number = np.zeros(len(clips), np.int64)
+    number = np.zeros(len(clips), np.int32)
     for place in range(1, int(counts.max(initial=0))):
         is_left = counts[clips] > place
         clips, shown, number = clips[is_left], shown[is_left], number[is_left]
@@ -108,31 +109,36 @@ def _near_frames(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places of probes and of near frames in clips that move, of sources that come later."""
     values = frames.values
-    usable = np.flatnonzero(moves[clip_of] & (values != 0))
-    within = usable - frames.first[clip_of[usable]]
+    usable = np.flatnonzero(moves[clip_of] & (values != 0)).astype(np.int32)
+    within = usable - frames.first.astype(np.int32)[clip_of[usable]]
     probes = usable[within % PROBE_STEP == PROBE_STEP // 2]
+    del within
     # places of a source are together: where the next one begins
     ends = np.searchsorted(frames.source_of, frames.source_of, side="right")
-    following = frames.first[ends][clip_of[probes]].astype(np.uint64)
-    next_of = np.zeros(len(values), np.uint64)
-    next_of[probes] = following
+    following = frames.first[ends].astype(np.uint64)
     for start, stop, radius in split_bands(max_distance):
-        lefts = around(values, probes, start, stop, with_flips=radius == 2)
-        rights = around(values, usable, start, stop, with_flips=radius >= 1)
+        # two bits are bridged from both sides, one bit from one
+        lefts = around(values, probes, start, stop, with_flips=radius >= 1)
+        rights = around(values, usable, start, stop, with_flips=radius == 2)
         for left, right in zip(lefts, rights, strict=True):
-            for one, other in _joined(left, np.sort(right), next_of):
-                is_near = np.bitwise_count(values[one] ^ values[other]) <= max_distance
-                yield one[is_near], other[is_near]
+            right.sort()
+            for piece in np.array_split(left, len(left) // _CHUNK_PROBES + 1):
+                for one, other in _joined(piece, right, clip_of, following):
+                    is_near = np.bitwise_count(values[one] ^ values[other]) <= max_distance
+                    yield one[is_near], other[is_near]
 
 
 def _joined(
-    left: np.ndarray, right: np.ndarray, next_of: np.ndarray
+    left: np.ndarray, right: np.ndarray, clip_of: np.ndarray, following: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield places whose bands are equal, at most `MAX_ALIKE` for each on the left."""
+    """Yield places whose bands are equal, at most `MAX_ALIKE` for each on the left.
+
+    Those on the right are of sources after that on the left: from `following` of its clip on.
+    """
     low_bits, place_bits = np.uint64(32), np.uint64((1 << 32) - 1)
     ones = (left & place_bits).astype(np.int64)
     bands = left >> low_bits
-    starts = np.searchsorted(right, (bands << low_bits) | next_of[ones])
+    starts = np.searchsorted(right, (bands << low_bits) | following[clip_of[ones]])
     stops = np.searchsorted(right, (bands + np.uint64(1)) << low_bits)
     counts = np.minimum(stops - starts, MAX_ALIKE)
     has_any = counts > 0
