@@ -107,6 +107,8 @@ def test_the_groups_are_those_of_comparing_all_with_all(seed, distance):
             first = int(rng.integers(0, 45))
             piece = long[int(rng.integers(3))][first : first + int(rng.integers(1, 40))]
             noise = int(rng.integers(0, distance + 2))
+            # some frames are there twice, as in a copy of another rate
+            piece = [value for value in piece for _ in range(1 + (rng.random() < 0.15))]
             clip = [flipped(rng, value, noise) for value in piece]
             clips.append([0 if rng.random() < 0.1 else value for value in clip])
             sources.append(source)
@@ -140,6 +142,25 @@ def test_a_picture_that_stays_says_nothing_of_time():
     assert len(groups_of(still, [0, 1], 4)) == 2
     assert len(groups_of([[0] * 40] * 2, [0, 1], 4)) == 2
     assert join_by_footage(frames_of([[], []], [0, 1]), np.arange(2), 4).tolist() == [0, 1]
+
+
+def test_a_still_that_two_moving_clips_have_in_common_joins_none():
+    rng = np.random.default_rng(0)
+    still = [int(rng.integers(1, 1 << 63))] * 20
+    clips = [walk(rng, 20) + still, still + walk(rng, 20)]
+    assert len(groups_of(clips, [0, 1], 4)) == 2
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_frame_may_be_seen_one_hash_earlier_or_later(is_first):
+    """Every third of the frames is there twice: the distance in time is kept for three frames."""
+    rng = np.random.default_rng(0)
+    one = walk(rng, 30, bits=12)
+    other = [value for k, value in enumerate(one[:12]) for _ in range(1 + (k % 4 == 1))]
+    other += walk(rng, 20, bits=12)
+    clips = [one, other] if is_first else [other, one]
+    # of 24 frames of the shorter clip 10 are needed
+    assert len(groups_of([clip[:26] for clip in clips], [0, 1], 4)) == 1
 
 
 def test_what_is_joined_already_stays_so():
