@@ -29,7 +29,7 @@ MIN_PICTURES = 3
 PROBE_STEP = 4
 MAX_ALIKE = 256
 """Of the frames with a third of their bits in common with a probe, so many are looked at."""
-_CHUNK_PROBES = 1 << 18
+_CHUNK_PROBES = 1 << 17
 _CHUNK_PAIRS = 1 << 22
 _BATCH = 1 << 15
 
@@ -62,11 +62,18 @@ def join_by_footage(frames: ClipFrames, groups: np.ndarray, max_distance: int) -
     clip_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     moves = np.zeros(len(counts), bool)
     moves[clip_of[pictures >= MIN_PICTURES - 1]] = True
-    for one, other in _near_frames(frames, clip_of, moves, max_distance):
+    groups = groups.copy()
+    # what is written to `groups` is seen there
+    for one, other in _near_frames(frames, clip_of, moves, groups, max_distance):
         ones, others = clip_of[one], clip_of[other]
         shift = (other - frames.first[others]) - (one - frames.first[ones])
         open_ = _is_open(frames, groups, ones, others)
-        tries = np.unique(np.stack([ones, others, shift], axis=1)[open_], axis=0)
+        shape = (len(counts), len(counts), 2 * int(counts.max()) + 1)
+        keys = np.ravel_multi_index(
+            (ones[open_], others[open_], shift[open_] + shape[2] // 2), shape
+        )
+        tries = np.stack(np.unravel_index(np.unique(keys), shape), axis=1)
+        tries[:, 2] -= shape[2] // 2
         # spread, or the first ones would all be of the same clips
         tries = tries[np.argsort(np.arange(len(tries)) % max(len(tries) // _BATCH, 1))]
         for batch in np.array_split(tries, len(tries) // _BATCH + 1):
@@ -74,7 +81,7 @@ def join_by_footage(frames: ClipFrames, groups: np.ndarray, max_distance: int) -
             shared = left[_is_shared(frames, pictures, left, max_distance)]
             if len(shared):
                 edges = groups[frames.source_of[shared[:, :2]]]
-                groups = join(edges, int(groups.max()) + 1)[groups]
+                groups[:] = join(edges, int(groups.max()) + 1)[groups]
     return groups
 
 
@@ -105,7 +112,11 @@ def _pictures(frames: ClipFrames, max_distance: int) -> np.ndarray:
 
 
 def _near_frames(
-    frames: ClipFrames, clip_of: np.ndarray, moves: np.ndarray, max_distance: int
+    frames: ClipFrames,
+    clip_of: np.ndarray,
+    moves: np.ndarray,
+    groups: np.ndarray,
+    max_distance: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places of probes and of near frames in clips that move, of sources that come later."""
     values = frames.values
@@ -123,17 +134,23 @@ def _near_frames(
         for left, right in zip(lefts, rights, strict=True):
             right.sort()
             for piece in np.array_split(left, len(left) // _CHUNK_PROBES + 1):
-                for one, other in _joined(piece, right, clip_of, following):
+                group_of = groups[frames.source_of]
+                for one, other in _joined(piece, right, clip_of, following, group_of):
                     is_near = np.bitwise_count(values[one] ^ values[other]) <= max_distance
                     yield one[is_near], other[is_near]
 
 
 def _joined(
-    left: np.ndarray, right: np.ndarray, clip_of: np.ndarray, following: np.ndarray
+    left: np.ndarray,
+    right: np.ndarray,
+    clip_of: np.ndarray,
+    following: np.ndarray,
+    group_of: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places whose bands are equal, at most `MAX_ALIKE` for each on the left.
 
-    Those on the right are of sources after that on the left: from `following` of its clip on.
+    Those on the right are of sources after that on the left: from `following` of its clip on. They
+    are left out where all of them are of its group.
     """
     low_bits, place_bits = np.uint64(32), np.uint64((1 << 32) - 1)
     ones = (left & place_bits).astype(np.int64)
@@ -141,7 +158,12 @@ def _joined(
     starts = np.searchsorted(right, (bands << low_bits) | following[clip_of[ones]])
     stops = np.searchsorted(right, (bands + np.uint64(1)) << low_bits)
     counts = np.minimum(stops - starts, MAX_ALIKE)
+    groups = group_of[clip_of[(right & place_bits).astype(np.int64)]]
+    runs = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
     has_any = counts > 0
+    firsts, lasts = starts[has_any], starts[has_any] + counts[has_any] - 1
+    own = group_of[clip_of[ones[has_any]]]
+    has_any[has_any] = (groups[firsts] != own) | (runs[firsts] != runs[lasts])
     ones, starts, counts = ones[has_any], starts[has_any], counts[has_any]
     ends = np.cumsum(counts)
     edges = np.searchsorted(ends, np.arange(0, ends[-1] if len(ends) else 0, _CHUNK_PAIRS))
