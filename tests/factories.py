@@ -347,6 +347,7 @@ def clip_of(path: Path, *, caption: str, info: VideoInfo, index: int = 0) -> Cli
                 "sharpness": 100.0,
                 "luminance": 100.0,
                 "black_border_fraction": 0.0,
+                "frame_hashes": bytes(range(16)),
             }
         ),
         caption=caption,

@@ -55,6 +55,7 @@ def _clip(source: SourceVideo, data_uri: str, place: int, chance: random.Random)
         "luminance": 100 + chance.random(),
         "distinct_fps": 24.0,
         "perceptual_hash": f"{chance.getrandbits(576):0144x}",
+        "frame_hashes": chance.randbytes(8 * 40),
     }
     clip_id, media = f"{chance.getrandbits(128):032x}", f"{chance.getrandbits(256):064x}"
     return Clip(

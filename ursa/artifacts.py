@@ -7,9 +7,9 @@ Every record is JSON (pydantic, frozen, unknown keys refused). A step's output e
 import math
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter
 
 from ursa.config import (
     FrozenModel,
@@ -26,6 +26,12 @@ SCHEMA_VERSION = 3
 
 Modality = Literal["image", "video"]
 Split = Literal["train", "validation"]
+HexBytes = Annotated[
+    bytes,
+    BeforeValidator(lambda value: bytes.fromhex(value) if isinstance(value, str) else value),
+    PlainSerializer(bytes.hex, return_type=str, when_used="json-unless-none"),
+]
+"""Bytes that are hexadecimal digits in JSON."""
 GridSetting = Literal["synchronous", "per_frame", "image_to_video"]
 
 
@@ -158,6 +164,11 @@ class ClipScores(FrozenModel):
     )
     perceptual_hash: str | None = Field(
         description="64-bit hashes of nine frames, 16 hexadecimal digits each"
+    )
+    frame_hashes: HexBytes | None = Field(
+        default=None,
+        description="64-bit hashes of eight frames a second, 8 bytes each; None in clips of older "
+        "releases",
     )
 
 

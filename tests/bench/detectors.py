@@ -3,6 +3,7 @@
     python tests/bench/detectors.py              # the tables of docs/filters.md, a few minutes
     python tests/bench/detectors.py --seeds 1    # a quick look
     python tests/bench/detectors.py --duplicates
+    python tests/bench/detectors.py --footage    # long takes, cut elsewhere in their copies
     python tests/bench/detectors.py --cost       # time a frame, with and without each part
 
 Every clip is made from drawn pictures and from frames of the videos in tests/data, written as
@@ -30,8 +31,9 @@ from ursa.artifacts import ClipScores
 from ursa.config import IngestionConfig, load_config
 from ursa.video.borders import brighter_of, find_bars
 from ursa.video.duplicates import HASH_DIGITS, find_clusters, find_likeness
-from ursa.video.scores import ClipMeter, hashed_frames, perceptual_hash
-from ursa.video.shots import ShotDetector
+from ursa.video.footage import ClipFrames, join_by_footage
+from ursa.video.scores import ClipMeter, footage_frames, hashed_frames, perceptual_hash
+from ursa.video.shots import ShotDetector, cut_spans
 
 FPS = 24.0
 WIDTH, HEIGHT = 256, 144
@@ -633,10 +635,10 @@ def copied_clips(seed: int) -> Iterator[Copied]:
     yield Copied("video", original, copies_of(original), others)
 
 
-def hash_of(frames: np.ndarray) -> str:
-    """The perceptual hash of a clip, as it is measured."""
-    lumas = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
-    return "".join(perceptual_hash(lumas[place]) for place in hashed_frames(len(frames)))
+def hash_of(frames: np.ndarray, places: Sequence[int] | None = None) -> str:
+    """The perceptual hash of a clip, as it is measured, or of some of its frames."""
+    chosen = frames[hashed_frames(len(frames)) if places is None else places]
+    return "".join(perceptual_hash(cv2.cvtColor(one, cv2.COLOR_RGB2GRAY)) for one in chosen)
 
 
 def middle_of(text: str) -> str:
@@ -691,6 +693,209 @@ def duplicate_pairs(seeds: Sequence[int]) -> list[tuple[bool, str, str, str]]:
             if (seed - other_seed) % NUM_VIDEOS and "video" not in {name, other_name}:
                 pairs.append((False, "other scene", one, other))
     return pairs
+
+
+# --- long takes -----------------------------------------------------------------------------------
+
+TAKE_S = 12
+LONGEST_S = (5.0, 10.0)
+TAKE_WIDTH, TAKE_HEIGHT = 320, 180
+
+
+def wide_picture(seed: int, width: int) -> np.ndarray:
+    """A drawn picture, or frames of the videos side by side."""
+    if seed % 2:
+        return drawn_picture(seed, height=TAKE_HEIGHT, width=width)
+    size = (TAKE_WIDTH, TAKE_HEIGHT)
+    number = -(-width // TAKE_WIDTH)
+    parts = [cv2.resize(video_frame(seed // 2 + part), size) for part in range(number)]
+    return np.concatenate(parts, axis=1)[:, :width]
+
+
+def view(image: np.ndarray, x: float, y: float = 0.0, zoom: float = 1.0) -> np.ndarray:
+    """What a camera of 320 x 180 px sees of a picture."""
+    matrix = np.array([[zoom, 0, -x], [0, zoom, -y]], np.float32)
+    size = (TAKE_WIDTH, TAKE_HEIGHT)
+    return cv2.warpAffine(
+        image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+    )
+
+
+def pan_take(image: np.ndarray, speed: float, first_s: float, last_s: float) -> np.ndarray:
+    """A camera that moves by `speed` px a second, between two times."""
+    times = np.arange(round(first_s * FPS), round(last_s * FPS)) / FPS
+    return np.stack([view(image, speed * t) for t in times])
+
+
+def takes(seed: int) -> Iterator[Copied]:
+    """Long takes, with other footage that is like them."""
+    for speed in (3, 12, 24, 48, 96):
+        image = wide_picture(seed, 2 * speed * TAKE_S + TAKE_WIDTH + 200)
+        take = pan_take(image, speed, 0, TAKE_S)
+        centre = speed * TAKE_S / 2
+        crossing = np.stack(
+            [view(image, centre, 1.5 * speed * (k / FPS - TAKE_S / 2)) for k in range(len(take))]
+        )
+        others = {
+            "the pan goes on": pan_take(image, speed, TAKE_S, 2 * TAKE_S),
+            "the pan, backwards": take[::-1],
+            "another pan through the same place": crossing,
+            "the same pan, a fifth of the picture lower": np.stack(
+                [view(image, speed * k / FPS, 36) for k in range(len(take))]
+            ),
+        }
+        yield Copied(f"pan of {speed} px/s", take, {}, others)
+    rng = np.random.default_rng(seed)
+    image = wide_picture(seed, 2 * TAKE_WIDTH)
+    for name, reach in (("camera in the hand", 12.0), ("camera that wanders", 60.0)):
+        steps = rng.normal(size=(2, 2 * TAKE_S * int(FPS)))
+        ways = np.stack([cv2.GaussianBlur(row[None], (0, 0), FPS / 2)[0] for row in steps])
+        ways *= reach / ways.std()
+        both = np.stack([view(image, TAKE_WIDTH / 2 + x, y / 2) for x, y in ways.T])
+        half = len(both) // 2
+        yield Copied(name, both[:half], {}, {"the next seconds": both[half:]})
+    zoom = np.stack(
+        [view(image, 4.0 * t, 3.0 * t, 1 + 0.05 * t) for t in np.arange(0, 2 * TAKE_S, 1 / FPS)]
+    )
+    half = len(zoom) // 2
+    yield Copied("zoom", zoom[:half], {}, {"the zoom goes on": zoom[half:]})
+    number = round(TAKE_S * FPS)
+    stood = np.repeat(view(image, 40)[None], number, axis=0)
+    yield Copied("still", stood, {}, {})
+    ways = [[(rng.uniform(0, 80), rng.uniform(1, 3)) for _ in range(2)] for _ in range(2)]
+    moved = [with_objects(stood, way, seed + place) for place, way in enumerate(ways)]
+    others = {"other objects before the same ground": moved[1]}
+    yield Copied("objects before a still ground", moved[0], {}, others)
+
+
+def with_objects(
+    frames: np.ndarray, ways: Sequence[tuple[float, float]], seed: int, side: int = 60
+) -> np.ndarray:
+    """Frames over which textured squares move to and fro."""
+    out = frames.copy()
+    for place, (first, step) in enumerate(ways):
+        patch = drawn_picture(seed + 50 + place, height=side, width=side)
+        reach = TAKE_WIDTH - side
+        for k, frame in enumerate(out):
+            x = int(abs((first + step * k) % (2 * reach) - reach))
+            frame[20 + 80 * place : 20 + 80 * place + side, x : x + side] = patch
+    return out
+
+
+def take_copies(frames: np.ndarray) -> dict[str, np.ndarray]:
+    """What is made of a long take before it is uploaded once more."""
+    small = np.stack([cv2.resize(f, (160, 90), interpolation=cv2.INTER_AREA) for f in frames[30:]])
+    later = frames[41:]
+    copies = {
+        f"without the first {s:g} s": compressed(frames[round(s * FPS) :], 30)
+        for s in (0.5, 1, 1.7, 2.5, 3.3, 5)
+    }
+    return copies | {
+        "both ends trimmed": compressed(frames[55:-50], 30),
+        "low rate, trimmed": compressed(later, 38),
+        "half size, low rate, trimmed": compressed(small, 32),
+        "recoloured, trimmed": compressed(
+            np.clip(1.15 * later * [1.1, 1.0, 0.8], 0, 255).astype(np.uint8)
+        ),
+        "cropped by 2 %, trimmed": compressed(later[:, 2:-2, 4:-4]),
+        "12 frames a second, trimmed": compressed(np.repeat(later[::2], 2, axis=0)),
+        "25 instead of 24 frames a second, trimmed": compressed(
+            later[(np.arange(int(len(later) / 25 * 24)) * 25 / 24).astype(int)]
+        ),
+        "1.25 times as fast, trimmed": compressed(
+            later[(np.arange(int(len(later) / 1.25)) * 1.25).astype(int)]
+        ),
+    }
+
+
+class CutTake(NamedTuple):
+    """The clips of a take, as hashes."""
+
+    nine: list[str]
+    dense: list[bytes]
+
+
+def cut_take(frames: np.ndarray, longest_s: float) -> CutTake:
+    """Cut a take as it is at ingestion, and hash its clips."""
+    nine, dense = [], []
+    for start, stop in cut_spans(len(frames), round(1.2 * FPS), round(longest_s * FPS)):
+        clip = frames[start:stop]
+        nine.append(hash_of(clip))
+        dense.append(bytes.fromhex(hash_of(clip, footage_frames(len(clip), FPS))))
+    return CutTake(nine, dense)
+
+
+def are_joined(one: CutTake, other: CutTake, bits: int) -> tuple[bool, bool]:
+    """Whether two takes are joined by near-duplicates alone, and by footage as well."""
+    clusters = find_clusters(find_likeness([*one.nine, *other.nine], bits))
+    count = len(one.nine)
+    by_nine = bool(set(clusters[:count].tolist()) & set(clusters[count:].tolist()))
+    hashes = [*one.dense, *other.dense]
+    frames = ClipFrames(
+        np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64),
+        np.cumsum([0, *(len(item) // 8 for item in hashes)]),
+        np.repeat([0, 1], [count, len(other.nine)]),
+    )
+    groups = join_by_footage(frames, np.arange(2), bits)
+    return by_nine, by_nine or bool(groups[0] == groups[1])
+
+
+class TakePair(NamedTuple):
+    """Two takes, what they are, and what they are to each other."""
+
+    is_copy: bool
+    take: str
+    kind: str
+    one: np.ndarray
+    other: np.ndarray
+
+
+def take_pairs(seeds: Sequence[int]) -> Iterator[TakePair]:
+    """Takes with their copies, with other footage of the same scene and with other scenes."""
+    originals: list[tuple[int, np.ndarray]] = []
+    pans: list[np.ndarray] = []
+    for seed in seeds:
+        for item in takes(seed):
+            original = compressed(item.original)
+            for kind, frames in take_copies(item.original).items():
+                yield TakePair(True, item.name, kind, original, frames)
+            for kind, frames in item.others.items():
+                yield TakePair(False, item.name, kind, original, compressed(frames))
+            originals.append((seed, original))
+            if item.name == "pan of 24 px/s":
+                pans.append(item.original)
+    for (seed, one), (other_seed, other) in itertools.combinations(originals, 2):
+        if (seed - other_seed) % 2:  # else both may show frames of one video
+            yield TakePair(False, "", "another scene", one, other)
+    title = drawn_picture(900, height=TAKE_HEIGHT, width=2 * TAKE_WIDTH)
+    for first, second in itertools.combinations(pans, 2):
+        for seconds in (1, 2, 4):
+            both = [
+                compressed(np.concatenate([pan_take(title, 60, 0, seconds), take]))
+                for take in (first, second)
+            ]
+            yield TakePair(False, "", f"{seconds} s of a title runs into the take", *both)
+
+
+def report_footage(seeds: Sequence[int]) -> None:
+    """Print how many takes are joined with what is and what is not a copy of them."""
+    counts: dict[str, np.ndarray] = {}
+    wrong: collections.Counter[str] = collections.Counter()
+    for pair in take_pairs(seeds):
+        for longest_s in LONGEST_S:
+            cut = cut_take(pair.one, longest_s), cut_take(pair.other, longest_s)
+            found = [way for bits in (4, HASH_BITS, 8) for way in are_joined(*cut, bits)]
+            counts[pair.kind] = counts.get(pair.kind, 0) + np.array([1, *found])
+            if found[1] != pair.is_copy:
+                wrong[f"{pair.kind}, {pair.take}"] += 1
+    head = "".join(f" nine, {b} bits | footage, {b} bits |" for b in (4, HASH_BITS, 8))
+    print(f"| pair | number |{head}")
+    print("|---|---|---|---|---|---|---|---|")
+    for kind, numbers in counts.items():
+        print(f"| {kind} | " + " | ".join(map(str, numbers.tolist())) + " |")
+    print()
+    for line, number in wrong.items():
+        print(f"- wrong at 4 bits: {line}: {number}")
 
 
 def motion_speeds(seeds: Sequence[int]) -> tuple[list[float], dict[str, list[float]]]:
@@ -831,11 +1036,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How well the scores of a clip do.")
     parser.add_argument("--seeds", type=int, default=6, help="sets of pictures")
     parser.add_argument("--duplicates", action="store_true", help="only those of near-duplicates")
+    parser.add_argument("--footage", action="store_true", help="only long takes and their copies")
     parser.add_argument("--cost", action="store_true", help="only the time a frame takes")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     if options.cost:
         cost()
+    elif options.footage:
+        report_footage(range(options.seeds))
     elif options.duplicates:
         report_duplicates(range(options.seeds))
     else:

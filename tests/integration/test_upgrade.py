@@ -53,6 +53,7 @@ def test_data_of_a_release(folder):
     ]
     (clip,) = clips_of(read_table(clips, CLIP_SCHEMA, 1))
     assert (clip.caption, clip.scores.motion_px_per_s) == ("a pond", 5.0)
+    assert clip.scores.frame_hashes is None  # the table was written before this column
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -109,4 +109,8 @@ def rank_of(group, seed):
 
 
 def fallback(groups, seed):
-    return min((frozenset(group) for group in groups), key=lambda group: rank_of(group, seed))
+    """The group with the least number of all."""
+    return min(
+        (frozenset(group) for group in groups),
+        key=lambda group: min(rank_of({source}, seed) for source in group),
+    )

@@ -62,6 +62,7 @@ _SCORE_FIELDS = (
     pa.field("text_area_fraction", pa.float64()),
     pa.field("static_overlay_fraction", pa.float64()),
     pa.field("perceptual_hash", pa.string()),
+    pa.field("frame_hashes", pa.binary()),
 )
 CLIP_SCHEMA = pa.schema(
     [
@@ -110,6 +111,8 @@ CLIP_SCHEMA = pa.schema(
     metadata={b"ursa.kind": b"clips", **_VERSION_METADATA},
 )
 """A row is a `Clip`; `info` and `scores` are spread over columns of their field names."""
+_LATER_COLUMNS = ("frame_hashes",)
+"""Columns that tables of this version may lack: null in all rows."""
 FAILURE_SCHEMA = pa.schema(
     [
         pa.field("source_uri", pa.string(), nullable=False),
@@ -287,7 +290,7 @@ def iter_clips(clips: ClipSet) -> Iterator[Clip]:
         file = _open_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips)
         batches = file.iter_batches(_ROWS_AT_ONCE, use_threads=False)
     for batch in batches:
-        yield from unchecked_clips(pa.Table.from_batches([batch]))
+        yield from unchecked_clips(_completed(pa.Table.from_batches([batch]), CLIP_SCHEMA))
 
 
 def read_failures(clips: ClipSet) -> list[IngestedVideo]:
@@ -379,7 +382,9 @@ def read_table(
     with _returned_memory():
         file = _open_table(uri, schema, num_rows)
         # threads keep what they have freed, each for itself
-        return file.read(columns, use_threads=False)
+        table = file.read(columns, use_threads=False)
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    return _completed(table, wanted)
 
 
 def _open_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pq.ParquetFile:
@@ -399,13 +404,24 @@ def _open_table(uri: str, schema: pa.Schema, num_rows: int | None) -> pq.Parquet
         file = pq.ParquetFile(pa.BufferReader(data))
     except pa.ArrowException as error:
         raise ShardFormatError(f"{uri} is no Parquet file ({error})") from error
-    difference = schema_difference(file.schema_arrow, schema)
+    completed = _completed(file.schema_arrow.empty_table(), schema)
+    difference = schema_difference(completed.schema, schema)
     if difference:
         raise ShardFormatError(f"{uri}: {difference}")
     found = file.metadata.num_rows
     if num_rows not in (None, found):
         raise ShardFormatError(f"{uri}: {found} rows, expected {num_rows}")
     return file
+
+
+def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table with the columns, all null, that one of an older release may lack."""
+    for name in _LATER_COLUMNS:
+        if name in schema.names and name not in table.column_names:
+            field = schema.field(name)
+            nulls = pa.nulls(table.num_rows, field.type)
+            table = table.add_column(schema.get_field_index(name), field, nulls)
+    return table
 
 
 def put_table(folder_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> str:

@@ -166,34 +166,56 @@ def _near_values(
     ones: np.ndarray, others: np.ndarray, max_distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places of values that differ in at most so many bits; zeros are like nothing."""
-    edges = np.linspace(0, HASH_BITS, _NUM_BANDS + 1).astype(int)
-    radius = max_distance // _NUM_BANDS
-    keys = (ones != 0, others != 0)
-    places = tuple(np.flatnonzero(key).astype(np.uint64) for key in keys)
-    for start, stop in itertools.pairwise(edges.tolist()):
-        width = stop - start
-        bands = [
-            (values[where.astype(np.int64)] >> np.uint64(start)) & np.uint64((1 << width) - 1)
-            for values, where in zip((ones, others), places, strict=True)
-        ]
+    placed = [np.flatnonzero(values != 0) for values in (ones, others)]
+    for start, stop, radius in split_bands(max_distance):
         # two bits are bridged from both sides, one bit from one
-        lefts = _around(bands[0], places[0], width, with_flips=radius == 2)
-        rights = _around(bands[1], places[1], width, with_flips=radius >= 1)
+        lefts = around(ones, placed[0], start, stop, with_flips=radius == 2)
+        rights = around(others, placed[1], start, stop, with_flips=radius >= 1)
         for left, right in zip(lefts, rights, strict=True):
             for one, other in _joined(left, np.sort(right)):
                 is_near = np.bitwise_count(ones[one] ^ others[other]) <= max_distance
                 yield one[is_near], other[is_near]
 
 
-def _around(
-    bands: np.ndarray, places: np.ndarray, width: int, *, with_flips: bool
+def split_bands(max_distance: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the bands of a hash: first bit, bit after the last, bits that may differ in one.
+
+    Args:
+        max_distance: Bits in which two hashes may differ; in one of the bands it is no more.
+    """
+    edges = np.linspace(0, HASH_BITS, _NUM_BANDS + 1).astype(int)
+    for start, stop in itertools.pairwise(edges.tolist()):
+        yield start, stop, max_distance // _NUM_BANDS
+
+
+def around(
+    values: np.ndarray, places: np.ndarray, start: int, stop: int, *, with_flips: bool
 ) -> Iterator[np.ndarray]:
-    """Yield values of `width` bits and those one bit away, each above its place, part by part."""
+    """Yield a band of values and what is one bit away, each above its place, part by part.
+
+    Args:
+        values: Hashes, shape (number of values,), uint64.
+        places: Which of them, int64, below 2 ** 32.
+        start: First bit of the band.
+        stop: Bit after its last one.
+        with_flips: Whether to yield what is one bit away.
+
+    Yields:
+        uint64 with the band in the upper half and the place in the lower, in no order; those of a
+        part have the first bits of the band in common.
+    """
+    width = stop - start
     masks = [0, *((1 << bit) for bit in range(width))] if with_flips else [0]
-    values = np.sort((bands << np.uint64(32)) | places)
+    ordered = values[places]
+    # in place: these are the largest arrays that there are
+    ordered >>= np.uint64(start)
+    ordered &= np.uint64((1 << width) - 1)
+    ordered <<= np.uint64(32)
+    ordered |= places.astype(np.uint64)
+    ordered.sort()
     shift = 32 + width - _PART_BITS
     firsts = np.arange(1, 1 << _PART_BITS, dtype=np.uint64) << np.uint64(shift)
-    parts = np.split(values, np.searchsorted(values, firsts))
+    parts = np.split(ordered, np.searchsorted(ordered, firsts))
     for part in range(len(parts)):
         # a flipped first bit comes from another part
         yield np.concatenate(

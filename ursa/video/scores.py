@@ -18,6 +18,8 @@ from ursa.video.overlays import OverlayMeter, TextMeter
 from ursa.video.stillness import StillnessMeter
 
 HASHED_FRAMES = 9
+FOOTAGE_FPS = 8.0
+"""Frames hashed a second to find footage again, wherever a clip begins."""
 _HASH_SIDE = 8
 _HASH_INPUT_SIDE = 32
 _LEAST_CONTRAST = 2.0
@@ -32,10 +34,12 @@ class ClipMeter:
 
         Args:
             fps: Frame rate of the clip, frames per second.
-            num_frames: Number of frames that will be added; `hashed_frames` of them are hashed.
+            num_frames: Number of frames that will be added; `hashed_frames` and `footage_frames`
+                of them are hashed.
         """
         self._fps = fps
         self._hashed_frames = hashed_frames(num_frames)
+        self._footage_frames = footage_frames(num_frames, fps)
         self._num_frames = 0
         self._flow = FlowMeter()
         self._exposure = ExposureMeter()
@@ -53,6 +57,7 @@ class ClipMeter:
         self._luminance_sum = 0.0
         self._lumas: list[float] = []
         self._hashes: list[str] = []
+        self._footage: list[str] = []
 
     def add(self, frame: np.ndarray) -> None:
         """Take in the next frame.
@@ -71,7 +76,7 @@ class ClipMeter:
         self._exposure.add(luma)
         self._stillness.add(small)
         self._text.add(luma)
-        self._hashes += [perceptual_hash(luma)] * self._hashed_frames.count(self._num_frames)
+        self._add_hashes(luma)
         self._num_frames += 1
 
     def scores(self) -> ClipScores:
@@ -98,12 +103,21 @@ class ClipMeter:
             text_area_fraction=self._text.area_fraction(),
             static_overlay_fraction=self._overlay.area_fraction(),
             perceptual_hash="".join(self._hashes) if is_whole else None,
+            frame_hashes=bytes.fromhex("".join(self._footage)) if is_whole else None,
         )
 
     def _per_second(self, displacement_sum: float) -> float | None:
         """Return a sum over pairs of pictures as a speed; None if there is no pair."""
         pair_s = self._motion_step / self._fps
         return displacement_sum / (self._num_pairs * pair_s) if self._num_pairs else None
+
+    def _add_hashes(self, luma: np.ndarray) -> None:
+        times = self._hashed_frames.count(self._num_frames)
+        footage_times = self._footage_frames.count(self._num_frames)
+        if times or footage_times:
+            text = perceptual_hash(luma)
+            self._hashes += [text] * times
+            self._footage += [text] * footage_times
 
     def _add_motion(self, small: np.ndarray) -> None:
         if self._previous is not None:
@@ -129,6 +143,17 @@ def hashed_frames(num_frames: int) -> list[int]:
         num_frames: Number of frames of the clip; a very short one gives the same frame twice.
     """
     return [(2 * part + 1) * num_frames // (2 * HASHED_FRAMES) for part in range(HASHED_FRAMES)]
+
+
+def footage_frames(num_frames: int, fps: float) -> list[int]:
+    """Return the frames of a clip that are hashed `FOOTAGE_FPS` times a second.
+
+    Args:
+        num_frames: Number of frames of the clip.
+        fps: Frame rate of the clip, frames per second; a slower one gives the same frame twice.
+    """
+    number = int(num_frames * FOOTAGE_FPS / fps)
+    return [int((place + 0.5) * fps / FOOTAGE_FPS) for place in range(number)]
 
 
 def perceptual_hash(luma: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from ursa.artifacts import Clip, RejectReason, Split, Threshold
 from ursa.config import SelectionConfig, SelectionRule
 from ursa.errors import ConfigError
 from ursa.video.duplicates import drop_repeats, find_clusters, find_likeness, join
+from ursa.video.footage import ClipFrames, join_by_footage
 from ursa.video.recipes import load_recipe
 from ursa.video.score_table import SCORES, score_key, score_of
 
@@ -65,6 +66,7 @@ class _Seen(NamedTuple):
     num_px: int
     duration_s: float
     perceptual_hash: str | None
+    frame_hashes: bytes
 
 
 class Judgement(NamedTuple):
@@ -140,7 +142,7 @@ def judge_clips(clips: Iterable[Clip], config: SelectionConfig) -> Judgement:
         clusters = find_clusters(likeness)
     kept = {seen[place].source_sha256 for place in np.flatnonzero(_is_open(reasons)).tolist()}
     # of dropped copies too: their sources show the same
-    joined = _joined_sources([clip.source_sha256 for clip in shown], clusters)
+    joined = _joined_sources(shown, clusters, config.max_duplicate_distance)
     groups = [group for group in joined if group & kept]
     held_out = choose_validation_sources(groups, config.validation_fraction, seed=config.split_seed)
     verdicts = [None if reason is None else str(reason) for reason in reasons.tolist()]
@@ -321,6 +323,7 @@ def _seen(clip: Clip, *, with_hash: bool) -> _Seen:
         num_px=clip.info.width_px * clip.info.height_px,
         duration_s=clip.info.duration_s,
         perceptual_hash=clip.scores.perceptual_hash if with_hash else None,
+        frame_hashes=(clip.scores.frame_hashes or b"") if with_hash else b"",
     )
 
 
@@ -329,17 +332,31 @@ def _preference(clip: _Seen) -> tuple[int, float, str]:
     return -clip.num_px, -clip.duration_s, clip.clip_id
 
 
-def _joined_sources(sources: Sequence[str], clusters: np.ndarray) -> list[set[str]]:
-    """Return the sources in groups: joined are those with clips in one cluster."""
-    names = sorted(set(sources))
+def _joined_sources(
+    clips: Sequence[_Seen], clusters: np.ndarray, max_distance: int | None
+) -> list[set[str]]:
+    """Return the sources in groups: joined are those with clips in one cluster or one footage."""
+    names = sorted({clip.source_sha256 for clip in clips})
     number_of = {name: number for number, name in enumerate(names)}
-    numbers = np.array([number_of[source] for source in sources], np.int64)
+    numbers = np.array([number_of[clip.source_sha256] for clip in clips], np.int64)
     num_clusters = int(clusters.max(initial=-1)) + 1
     edges = np.stack([numbers, len(names) + clusters], axis=1)
-    groups: dict[int, set[str]] = defaultdict(set)
-    for name, group in zip(names, join(edges, len(names) + num_clusters).tolist(), strict=False):
-        groups[group].add(name)
-    return list(groups.values())
+    groups = join(edges, len(names) + num_clusters)[: len(names)]
+    if max_distance is not None:
+        groups = join_by_footage(_frames_of(clips, numbers), groups, max_distance)
+    joined: dict[int, set[str]] = defaultdict(set)
+    for name, group in zip(names, groups.tolist(), strict=True):
+        joined[group].add(name)
+    return list(joined.values())
+
+
+def _frames_of(clips: Sequence[_Seen], numbers: np.ndarray) -> ClipFrames:
+    """Return the frames of clips, sorted by the number of their source, then by their id."""
+    order = np.lexsort((np.array([clip.clip_id for clip in clips]), numbers)).tolist()
+    hashes = [clips[place].frame_hashes for place in order]
+    values = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
+    first = np.cumsum([0, *(len(item) // values.itemsize for item in hashes)])
+    return ClipFrames(values, first, numbers[order])
 
 
 def choose_validation_sources(

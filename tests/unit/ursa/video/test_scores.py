@@ -97,6 +97,14 @@ def test_nine_frames_are_hashed_and_one_that_shows_nothing_is_zeros():
     assert measure(still(1)).perceptual_hash == 9 * measure(still(1)).perceptual_hash[:16]
 
 
+@pytest.mark.parametrize(("fps", "places"), [(24.0, range(1, 36, 3)), (12.0, [0, 2, 3, 5, 6, 8])])
+def test_eight_frames_a_second_are_hashed_too(fps, places):
+    frames = panning(36 if fps == 24 else 9, step=3)
+    lumas = [cv2.cvtColor(frames[place], cv2.COLOR_RGB2GRAY) for place in places]
+    expected = bytes.fromhex("".join(perceptual_hash(luma) for luma in lumas))
+    assert measure(frames, fps=fps).frame_hashes == expected
+
+
 def test_shares_of_clipped_pixels_and_black_frames():
     frames = flat(8, (120, 120, 120), height=64, width=64)
     frames[:, :16] = 255

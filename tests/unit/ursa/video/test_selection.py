@@ -472,6 +472,34 @@ def test_sources_that_show_the_same_are_held_out_together():
     assert [joined.splits[k] for k in unchanged] == [apart.splits[k] for k in unchanged]
 
 
+def test_sources_that_show_the_same_at_other_times_are_held_out_together():
+    """Half of a long take, cut elsewhere: no near-duplicate, but one group."""
+    names = [f"{k:064x}" for k in range(60)]
+    rng = np.random.default_rng(0)
+    long = rng.integers(1, 1 << 63, (60, 60), dtype=np.uint64)
+    hashes = [row[:40].astype(">u8").tobytes() for row in long]
+    clips = [
+        shown(f"{k:02}", pictures(k), source=name, frame_hashes=hashes[k])
+        for k, name in enumerate(names)
+    ]
+    apart = judge_clips(clips, only(validation_fraction=0.3, max_duplicate_distance=4))
+    place, other = apart.splits.index("validation"), apart.splits.index("train")
+    later = {"frame_hashes": long[place, 20:].astype(">u8").tobytes(), "source": names[other]}
+    more = [*clips, shown("copy", pictures(99), **later)]
+    mixed = rng.permutation(len(more)).tolist()
+    for order in (range(len(more)), mixed):
+        config = only(validation_fraction=0.3, max_duplicate_distance=4)
+        judged = judge_clips([more[k] for k in order], config)
+        assert judged.reasons == [None] * len(more)
+        splits = dict(zip(order, judged.splits, strict=True))
+        assert splits[place] == splits[other] == splits[60] == "train"
+        assert [splits[k] for k in range(60) if k != place] == [
+            split for k, split in enumerate(apart.splits) if k != place
+        ]
+    without = judge_clips(more, only(validation_fraction=0.3))
+    assert without.splits[place] == "validation"
+
+
 def groups_of(*names):
     return [{name} for name in names]
 
