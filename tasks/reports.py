@@ -35,6 +35,7 @@ from ursa.artifacts import (
     TokenDatasets,
 )
 from ursa.data.versions import DatasetVersion, FileChange
+from ursa.drift import Drift
 from ursa.video.selection import explain
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,26 @@ def link(key: str, url: str, text: str, description: str) -> None:
     if in_flow_run():
         with _courtesy():
             create_link_artifact(url, link_text=text, key=key, description=description)
+
+
+def drift(measured: Drift, least: float | None) -> None:
+    """Store how far the new clips of a retraining are from those of the champion, by score.
+
+    Args:
+        measured: The distances.
+        least: `retraining.min_drift`.
+    """
+    rule = "it trains whatever they are" if least is None else f"it trains from {least:g} on"
+    table(
+        "data-drift",
+        [
+            {"score": name, "distance": f"{value:.3f}"}
+            for name, value in sorted(measured.distances.items(), key=lambda item: -item[1])
+        ],
+        f"{measured.num_new} new clips of {measured.num_new_files} files and the "
+        f"{measured.num_reference} that the champion was trained on: Jensen-Shannon distance less "
+        f"chance, from 0 to 1; {rule} (`retraining.min_drift`)",
+    )
 
 
 def data_funnel(
