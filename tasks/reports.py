@@ -21,8 +21,10 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.context import SettingsContext, get_settings_context
 from prefect.exceptions import PrefectHTTPStatusError
 
+from tasks.options import root_flow_run_id
 from ursa.artifacts import (
     ClipSelection,
     ClipSet,
@@ -45,10 +47,20 @@ EXAMPLES = 8
 CHANGES = 250
 
 
+def _without_patience() -> SettingsContext:
+    """Return settings with which a call to a server that is away fails at once: work goes on."""
+    context = get_settings_context()
+    # `temporary_settings` validates all settings anew, which takes a tenth of a second
+    client = context.settings.client.model_copy(update={"max_retries": 0})
+    settings = context.settings.model_copy(update={"client": client})
+    return context.model_copy(update={"settings": settings})
+
+
 @contextlib.contextmanager
 def _courtesy() -> Iterator[None]:
     try:
-        yield
+        with _without_patience():
+            yield
     except (httpx.HTTPError, PrefectHTTPStatusError, OSError) as error:
         logger.warning("a report could not be stored: %s", error)
 
@@ -62,7 +74,7 @@ def flow_run_tags() -> dict[str, str]:
     """Return what leads from the tracking server to the flow run."""
     if not in_flow_run():
         return {}
-    root = runtime.flow_run.root_flow_run_id or runtime.flow_run.id
+    root = root_flow_run_id()
     base = str(runtime.flow_run.ui_url or "").rpartition("/")[0]
     return {"prefect.flow_run_id": str(root), "prefect.flow_run_url": f"{base}/{root}"}
 
@@ -79,7 +91,10 @@ def start_progress(key: str, description: str) -> UUID | None:
     """
     if not in_flow_run():
         return None
-    with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError, OSError):
+    with (
+        contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError, OSError),
+        _without_patience(),
+    ):
         return UUID(str(create_progress_artifact(progress=0.0, key=key, description=description)))
     return None
 

@@ -33,7 +33,6 @@ from ursa.errors import ConfigError, RegistrationError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
     from mlflow.entities import RunData
-    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
@@ -654,7 +653,7 @@ class MetricSink:
         self._parked_bytes = 0
         self._next_park = 0.0
         self._measures_machine = measures_machine
-        self._monitors: list[BaseMetricsMonitor] = []
+        self._monitors: list[Any] = []  # of MLflow, whose methods have no types
         self._next_measure = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metric-sink", daemon=True)
@@ -768,14 +767,14 @@ class MetricSink:
         return self._offset >= self._spool.num_bytes()
 
 
-def _monitors() -> list["BaseMetricsMonitor"]:
+def _monitors() -> list[Any]:
     """Return what MLflow measures of a machine; of GPUs where `nvidia-ml-py` is installed."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor  # noqa: PLC0415
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor  # noqa: PLC0415
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor  # noqa: PLC0415
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor  # noqa: PLC0415
 
-    found: list[BaseMetricsMonitor] = []
+    found: list[Any] = []
     for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
         try:
             found.append(kind())
