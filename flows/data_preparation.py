@@ -5,7 +5,24 @@ from prefect import flow
 from tasks import annotation, ingestion, tokenization, versions
 from tasks.context import PreparedData, RunContext, commit_prepared, find_prepared, run_session
 from tasks.options import ConfigOverrides
+from ursa.artifacts import ClipSelection
 from ursa.config import Preset
+
+
+def selected_clips(run: RunContext) -> ClipSelection:
+    """Ingest, annotate and select.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The committed selection.
+
+    Raises:
+        UrsaError: The first error of a task that did not go away.
+    """
+    clips = annotation.annotate_clips(run, ingestion.ingest_videos(run))
+    return ingestion.select_clips(run, clips)
 
 
 @flow(name="ursa-data-preparation", flow_run_name="data {preset}", validate_parameters=True)
@@ -14,6 +31,7 @@ def data_preparation(
     preset: Preset = "tiny",
     overrides: ConfigOverrides | None = None,
     context: RunContext | None = None,
+    selection: ClipSelection | None = None,
 ) -> PreparedData:
     """Ingest, annotate, select, fit the tokenizers and tokenize.
 
@@ -22,6 +40,7 @@ def data_preparation(
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
         context: Set when the flow is part of a larger one.
+        selection: Likewise: the clips, if they were looked at already.
 
     Returns:
         The committed selection, tokenizers and token data sets.
@@ -34,9 +53,8 @@ def data_preparation(
         if prepared is not None:
             versions.note_version(run, prepared)
             return prepared
-        clips = ingestion.ingest_videos(run)
-        clips = annotation.annotate_clips(run, clips)
-        selection = ingestion.select_clips(run, clips)
+        if selection is None:
+            selection = selected_clips(run)
         visual_tokenizer = ingestion.fit_visual_tokenizer(run, selection)
         text_tokenizer = ingestion.fit_text_tokenizer(run, selection)
         datasets = tokenization.tokenize_clips(run, selection, visual_tokenizer)

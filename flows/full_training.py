@@ -4,13 +4,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.data_preparation import data_preparation
+from flows.data_preparation import data_preparation, selected_clips
 from flows.model_release import model_release
 from flows.staged_training import staged_training
 from tasks.context import find_prepared, run_session
 from tasks.options import ConfigOverrides
 from tasks.registration import find_version, finish_run
-from tasks.retraining import NewData, look_for_new_data
+from tasks.retraining import NewData, compare_new_clips, look_for_new_data
 from tasks.versions import note_version
 from ursa.artifacts import ModelVersion
 from ursa.config import Preset
@@ -32,8 +32,8 @@ def full_training(
         source_uri: Directory, `s3://` prefix, manifest or tar file with videos (docs/sources.md).
         preset: Name of a complete configuration.
         overrides: Values that replace those of the preset.
-        only_new: End as `NoNewData` when there are too few new files since the newest version; else
-            go on from the champion, as `retraining` says.
+        only_new: End as `NoNewData` when there are too few new files since the newest version, or
+            their clips are like those of the champion; else go on from it, as `retraining` says.
 
     Returns:
         Final state, named `Completed`, `NothingChanged` or `NoNewData`.
@@ -50,7 +50,13 @@ def full_training(
         if known is not None:
             note_version(run, known)
         if version is None:
-            prepared = data_preparation(source_uri, preset, context=run)
+            selection = None
+            if new.reference_uri is not None:
+                selection = selected_clips(run)
+                refusal = compare_new_clips(run, selection, new.reference_uri)
+                if refusal is not None:
+                    return Completed(name="NoNewData", message=refusal)
+            prepared = data_preparation(source_uri, preset, context=run, selection=selection)
             trained = staged_training(source_uri, preset, context=run, prepared=prepared)
             version = model_release(source_uri, preset, context=run, trained=trained)
         return finish_run(run, version)

@@ -106,19 +106,19 @@ class RunContext(FrozenModel):
     @property
     def prepared_uri(self) -> str:
         """Where the record of the prepared data is committed."""
-        key = fingerprint("prepared", self.fingerprint, _code_fingerprint())
+        key = fingerprint("prepared", self.fingerprint, code_fingerprint())
         return storage.join(self.data_uri, "prepared", key[:32], "manifest.json")
 
     @property
     def trained_uri(self) -> str:
         """Where the record of the trained model is committed."""
-        key = fingerprint("trained", self.fingerprint, _code_fingerprint())
+        key = fingerprint("trained", self.fingerprint, code_fingerprint())
         return storage.join(self.data_uri, "trained", key[:32], "manifest.json")
 
     @property
     def release_fingerprint(self) -> str:
         """What makes two registrations of this run the same: configuration, source and code."""
-        return fingerprint("released", self.fingerprint, _code_fingerprint())
+        return fingerprint("released", self.fingerprint, code_fingerprint())
 
 
 class PreparedData(FrozenModel):
@@ -141,7 +141,7 @@ class TrainedModel(FrozenModel):
 
 
 @functools.cache
-def _code_fingerprint() -> str:
+def code_fingerprint() -> str:
     """Return a hash of the source of the library: other code looks at every step again."""
     root = Path(ursa.__file__).parent
     return fingerprint(

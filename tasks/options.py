@@ -1,6 +1,8 @@
 """What all tasks share: retries of what is transient, JSON results, one-line errors."""
 
+import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -18,7 +20,14 @@ if TYPE_CHECKING:
 else:
     from ursa.config import ConfigOverrides
 
-__all__ = ["ConfigOverrides", "announce", "retry_if_transient", "show_library_logs", "step"]
+__all__ = [
+    "ConfigOverrides",
+    "announce",
+    "retry_if_transient",
+    "root_flow_run_id",
+    "show_library_logs",
+    "step",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,6 +79,23 @@ def step(
     )
 
 
+def root_flow_run_id() -> str | None:
+    """Return the id of the flow run around all others of this process; None outside of one.
+
+    Where a worker has started the process it is in the environment: Prefect's own answer asks the
+    server, and fails at once while that is away.
+    """
+    own = runtime.flow_run.id
+    if own is None:
+        return None
+    return os.environ.get("PREFECT__FLOW_RUN_ID") or _root_of(str(own))
+
+
+@functools.cache
+def _root_of(flow_run_id: str) -> str:
+    return str(runtime.flow_run.root_flow_run_id or flow_run_id)
+
+
 def announce(message: str, *arguments: object) -> None:
     """Log a line for the task that runs, and for the whole run that it belongs to.
 
@@ -83,9 +109,9 @@ def announce(message: str, *arguments: object) -> None:
         logging.getLogger(__name__).info(message, *arguments)
         return
     logger.info(message, *arguments)
-    root = runtime.flow_run.root_flow_run_id
-    if root is not None and str(root) != str(runtime.flow_run.id):
-        extra = {"flow_run_id": str(root), "flow_run_name": "run", "flow_name": "ursa"}
+    root = root_flow_run_id()
+    if root not in {None, str(runtime.flow_run.id)}:
+        extra = {"flow_run_id": root, "flow_run_name": "run", "flow_name": "ursa"}
         logging.getLogger("prefect.flow_runs").info(message, *arguments, extra=extra)
 
 

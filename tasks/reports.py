@@ -21,8 +21,10 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.context import SettingsContext, get_settings_context
 from prefect.exceptions import PrefectHTTPStatusError
 
+from tasks.options import root_flow_run_id
 from ursa.artifacts import (
     ClipSelection,
     ClipSet,
@@ -35,6 +37,7 @@ from ursa.artifacts import (
     TokenDatasets,
 )
 from ursa.data.versions import DatasetVersion, FileChange
+from ursa.drift import Drift
 from ursa.texts import markdown_code, markdown_text
 from ursa.video.selection import explain
 
@@ -47,10 +50,20 @@ _IS_ONE_CELL = re.compile(r"_(t0(\.\d+)?|frame\d+)$")
 """Metrics of one time or latent frame: fifty numbers that a heat map in MLflow shows better."""
 
 
+def _without_patience() -> SettingsContext:
+    """Return settings with which a call to a server that is away fails at once: work goes on."""
+    context = get_settings_context()
+    # `temporary_settings` validates all settings anew, which takes a tenth of a second
+    client = context.settings.client.model_copy(update={"max_retries": 0})
+    settings = context.settings.model_copy(update={"client": client})
+    return context.model_copy(update={"settings": settings})
+
+
 @contextlib.contextmanager
 def _courtesy() -> Iterator[None]:
     try:
-        yield
+        with _without_patience():
+            yield
     except (httpx.HTTPError, PrefectHTTPStatusError, OSError) as error:
         logger.warning("a report could not be stored: %s", error)
 
@@ -64,7 +77,7 @@ def flow_run_tags() -> dict[str, str]:
     """Return what leads from the tracking server to the flow run."""
     if not in_flow_run():
         return {}
-    root = runtime.flow_run.root_flow_run_id or runtime.flow_run.id
+    root = root_flow_run_id()
     base = str(runtime.flow_run.ui_url or "").rpartition("/")[0]
     return {"prefect.flow_run_id": str(root), "prefect.flow_run_url": f"{base}/{root}"}
 
@@ -81,7 +94,10 @@ def start_progress(key: str, description: str) -> UUID | None:
     """
     if not in_flow_run():
         return None
-    with contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError, OSError):
+    with (
+        contextlib.suppress(httpx.HTTPError, PrefectHTTPStatusError, OSError),
+        _without_patience(),
+    ):
         return UUID(str(create_progress_artifact(progress=0.0, key=key, description=description)))
     return None
 
@@ -208,6 +224,26 @@ def link(key: str, url: str, text: str, description: str) -> None:
     if in_flow_run():
         with _courtesy():
             create_link_artifact(url, link_text=text, key=key, description=description)
+
+
+def drift(measured: Drift, least: float | None) -> None:
+    """Store how far the new clips of a retraining are from those of the champion, by score.
+
+    Args:
+        measured: The distances.
+        least: `retraining.min_drift`.
+    """
+    rule = "it trains whatever they are" if least is None else f"it trains from {least:g} on"
+    table(
+        "data-drift",
+        [
+            {"score": name, "distance": f"{value:.3f}"}
+            for name, value in sorted(measured.distances.items(), key=lambda item: -item[1])
+        ],
+        f"{measured.num_new} new clips of {measured.num_new_files} files and the "
+        f"{measured.num_reference} that the champion was trained on: Jensen-Shannon distance less "
+        f"chance, from 0 to 1; {rule} (`retraining.min_drift`)",
+    )
 
 
 def data_funnel(

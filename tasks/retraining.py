@@ -1,21 +1,23 @@
 """Tasks: is there enough new to train, and what does the training go on from."""
 
-from tasks import tracking
+from tasks import reports, tracking
 from tasks.context import (
     PreparedData,
     RunContext,
     SourceListing,
     Start,
     TrainedModel,
+    code_fingerprint,
     given_config,
     list_source,
     sources_uri,
 )
 from tasks.options import ConfigOverrides, announce, step
 from tasks.settings import RuntimeSettings
-from ursa import storage
-from ursa.artifacts import TokenDatasets, TokenizerRef
+from ursa import ingestion, storage
+from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
 from ursa.config import FrozenModel, Preset, RunConfig, fingerprint
+from ursa.drift import Drift, measure_drift
 from ursa.errors import ManifestError
 
 NETWORK_TAG = "ursa.network"
@@ -28,10 +30,13 @@ class NewData(FrozenModel):
     Attributes:
         refusal: Why there is nothing to train on; None trains.
         start: The champion to go on from; None trains all stages.
+        reference_uri: The selection that the champion was trained on, with which new clips are
+            compared; None compares with nothing.
     """
 
     refusal: str | None = None
     start: Start | None = None
+    reference_uri: str | None = None
 
 
 def network_fingerprint(config: RunConfig, *tokenizers: TokenizerRef) -> str:
@@ -85,9 +90,16 @@ def look_for_new_data(
             f"retraining.min_new_files is {wanted}"
         )
     announce("%d files of new content at %s", count, listing.source_uri)
-    if config.retraining.start == "scratch":
-        return NewData()
-    return NewData(start=_champion(tracking_uri, name))
+    champion = tracking.champion_version(tracking_uri, name)
+    reference_uri = champion.tags.get("ursa.selection") if champion else None
+    if reference_uri is not None:  # what the same files gave the last time
+        uri = drift_uri(settings.data_uri, reference_uri, listing.fingerprint, config)
+        known = storage.load_record(uri, Drift)
+        refusal = known and _why_not(known, listing.source_uri, config)
+        if refusal:
+            return NewData(refusal=refusal)
+    is_fresh = config.retraining.start == "scratch"
+    return NewData(start=None if is_fresh else _start(champion, name), reference_uri=reference_uri)
 
 
 def _num_new(listing: SourceListing, newest: dict[str, str], settings: RuntimeSettings) -> int:
@@ -110,22 +122,98 @@ def _contents(listing: SourceListing) -> set[str]:
     return {item.etag for item in listing.sources if item.problem is None}
 
 
-def _champion(tracking_uri: str, name: str) -> Start | None:
-    version = tracking.champion_version(tracking_uri, name)
-    if version is None:
+def _start(champion: tracking.RegisteredVersion | None, name: str) -> Start | None:
+    if champion is None:
         announce("%s has no champion: all stages are trained", name)
         return None
-    _, number, tags = version
     keys = ("ursa.model_directory", "ursa.tokens", NETWORK_TAG)
-    if any(key not in tags for key in keys):
+    if any(key not in champion.tags for key in keys):
         announce("the champion was registered by an older release: all stages are trained")
         return None
-    directory_uri, tokens_uri, network = (tags[key] for key in keys)
+    directory_uri, tokens_uri, network = (champion.tags[key] for key in keys)
     return Start(
-        model_uri=f"{tracking.REGISTRY_SCHEME}{name}/{number}",
+        model_uri=f"{tracking.REGISTRY_SCHEME}{name}/{champion.version}",
         directory_uri=directory_uri,
         tokens_uri=tokens_uri,
         network=network,
+    )
+
+
+def drift_uri(data_uri: str, reference_uri: str, source_fingerprint: str, config: RunConfig) -> str:
+    """Return where it is recorded how far the clips of a source are from those of a model.
+
+    Args:
+        data_uri: Root of all data.
+        reference_uri: The selection that the model was trained on.
+        source_fingerprint: Hash of files and captions of the source.
+        config: What the clips are made, measured and selected by.
+    """
+    key = fingerprint(
+        "drift",
+        reference_uri,
+        source_fingerprint,
+        config.ingestion,
+        config.annotation,
+        config.selection,
+        code_fingerprint(),
+    )
+    return storage.join(data_uri, "drift", key[:32], "manifest.json")
+
+
+@step(run_name="compare the new clips")
+def compare_new_clips(
+    context: RunContext, selection: ClipSelection, reference_uri: str
+) -> str | None:
+    """See `ursa.drift.measure_drift`; the figures go to Prefect and to the tracking server.
+
+    Args:
+        context: The run.
+        selection: The committed selection.
+        reference_uri: The selection that the champion was trained on.
+
+    Returns:
+        Why there is nothing to train on; None trains, also where the reference is gone.
+
+    Raises:
+        ServiceError: If the tracking server does not answer.
+        UrsaError: What that function raises.
+    """
+    uri = drift_uri(context.data_uri, reference_uri, context.source_fingerprint, context.config)
+    drift = storage.load_record(uri, Drift)
+    if drift is None:
+        reference = storage.load_record(reference_uri, ClipSelection)
+        if reference is None:
+            announce("%s is gone: new clips are compared with nothing", reference_uri)
+            return None
+        drift = measure_drift(reference, selection)
+        if not ingestion.has_unstable_failures(selection.clips):
+            storage.commit_record(uri, drift)
+    reports.drift(drift, context.config.retraining.min_drift)
+    name, distance = drift.greatest
+    if name:
+        announce("%d new clips; what differs most is %s: %.3f", drift.num_new, name, distance)
+    with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
+        tracking.log_metrics(
+            run, {f"drift/{name}": value for name, value in drift.distances.items()}
+        )
+    refusal = _why_not(drift, context.source_uri, context.config)
+    if refusal is not None:
+        tracking.tag_run(context.run, {tracking.NOTE: refusal})
+    return refusal
+
+
+def _why_not(drift: Drift, source_uri: str, config: RunConfig) -> str | None:
+    """Return why clips that differ so much are not trained on; None if they are."""
+    if not drift.num_new:
+        return f"no clip of the new files at {source_uri} is kept"
+    name, distance = drift.greatest
+    least = config.retraining.min_drift
+    if least is None or distance >= least:
+        return None
+    most = f"what differs most is {name}: {distance:.3f}" if distance else "no score differs"
+    return (
+        f"{drift.num_new} new clips of {drift.num_new_files} files at {source_uri} are like those "
+        f"of the champion: {most}, retraining.min_drift is {least:g}"
     )
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -82,6 +83,7 @@ class Spool:
         )
         self._is_parked = False
         self._unwritten = b""
+        self._lock = threading.Lock()  # values come from the work and from the thread that sends
 
     def append(
         self, *, step: int = 0, metrics: Mapping[str, float] | None = None, status: str = ""
@@ -94,9 +96,10 @@ class Spool:
             status: Final status of the run; nothing for a line of metrics.
         """
         line = {"time_ms": int(time.time() * 1000), "step": step, "metrics": dict(metrics or {})}
-        self._unwritten += json.dumps(line | ({"status": status} if status else {})).encode()
-        self._unwritten += b"\n"
-        self._write()
+        text = json.dumps(line | ({"status": status} if status else {}))
+        with self._lock:
+            self._unwritten += text.encode() + b"\n"
+            self._write()
 
     def _write(self) -> None:
         try:

@@ -128,7 +128,8 @@ class LocalSink:
             metrics: Values by name.
         """
         if self._sink is None:
-            self._sink = MetricSink(self._run, on_step=self._on_step).__enter__()
+            sink = MetricSink(self._run, on_step=self._on_step, measures_machine=True)
+            self._sink = sink.__enter__()
             # child processes of multiprocessing run finalizers, not `atexit`
             multiprocessing.util.Finalize(None, self.close, exitpriority=10)
         self._sink(step, metrics)
@@ -163,5 +164,5 @@ def run_stage(arguments: dict[str, Any], is_told_to_end: Callable[[], bool]) -> 
     stage: StageConfig = getattr(request.config.stages, request.stage)
     progress = StageProgress(arguments["progress_url"], stage.max_steps)
     on_step = StageSamples(run, samples_uri(request), progress)
-    with MetricSink(run, on_step=on_step) as sink:
+    with MetricSink(run, on_step=on_step, measures_machine=True) as sink:
         train_stage(request, execution=execution, on_metrics=sink, is_told_to_end=is_told_to_end)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import psutil
+
 from tasks import releases, spool
 from tasks.processes import process_mark
 from ursa import storage
@@ -42,6 +44,8 @@ FLUSH_EVERY_S = 2.0
 FLUSH_BYTES = 16 << 10
 """Sent in one turn beside training: 70 steps or so, 15 ms of work that a step may wait for."""
 PARK_EVERY_S = 30.0
+MEASURE_EVERY_S = 10.0
+"""How often a sink measures its machine, as MLflow does."""
 PROBE_LIMIT_S = 2.0
 CLOSE_LIMIT_S = 20.0
 CLOSE_PATIENCE_S = 5.0
@@ -63,12 +67,14 @@ class TrackedRun(FrozenModel):
         experiment_id: Experiment of the run.
         run_id: Id of the run.
         spool_uri: Where metrics and statuses wait that the server has not taken yet.
+        began_ms: When it was first opened, milliseconds since 1970.
     """
 
     tracking_uri: str
     experiment_id: str
     run_id: str
     spool_uri: str
+    began_ms: int = 0
 
     @property
     def url(self) -> str:
@@ -630,6 +636,7 @@ class MetricSink:
         run: TrackedRun,
         *,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        measures_machine: bool = False,
     ) -> None:
         """Keep the settings; file and thread begin with the context.
 
@@ -637,6 +644,8 @@ class MetricSink:
             run: Where metrics go.
             on_step: Called in the thread with the newest step and its metrics before values are
                 sent; what it raises is passed over.
+            measures_machine: Whether it adds MLflow's own `system/` metrics of this machine, once
+                and every `MEASURE_EVERY_S` seconds; their step is seconds since the run began.
         """
         self._run = run
         self._on_step = on_step
@@ -646,6 +655,9 @@ class MetricSink:
         self._offset = 0
         self._parked_bytes = 0
         self._next_park = 0.0
+        self._measures_machine = measures_machine
+        self._monitors: list[Any] = []  # of MLflow, whose methods have no types
+        self._next_measure = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metric-sink", daemon=True)
 
@@ -654,6 +666,8 @@ class MetricSink:
         from mlflow.entities import Metric  # noqa: F401, PLC0415
         from mlflow.tracking import MlflowClient  # noqa: F401, PLC0415
 
+        if self._measures_machine:
+            self._monitors = _monitors()
         self._spool = spool.Spool(self._run.spool_uri, self._run.run_id)
         self._thread.start()
         return self
@@ -682,10 +696,12 @@ class MetricSink:
 
     def _work(self) -> None:
         closed_at = 0.0
+        psutil.cpu_percent()  # the next call in this thread returns the share since this one
         while True:
             is_closing = self._closing.wait(FLUSH_EVERY_S)
             closed_at = closed_at or (time.monotonic() if is_closing else 0.0)
             self._report_step()
+            self._measure()
             try:
                 # one small part a turn while training goes on, so that no step notices
                 is_all = self._send_part(spool.READ_BYTES if is_closing else FLUSH_BYTES)
@@ -717,6 +733,21 @@ class MetricSink:
             except Exception as error:  # noqa: BLE001  (progress is a courtesy)
                 logger.debug("progress could not be reported: %s", error)
 
+    def _measure(self) -> None:
+        if time.monotonic() < self._next_measure or not self._monitors:
+            return
+        self._next_measure = time.monotonic() + MEASURE_EVERY_S
+        metrics: dict[str, float] = {}
+        try:
+            for monitor in self._monitors:
+                monitor.collect_metrics()
+                metrics |= {f"system/{key}": v for key, v in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+        except Exception as error:  # noqa: BLE001  (a driver that is reset)
+            logger.debug("the machine could not be measured: %s", error)
+        age_ms = int(time.time() * 1000) - self._run.began_ms
+        self._spool.append(step=max(0, age_ms // 1000), metrics=metrics)
+
     def _send_part(self, num_bytes: int) -> bool:
         """Send the next lines of the spool; return whether nothing is left."""
         entries, following = spool.read(self._spool.path, self._offset, num_bytes)
@@ -737,6 +768,22 @@ class MetricSink:
             _send(client, self._run.run_id, stored, entries)
         self._offset = following
         return self._offset >= self._spool.num_bytes()
+
+
+def _monitors() -> list[Any]:
+    """Return what MLflow measures of a machine; of GPUs where `nvidia-ml-py` is installed."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor  # noqa: PLC0415
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor  # noqa: PLC0415
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor  # noqa: PLC0415
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor  # noqa: PLC0415
+
+    found: list[Any] = []
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        try:
+            found.append(kind())
+        except Exception as error:  # noqa: BLE001  (no package, driver or GPU; no network)
+            logger.debug("%s: %s", kind.__name__, error)
+    return found
 
 
 def _send(
@@ -1161,7 +1208,9 @@ def _find_or_create(
             }
             client.update_run(first.info.run_id, status="RUNNING")
             client.log_batch(first.info.run_id, tags=[RunTag(*item) for item in new.items()])
-        return beside.model_copy(update={"run_id": first.info.run_id})
+        return beside.model_copy(
+            update={"run_id": first.info.run_id, "began_ms": first.info.start_time}
+        )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -742,6 +742,14 @@ class RetrainingConfig(ConfigSection):
     min_new_files: int = Field(
         gt=0, description="with fewer files of new content at the source a run ends as NoNewData"
     )
+    min_drift: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="if no score of the new clips is further than this from what the champion was "
+        "trained on (Jensen-Shannon distance less chance; `ursa.drift`), a run ends as NoNewData "
+        "before it trains; None: it always trains",
+    )
     start: Literal["champion", "scratch"] = Field(
         description="champion: async_finetune goes on from the champion, with the values below, "
         "where it has the same network and tokenizers; scratch: all stages"

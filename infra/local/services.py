@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path(os.environ.get("URSA_STATE_DIR") or ROOT / ".ursa").resolve()
 BIN = Path(sys.executable).parent
 POOL = "ursa"
 DEPLOYMENT = "ursa/full-training"
+AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 MARK = "URSA_SERVICES"
 START_LIMIT_S = 180.0
 STOP_LIMIT_S = 12.0
@@ -60,6 +62,8 @@ QUIET = {
     "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "60",
     "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
     "PREFECT_WORKER_QUERY_SECONDS": "1",
+    # what infra/automations.yaml goes by; Prefect sends none more often
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "ursa",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
@@ -399,8 +403,8 @@ def stop(service: Service) -> bool:
 def deployment_hash() -> str:
     """Return a hash of everything that a deployment is made of."""
     digest = hashlib.sha256(f"{ROOT}\n".encode())
-    names = ["prefect.yaml", "ursa/config.py", *sorted(str(p) for p in Path("flows").glob("*.py"))]
-    for name in names:
+    names = ["prefect.yaml", "infra/automations.yaml", "ursa/config.py"]
+    for name in (*names, *sorted(str(path) for path in Path("flows").glob("*.py"))):
         with contextlib.suppress(FileNotFoundError):
             digest.update(Path(name).read_bytes())
     return digest.hexdigest()
@@ -441,7 +445,22 @@ def deploy(prefect: Service) -> None:
     # the file says off; what somebody has switched on stays on
     for address in before.keys() & schedules(prefect).keys():
         request(f"{prefect.url}/api/{address}", before[address], method="PATCH")
+    set_automations(prefect)
     (STATE / "run" / "deployed").write_text(digest)
+
+
+def set_automations(prefect: Service) -> None:
+    """Create or renew the automations that need no notification block; a paused one stays so."""
+    address = f"{prefect.url}/api/automations/"
+    for item in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
+        if any("block_document_id" in action for action in item["actions"]):
+            continue
+        query = {"automations": {"name": {"any_": [item["name"]]}}}
+        known = request(f"{address}filter", query)
+        for old in known:
+            request(f"{address}{old['id']}", {**item, "enabled": old["enabled"]}, method="PUT")
+        if not known:
+            request(address, item)
 
 
 def schedules(prefect: Service) -> dict[str, dict[str, Any]]:

@@ -27,8 +27,10 @@ OVERRIDES = changed(
 )
 
 
-def run(services: Running, source: Path, *more: str) -> dict[str, Any]:
-    done = services.script(*run_arguments(source, OVERRIDES, *more))
+def run(
+    services: Running, source: Path, *more: str, overrides: dict[str, Any] = OVERRIDES
+) -> dict[str, Any]:
+    done = services.script(*run_arguments(source, overrides, *more))
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     return services.flow_run(done.stdout)
 
@@ -50,6 +52,19 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     )
 
     add(source, *NEW)
+    alike = changed({"retraining": {"min_drift": 1.0}}, OVERRIDES)
+    state = run(services, source, "--param only_new=true", overrides=alike)["state"]
+    assert (state["type"], state["name"]) == ("COMPLETED", "NoNewData")
+    assert "are like those of the champion" in state["message"]
+    assert services.artifacts()["data-drift"]["type"] == "table"
+    assert len(versions(services, NAME)) == 1
+    begin_s = time.monotonic()
+    again = run(services, source, "--param only_new=true", overrides=alike)
+    took_s = time.monotonic() - begin_s
+    assert (again["state"]["name"], again["state"]["message"]) == ("NoNewData", state["message"])
+    assert again["total_run_time"] < 10, "the clips were known"
+    assert took_s < 20, "the command with its start"
+
     state = run(services, source, "--param only_new=true")["state"]
     assert (state["type"], state["name"]) == ("COMPLETED", "Completed")
     newest = max(versions(services, NAME), key=lambda item: int(item["version"]))

@@ -33,6 +33,7 @@ NUMBERS = {
     "scorer": r"[a-z-]+",
     "score": r"[\d.]+",
     "N": r"\d+",
+    "measure": r"[\w./-]+",
 }
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tasks import schedules
@@ -195,7 +196,15 @@ def retraining(services: Running) -> dict[str, Any]:
     return dict(services.ask(f"{api}/deployments/name/ursa/scheduled-retraining"))
 
 
-def test_the_schedule_goes_on_and_off_and_stays_so_when_deployed_again(services: Running) -> None:
+def zombie_automation(services: Running) -> tuple[dict[str, Any], str]:
+    """Return the automation that looks for runs without heartbeat, and its address."""
+    address = f"{services.prefect_url}/api/automations"
+    query = {"automations": {"name": {"any_": ["ursa-run-without-heartbeat"]}}}
+    (found,) = services.ask(f"{address}/filter", query)
+    return found, f"{address}/{found['id']}"
+
+
+def test_schedule_and_automation_stay_on_or_off_when_deployed_again(services: Running) -> None:
     assert schedule(services, "show").stdout.startswith("off: cron 0 3 * * 1 UTC\n")
     done = schedule(services, "on", "--source", "clips", "--json")
     assert done.returncode == 0, done.stderr
@@ -203,8 +212,14 @@ def test_the_schedule_goes_on_and_off_and_stays_so_when_deployed_again(services:
     assert found["active"]
     assert found["parameters"] == {"source_uri": source, "preset": "tiny", "only_new": True}
 
+    automation, address = zombie_automation(services)
+    assert automation["enabled"]
+    httpx.patch(address, json={"enabled": False}).raise_for_status()
     deployed = services.script("deploy")
     assert deployed.returncode == 0, deployed.stdout
+    after, _ = zombie_automation(services)
+    assert (after["id"], after["enabled"]) == (automation["id"], False), "somebody has paused it"
+    httpx.patch(address, json={"enabled": True}).raise_for_status()
     (after,) = retraining(services)["schedules"]
     assert (after["active"], after["parameters"]) == (True, {"source_uri": source})
 

@@ -1,25 +1,36 @@
 """When a retraining trains, and what it goes on from, with a real registry and real files."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks.context import SourceListing, list_source
+from tasks.context import SourceListing, list_source, start_run
 from tasks.options import ConfigOverrides
-from tasks.retraining import NETWORK_TAG, NewData, look_for_new_data
+from tasks.retraining import NETWORK_TAG, NewData, compare_new_clips, look_for_new_data
 from tasks.settings import RuntimeSettings
-from tests import media
+from tests import factories, media
 from ursa import storage
+from ursa.artifacts import ClipSelection, VideoInfo
 from ursa.config import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow warns about its own imports
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without runs; making one takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    address = f"sqlite:///{tmp_path}/mlflow.db"
+def client(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts
+    address = f"sqlite:///{shutil.copy(database, tmp_path)}"
     for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "URSA_MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(variable, address)
     monkeypatch.setenv("URSA_DATA_URI", str(tmp_path / "data"))
@@ -114,3 +125,97 @@ def test_without_a_champion_that_can_be_gone_on_from_all_stages_are_trained(clie
     client.set_registered_model_alias("ursa", "champion", number)
     client.delete_model_version_tag("ursa", number, NETWORK_TAG)
     assert look(source) == NewData()
+
+
+INFO = VideoInfo(width_px=64, height_px=48, fps=12.0, num_frames=18, duration_s=1.5, codec="h264")
+
+
+def select(folder: Path, *files: tuple[str, float]) -> ClipSelection:
+    """Commit a selection of one clip a file, of that name and sharpness."""
+    folder.mkdir()
+    clips = []
+    for name, sharpness in files:
+        path = folder / name
+        path.write_text(name)
+        clip = factories.clip_of(path, caption="a tree", info=INFO)
+        scores = clip.scores.model_copy(update={"sharpness": sharpness})
+        clips.append(clip.model_copy(update={"scores": scores}))
+    selection = factories.commit_selection(str(folder), clips)
+    return storage.commit_record(selection.manifest_uri, selection)
+
+
+def numbered(begin: str, *values: float) -> list[tuple[str, float]]:
+    return [(f"{begin}{i}", value) for i, value in enumerate(values)]
+
+
+KNOWN = numbered("known", *range(20))
+
+
+@pytest.mark.parametrize(
+    ("new", "min_drift", "refusal"),
+    [
+        (numbered("new", *[50.0] * 20), 0.2, None),
+        (numbered("new", *range(20)), None, None),
+        (
+            numbered("new", *range(20)),
+            0.2,
+            "20 new clips of 20 files at SOURCE are like those of the champion: no score differs, "
+            "retraining.min_drift is 0.2",
+        ),
+        (
+            numbered("new", *[50.0] * 20),
+            1.0,
+            "20 new clips of 20 files at SOURCE are like those of the champion: what differs most "
+            "is sharpness: 0.793, retraining.min_drift is 1",
+        ),
+        ([], None, "no clip of the new files at SOURCE is kept"),
+    ],
+)
+def test_clips_like_those_of_the_champion_are_no_new_data(
+    client, source, tmp_path, new, min_drift, refusal
+):
+    reference = select(tmp_path / "reference", *KNOWN)
+    number = register(client, source, **{"ursa.selection": reference.manifest_uri})
+    client.set_registered_model_alias("ursa", "champion", number)
+    add(source, "c")
+    overrides = ConfigOverrides.model_validate({"retraining": {"min_drift": min_drift}})
+    found = look(source, min_drift=min_drift)
+    assert (found.refusal, found.reference_uri) == (None, reference.manifest_uri)
+
+    context = start_run.fn(str(source), "tiny", overrides, found.start)
+    selection = select(tmp_path / "selection", *KNOWN, *new)
+    answer = compare_new_clips.fn(context, selection, found.reference_uri)
+    # the same files again: nothing has to be measured to know it
+    again = look(source, min_drift=min_drift)
+    assert again.refusal == answer
+    if refusal is None:
+        assert answer is None
+    else:
+        assert answer == refusal.replace("SOURCE", str(source))
+        run = client.get_run(context.run.run_id)
+        assert run.data.tags["mlflow.note.content"] == answer
+    (child,) = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{context.run.run_id}'")
+    assert {key for key in child.data.metrics if key.startswith("drift/")} >= (
+        {"drift/sharpness", "drift/caption_words"} if new else set()
+    )
+
+
+def test_the_threshold_decides_anew_on_what_was_measured(client, source, tmp_path):
+    reference = select(tmp_path / "reference", *KNOWN)
+    number = register(client, source, **{"ursa.selection": reference.manifest_uri})
+    client.set_registered_model_alias("ursa", "champion", number)
+    add(source, "c")
+    context = start_run.fn(str(source), "tiny", None, None)
+    selection = select(tmp_path / "selection", *KNOWN, *numbered("new", *[50.0] * 20))
+    assert compare_new_clips.fn(context, selection, reference.manifest_uri) is None
+    assert look(source, min_drift=0.5).refusal is None
+    assert look(source).refusal is None
+    assert look(source, min_drift=1.0).refusal is not None
+    add(source, "d")
+    assert look(source, min_drift=1.0).refusal is None, "more came: it has to be looked at"
+
+
+def test_a_reference_that_is_gone_refuses_nothing(client, source, tmp_path):
+    context = start_run.fn(str(source), "tiny", None, None)
+    selection = select(tmp_path / "selection", *KNOWN)
+    assert compare_new_clips.fn(context, selection, str(tmp_path / "gone.json")) is None

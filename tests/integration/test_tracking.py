@@ -124,6 +124,40 @@ def test_sink_keeps_one_value_a_step_over_a_resume(uri: str) -> None:
     }
 
 
+SYSTEM = {
+    "cpu_utilization_percentage",
+    "system_memory_usage_megabytes",
+    "system_memory_usage_percentage",
+    "disk_usage_percentage",
+    "disk_usage_megabytes",
+    "disk_available_megabytes",
+    "network_receive_megabytes",
+    "network_transmit_megabytes",
+}
+
+
+def test_sink_measures_its_machine_beside_the_steps(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_EVERY_S", 0.1)
+    monkeypatch.setattr(tracking, "MEASURE_EVERY_S", 0.5)
+    run = open_run(uri, "print-5", {})
+    with MetricSink(run, measures_machine=True) as sink:
+        for step in range(1, 12):
+            sink(step, {"train/loss": float(step)})
+            sum(range(2_000_000))  # so that the processor has something to do
+            time.sleep(0.1)
+    assert history(run, "train/loss") == {step: [float(step)] for step in range(1, 12)}
+    metrics = MlflowClient(uri).get_run(run.run_id).data.metrics
+    of_system = {key for key in metrics if key.startswith("system/")}
+    assert of_system >= {f"system/{key}" for key in SYSTEM}
+    assert all("gpu_" in key for key in of_system - {f"system/{key}" for key in SYSTEM})
+    shares = history(run, "system/cpu_utilization_percentage")
+    assert 1 < len(shares) < 5, "a step is a second"
+    assert max(shares) < 5, "since the run began"
+    assert all(0 < value <= 100 for (value,) in shares.values())
+
+
 def test_sink_neither_waits_nor_raises_when_the_server_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,12 +165,14 @@ def test_sink_neither_waits_nor_raises_when_the_server_is_away(
     gone = TrackedRun(
         tracking_uri="http://127.0.0.1:9", experiment_id="1", run_id="x", spool_uri=str(tmp_path)
     )
-    with MetricSink(gone) as sink:
+    with MetricSink(gone, measures_machine=True) as sink:
         began = time.monotonic()
         for step in range(1000):
             sink(step, {"train/loss": 1.0})
         assert time.monotonic() - began < 1.0
-    assert (tmp_path / "x.jsonl").read_text().count("\n") == 1000
+    text = (tmp_path / "x.jsonl").read_text()
+    assert text.count('"train/loss"') == 1000
+    assert text.count('"system/cpu_utilization_percentage"') >= 1
 
 
 def test_finished_run_keeps_the_tags_of_who_made_it(uri: str) -> None:

@@ -40,6 +40,7 @@ from ursa.inspection.verify_folders import (
 OTHER_FOLDERS = (
     "prepared",
     "trained",
+    "drift",
     "sources",
     "schedules",
     "scores",

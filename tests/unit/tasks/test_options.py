@@ -3,7 +3,7 @@ import logging
 import pytest
 from prefect.states import Completed, exception_to_failed_state
 
-from tasks.options import retry_if_transient, show_library_logs
+from tasks.options import retry_if_transient, root_flow_run_id, show_library_logs
 from ursa.errors import DataError, ServiceError, StorageConfigurationError, StorageError
 
 
@@ -39,3 +39,13 @@ def test_known_errors_lose_their_traceback(error: Exception, kept: bool) -> None
     assert all(item.filter(record) for item in logger.filters)
     assert bool(record.exc_info) is kept
     assert logging.getLogger("ursa").level == logging.INFO
+
+
+def test_the_flow_run_around_all_others_is_known_without_a_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    assert root_flow_run_id() is None
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "6f0c2a1e-0000-0000-0000-000000000001")
+    assert root_flow_run_id() == "6f0c2a1e-0000-0000-0000-000000000001"
