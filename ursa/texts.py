@@ -17,6 +17,7 @@ _UNPRINTABLE = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _MARKDOWN = re.compile(r"([\\`\[\]<>|])")
+_MAX_NAME_BYTES = 255
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^/\s@?#'\"]*@")
 _SECRET_WORDS = re.compile(
     r"signature|^(sig|se|sv|key|apikey|accesskey|auth|password|passwd|pwd|secret)$|token|secret|"
@@ -51,8 +52,9 @@ def is_file_name(name: object) -> bool:
     Args:
         name: Anything; `/` and the backslash of Windows are no part of a name.
     """
-    is_plain = isinstance(name, str) and not re.search(r"[/\\\0]", name)
-    return is_plain and name not in {"", ".", ".."} and len(name.encode("utf-8", "replace")) <= 255
+    if not isinstance(name, str) or re.search(r"[/\\\0]", name):
+        return False
+    return name not in {"", ".", ".."} and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
 
 
 def markdown_text(text: object) -> str:
