@@ -2,12 +2,15 @@
 
     python tests/bench/growth.py                # 1,000 and 10,000 clips: a minute
     python tests/bench/growth.py 10000 100000
+    python tests/bench/growth.py --library      # without what a flow has imported
 
 Ten clips a file, none of which was ever decoded: files and their units are made up. Each number of
 clips has a process of its own, which lists the source, reads the units, commits and selects the
-clips. What it imports is loaded before; pandas too, which pyarrow loads for its first list.
+clips. What it imports is loaded before: what the process of a flow has (Prefect, MLflow), or the
+library alone; pandas too, which pyarrow loads for its first list.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -31,9 +34,12 @@ def peak_mb() -> float:
     return int(found.group(1)) / 1000 if found else 0.0
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, *, is_flow: bool) -> dict[str, float]:
     """Commit and select the clips of a folder; return the peak so far after each step, MB."""
     source, data = str(folder / "videos"), str(folder / "data")
+    if is_flow:
+        importlib.import_module("flows.full_training")
+        importlib.import_module("tasks.tracking")
     pa.array([""])
     found = {"imports": peak_mb()}
     sources = discover_videos(source)
@@ -48,7 +54,7 @@ def measure(folder: Path) -> dict[str, float]:
     return found
 
 
-def in_fresh_process(num_clips: int) -> dict[str, float]:
+def in_fresh_process(num_clips: int, *, is_flow: bool = True) -> dict[str, float]:
     """Make the clips up and measure."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -56,14 +62,15 @@ def in_fresh_process(num_clips: int) -> dict[str, float]:
         many_clips.write_videos(
             folder / "videos", f"{folder}/data", num_files, clips_a_file=CLIPS_A_FILE
         )
-        command = [sys.executable, __file__, "--one", str(folder)]
+        place = "flow" if is_flow else "library"
+        command = [sys.executable, __file__, "--one", str(folder), place]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def main(few: int, many: int) -> None:
+def main(few: int, many: int, *, is_flow: bool) -> None:
     """Print a Markdown table."""
-    small, large = in_fresh_process(few), in_fresh_process(many)
+    small, large = (in_fresh_process(number, is_flow=is_flow) for number in (few, many))
     print(f"| peak, MB | {few:,} clips | {many:,} clips | ratio | ratio over the imports |")
     print("|---|---|---|---|---|")
     for step in STEPS:
@@ -75,6 +82,7 @@ def main(few: int, many: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(measure(Path(sys.argv[2]))))
+        print(json.dumps(measure(Path(sys.argv[2]), is_flow=sys.argv[3] == "flow")))
     else:
-        main(*(int(argument) for argument in sys.argv[1:3] or ("1000", "10000")))
+        numbers = [int(item) for item in sys.argv[1:] if item != "--library"] or [1000, 10_000]
+        main(*numbers, is_flow="--library" not in sys.argv)
