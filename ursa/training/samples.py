@@ -90,7 +90,8 @@ class StageSamples:
             step: Steps done; 0 is what the stage begins with.
         """
         every = self._stage.sample_every
-        return every is not None and step % every == 0 and step <= self._stage.max_steps
+        most = self._stage.max_steps
+        return every is not None and every <= most and step % every == 0 and step <= most
 
     def draw(self, step: int) -> None:
         """Draw, and write picture and clips; all ranks call this.
