@@ -8,7 +8,7 @@ link. Here they stay texts. HTML is escaped by `ursa.inspection.page.escape`.
 import logging
 import re
 import traceback
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote
 
 # control characters (C0, DEL, C1), marks that turn the direction, separators of lines and
 # paragraphs, what no text is (surrogates, tags, annotations, byte order marks)
@@ -19,11 +19,16 @@ _UNPRINTABLE = re.compile(
 _MARKDOWN = re.compile(r"([\\`\[\]<>|])")
 _MAX_NAME_BYTES = 255
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^/\s@?#'\"]*@")
-_SECRET_WORDS = re.compile(
-    r"signature|^(sig|se|sv|key|apikey|accesskey|auth|password|passwd|pwd|secret)$|token|secret|"
-    r"credential|password|api[-_]?key|access[-_]?key",
+_SECRET_NAMES = re.compile(
+    r"(.*[-_])?(sig|signature|token|secret|credentials?|passw(or)?d|pwd|jwt|hmac|hdnts|hdnea|"
+    r"authorization|auth[-_]?key|(api|access|account|rl|resource)[-_]?key|awsaccesskeyid)"
+    r"|(access|id|auth|security|session|refresh)token",
     re.IGNORECASE,
 )
+_OFTEN_SECRET = re.compile(r"auth|code|key|md5|pass|pw|session|sign|verify", re.IGNORECASE)
+"""Names that have other uses: what they hold is a secret if it is long and looks drawn."""
+_DRAWN = re.compile(r"[\w+/=~-]*\d[\w+/=~-]*")
+_LEAST_DRAWN = 8
 _OWN_LOGGERS = re.compile(
     r"(ursa|tasks|flows|prefect\.(flow|task)_(runs|engine)|prefect\.engine)\b"
 )
@@ -90,18 +95,23 @@ def without_user(text: str) -> str:
 def secret_of_address(address: str) -> str | None:
     """Return what of an address looks like a secret, in words that do not show it; None if nothing.
 
+    Names that signed addresses use are known; a service with names of its own is not recognised.
+
     Args:
-        address: Any URI.
+        address: Any URI, also one that is none.
     """
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return None
-    if "@" in parts.netloc:
+    scheme, _, rest = address.partition("://")
+    if "@" in re.split("[/?#]", rest)[0]:
         return "a user name or password"
-    for name, value in parse_qsl(parts.query):
-        if value and _SECRET_WORDS.search(name):
-            return f"{name}=..."
+    if scheme.lower() in {"s3", "file"}:  # there a question mark is part of the name
+        return None
+    for item in re.split("[?&;#]", rest)[1:]:
+        name, _, value = (unquote(part) for part in item.partition("="))
+        looks_drawn = len(value) >= _LEAST_DRAWN and _DRAWN.fullmatch(value)
+        if value and (
+            _SECRET_NAMES.fullmatch(name) or (_OFTEN_SECRET.fullmatch(name) and looks_drawn)
+        ):
+            return f"{printable(name)}=..."
     return None
 
 

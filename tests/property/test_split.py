@@ -109,8 +109,8 @@ def rank_of(group, seed):
 
 
 def fallback(groups, seed):
-    """The group with the least number of all."""
+    """The smallest group, of equal ones that with the least number."""
     return min(
         (frozenset(group) for group in groups),
-        key=lambda group: min(rank_of({source}, seed) for source in group),
+        key=lambda group: (len(group), min(rank_of({source}, seed) for source in group)),
     )

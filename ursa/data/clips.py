@@ -62,7 +62,7 @@ _SCORE_FIELDS = (
     pa.field("text_area_fraction", pa.float64()),
     pa.field("static_overlay_fraction", pa.float64()),
     pa.field("perceptual_hash", pa.string()),
-    pa.field("frame_hashes", pa.binary()),
+    pa.field("frame_hashes", pa.large_binary()),  # of millions of clips more than 2 GiB
 )
 CLIP_SCHEMA = pa.schema(
     [

@@ -243,7 +243,10 @@ def _followed(
         if response.status not in _REDIRECTS:
             _check_status(response)
             return response
-        place = urljoin(place, response.headers.get("Location", ""))
+        try:
+            place = urljoin(place, response.headers.get("Location", ""))
+        except ValueError as error:
+            raise _refused(f"{_host(place)} redirects to what is no address") from error
     raise _refused(f"more than {rules.max_redirects} redirects")
 
 

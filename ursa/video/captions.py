@@ -1,5 +1,6 @@
 """What is said about a clip: from a caption file, a text beside the video, or its name."""
 
+import codecs
 import json
 import logging
 import re
@@ -61,7 +62,8 @@ def parse_caption_rows(data: bytes) -> tuple[list[CaptionRow], list[int]]:
     """
     rows: list[CaptionRow] = []
     bad_lines: list[int] = []
-    for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), start=1):
+    text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -168,19 +170,20 @@ def parse_text_beside(name: str, data: bytes) -> Notes:
         data: UTF-8; what is not is replaced.
 
     Returns:
-        What it says; nothing of JSON that is damaged or no object. A key that is there twice is
-        such damage, and named in the log: the last one would win in silence.
+        What it says; nothing of UTF-16, and of JSON that is damaged or no object. Damage is named
+        in the log, such as a key that is there twice: the last one would win in silence.
     """
-    text = data.decode("utf-8", "replace")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        logger.warning("%r is left out: it is UTF-16, expected UTF-8", name)
+        return Notes()
+    text = data.decode("utf-8-sig", "replace")
     if not name.lower().endswith(".json"):
         return Notes(caption=clean_caption(text) or None)
     try:
         values = parse_object(text)
         return parse_notes(values) if isinstance(values, dict) else Notes()
-    except RepeatedKeyError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         logger.warning("%r is left out: %s", name, error)
-        return Notes()
-    except (ValueError, TypeError, RecursionError):
         return Notes()
 
 

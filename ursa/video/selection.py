@@ -368,8 +368,9 @@ def choose_validation_sources(
     the numbers of all its sources are below `fraction`. So a source stays where it is whatever
     else comes, except that a group which is joined by a source for training becomes training too:
     what was trained on is never held out later, while fraction and seed are the same and no group
-    falls apart. If no group is held out, that of the smallest number is; if all are, that of the
-    greatest is not; such a small set may change sides when it grows.
+    falls apart. If no group is held out, the smallest one is, of equal ones that of the smallest
+    number; if all are, that of the greatest number is not; such a small set may change sides when
+    it grows.
 
     Args:
         groups: sha256 of sources, those together that must stay together.
@@ -384,7 +385,7 @@ def choose_validation_sources(
         return frozenset()
     chosen = [group for group in ranked if max(group) < fraction]
     if not chosen:
-        chosen = [min(ranked, key=min)]
+        chosen = [min(ranked, key=lambda group: (len(group), min(group)))]
     elif len(chosen) == len(ranked):
         chosen.remove(max(ranked, key=max))
     return frozenset(source for group in chosen for source in group.values())

@@ -326,6 +326,8 @@ def test_redirects_are_followed_a_few_times(server, rules, tmp_path):
             "file:///etc/passwd",
             "gopher://127.0.0.2:{0}/",
             "https://public.test:1/",
+            "https://[bad/x",
+            "//[",
             "http://public.test/",
         ),
     ],
