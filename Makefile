@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 SERVICES := $(BIN)/python infra/local/services.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down status deploy check docs check-infra audit sbom test test-unit test-faults test-slow bench bench-data bench-toy \
+.PHONY: help setup run up down status deploy check lint types docs check-infra audit sbom test test-unit test-faults test-slow bench bench-data bench-toy \
   bench-steps bench-evaluation bench-plan bench-gpu ablation
 
 help: ## list the commands
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.11 to 3.13 is needed, got $$($(PYTHON) --version); Try: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned dependencies (some minutes, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 setup: $(STAMP) ## make the virtual environment (.venv) if it is not up to date
@@ -48,12 +48,16 @@ status: setup ## say which services are up
 deploy: setup ## deploy prefect.yaml again
 	@$(SERVICES) deploy
 
-check: setup docs ## format, lint, layers, types, docstrings, unsafe calls, documentation
+check: lint types docs ## format, lint, layers, types, docstrings, unsafe calls, documentation
+
+lint: setup ## format, lint, layers, unsafe calls
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
 	$(BIN)/bandit -q -c pyproject.toml -r ursa flows tasks -ll
+
+types: setup ## types
+	$(BIN)/mypy
 
 # not --quiet, with which --strict sees no warnings
 docs: setup ## build the documentation into build/docs; a link that leads nowhere is an error

@@ -48,6 +48,7 @@ def test_help_is_quick_and_loads_no_torch(command):
     assert min(seconds) < 0.8
 
 
+@pytest.mark.slow
 def test_a_schedule_is_fitted_and_drawn_and_a_models_is_shown(model, tmp_path):
     drawn = tmp_path / "schedule.png"
     done = ursa("path", "fit", "--levels", "5,4,3", "--out", drawn)
@@ -197,6 +198,7 @@ def test_a_given_first_frame_and_quiet(model, tmp_path):
     assert np.asarray(Image.open(out)).shape == (16, 24, 3)
 
 
+@pytest.mark.slow
 def test_frames_that_are_given(model, tmp_path):
     for number in (1, 2):
         picture = media.texture(32, 48, seed=number, grain=4.0)
