@@ -369,7 +369,7 @@ def test_results_and_models_on_s3(root, models, s3_prefix, tmp_path):
         resolve_scorers(make(scorers={"nsfw": gone}))
 
 
-@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_the_task(root, models, captioner, launcher, monkeypatch, request):
     from tasks import cluster
 

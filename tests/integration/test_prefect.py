@@ -204,6 +204,7 @@ def zombie_automation(services: Running) -> tuple[dict[str, Any], str]:
     return found, f"{address}/{found['id']}"
 
 
+@pytest.mark.slow
 def test_schedule_and_automation_stay_on_or_off_when_deployed_again(services: Running) -> None:
     assert schedule(services, "show").stdout.startswith("off: cron 0 3 * * 1 UTC\n")
     done = schedule(services, "on", "--source", "clips", "--json")

@@ -166,6 +166,7 @@ def test_broken_pid_file_counts_as_not_running(tmp_path: Path) -> None:
     assert "prefect  down" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_lost_pid_files_and_down_leave_nothing_behind(tmp_path: Path) -> None:
     environment = service_environment(tmp_path)
