@@ -57,4 +57,4 @@ def _run_units(
         settings = settings.model_copy(update={"num_workers": 1})
     key = f"annotate-{scorer.name.replace('_', '-')}"
     with reports.progress(key, "units of clips", total=len(units)) as advance:
-        return cluster.map_units(make, units, AnnotatedUnit, settings, on_progress=advance)
+        return list(cluster.map_units(make, units, AnnotatedUnit, settings, on_progress=advance))

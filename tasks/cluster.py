@@ -71,34 +71,6 @@ def map_units(
     *,
     workers: Workers = Workers(),  # noqa: B008  (immutable)
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Result]:
-    """Return what `each_result` yields, all of it at once.
-
-    Args:
-        make_unit: See there, as for the other arguments and the errors.
-        items: Records to work on.
-        result_type: Type of the records that the unit returns.
-        settings: Where to run.
-        workers: Name and needs of the actors.
-        on_progress: Called with the number of items done and of all items.
-
-    Returns:
-        One result an item, in any order.
-    """
-    results = each_result(
-        make_unit, items, result_type, settings, workers=workers, on_progress=on_progress
-    )
-    return list(results)
-
-
-def each_result(
-    make_unit: Callable[[], Callable[[Item], Result]],
-    items: Sequence[Item],
-    result_type: type[Result],
-    settings: RuntimeSettings,
-    *,
-    workers: Workers = Workers(),  # noqa: B008  (immutable)
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Result]:
     """Apply a unit function to all items in parallel; yield the results as they come.
 

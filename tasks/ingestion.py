@@ -59,7 +59,7 @@ def ingest_videos(context: RunContext) -> ClipSet:
                 ingestion.ingest_video, output_uri=context.data_uri, config=config
             )
             before, total = len(plan.done), len(plan.done) + len(plan.todo)
-            new = cluster.each_result(
+            new = cluster.map_units(
                 functools.partial(_same, unit),
                 plan.todo,
                 IngestedVideo,

@@ -47,15 +47,17 @@ def tokenize_clips(
         )
         before, total = len(plan.done), len(plan.done) + len(plan.todo)
         with reports.progress("tokenize-progress", "shards", total=total, before=before) as advance:
-            new = cluster.map_units(
-                make_unit,
-                plan.todo,
-                TokenizedUnit,
-                settings,
-                workers=cluster.Workers(
-                    "tokenize", settings.decoders_per_worker, settings.gpus_per_worker
-                ),
-                on_progress=advance,
+            new = list(
+                cluster.map_units(
+                    make_unit,
+                    plan.todo,
+                    TokenizedUnit,
+                    settings,
+                    workers=cluster.Workers(
+                        "tokenize", settings.decoders_per_worker, settings.gpus_per_worker
+                    ),
+                    on_progress=advance,
+                )
             )
         datasets = tokenization.commit_tokens(
             plan,

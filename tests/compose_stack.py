@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.s3_server import free_port
+from tests.running_services import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "infra" / "compose"

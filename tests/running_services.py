@@ -149,12 +149,13 @@ def start() -> Running:
     atexit.register(run_script, "down", environment=environment)
     done = run_script("up", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Running(
-        folder,
-        environment,
-        f"http://127.0.0.1:{environment['URSA_PREFECT_PORT']}",
-        f"http://127.0.0.1:{environment['URSA_MLFLOW_PORT']}",
-    )
+    return at(folder, environment)
+
+
+def at(folder: Path, environment: dict[str, str]) -> Running:
+    """Return the services of a folder that were brought up in this environment."""
+    prefect, mlflow = environment["URSA_PREFECT_PORT"], environment["URSA_MLFLOW_PORT"]
+    return Running(folder, environment, f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}")
 
 
 class Finished(NamedTuple):

@@ -1,8 +1,8 @@
 """An S3 server of this machine for the tests of a session."""
 
+import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -10,18 +10,14 @@ import urllib.request
 
 import pytest
 
+from tests.running_services import free_port
+
 BUCKET = "ursa-test"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def s3_server():
-    """A server process; its address, with one bucket in it."""
+@contextlib.contextmanager
+def running_s3_server(bucket=BUCKET):
+    """Run a server process; its address, with one bucket in it."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
@@ -33,7 +29,7 @@ def s3_server():
         deadline = time.monotonic() + 60
         while True:
             try:
-                request = urllib.request.Request(f"{address}/{BUCKET}", method="PUT")
+                request = urllib.request.Request(f"{address}/{bucket}", method="PUT")
                 urllib.request.urlopen(request, timeout=5).close()
                 break
             except OSError:
@@ -43,7 +39,13 @@ def s3_server():
         yield address
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    with running_s3_server() as address:
+        yield address
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from ursa.artifacts import ClipScores
 from ursa.config import IngestionConfig, load_config
 from ursa.video.borders import brighter_of, find_bars
 from ursa.video.duplicates import HASH_DIGITS, find_clusters, find_likeness
-from ursa.video.footage import ClipFrames, join_by_footage
+from ursa.video.footage import ClipHashes, join_by_footage, lay_out
 from ursa.video.scores import ClipMeter, footage_frames, hashed_frames, perceptual_hash
 from ursa.video.shots import ShotDetector, cut_spans
 
@@ -790,6 +790,13 @@ def take_copies(frames: np.ndarray) -> dict[str, np.ndarray]:
         f"without the first {s:g} s": compressed(frames[round(s * FPS) :], 30)
         for s in (0.5, 1, 1.7, 2.5, 3.3, 5)
     }
+    copies |= {
+        f"{s:g} s around second {centre}": compressed(
+            frames[round((centre - s / 2) * FPS) :][: round(s * FPS)]
+        )
+        for s in (1.3, 1.6, 1.9)
+        for centre in (4, 6)  # borders of clips of 5 s and of 10 s
+    }
     return copies | {
         "both ends trimmed": compressed(frames[55:-50], 30),
         "low rate, trimmed": compressed(later, 38),
@@ -813,16 +820,18 @@ class CutTake(NamedTuple):
 
     nine: list[str]
     dense: list[bytes]
+    spans_s: list[tuple[float, float]]
 
 
 def cut_take(frames: np.ndarray, longest_s: float) -> CutTake:
     """Cut a take as it is at ingestion, and hash its clips."""
-    nine, dense = [], []
+    nine, dense, spans_s = [], [], []
     for start, stop in cut_spans(len(frames), round(1.2 * FPS), round(longest_s * FPS)):
         clip = frames[start:stop]
         nine.append(hash_of(clip))
         dense.append(bytes.fromhex(hash_of(clip, footage_frames(len(clip), FPS))))
-    return CutTake(nine, dense)
+        spans_s.append((start / FPS, stop / FPS))
+    return CutTake(nine, dense, spans_s)
 
 
 def are_joined(one: CutTake, other: CutTake, bits: int) -> tuple[bool, bool]:
@@ -830,11 +839,10 @@ def are_joined(one: CutTake, other: CutTake, bits: int) -> tuple[bool, bool]:
     clusters = find_clusters(find_likeness([*one.nine, *other.nine], bits))
     count = len(one.nine)
     by_nine = bool(set(clusters[:count].tolist()) & set(clusters[count:].tolist()))
-    hashes = [*one.dense, *other.dense]
-    frames = ClipFrames(
-        np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64),
-        np.cumsum([0, *(len(item) // 8 for item in hashes)]),
-        np.repeat([0, 1], [count, len(other.nine)]),
+    frames = lay_out(
+        ClipHashes(source, start_s, end_s, hashes)
+        for source, take in enumerate((one, other))
+        for (start_s, end_s), hashes in zip(take.spans_s, take.dense, strict=True)
     )
     groups = join_by_footage(frames, np.arange(2), bits)
     return by_nine, by_nine or bool(groups[0] == groups[1])

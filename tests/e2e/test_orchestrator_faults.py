@@ -19,6 +19,7 @@ from tests.e2e.test_kills import EVERY, VIDEOS, Chain, checkpoints, finished_wor
 from tests.running_services import (
     ROOT,
     Running,
+    at,
     mlflow_runs,
     run_script,
     service_environment,
@@ -128,12 +129,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     try:
         done = run_script("up", environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        yield Running(
-            folder,
-            environment,
-            f"http://127.0.0.1:{environment['URSA_PREFECT_PORT']}",
-            f"http://127.0.0.1:{environment['URSA_MLFLOW_PORT']}",
-        )
+        yield at(folder, environment)
     finally:
         run_script("down", environment=environment)
 

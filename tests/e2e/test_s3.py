@@ -1,14 +1,12 @@
 """The whole run with source and data in a bucket of a real S3 server process on loopback."""
 
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from botocore.exceptions import BotoCoreError
 
 from tests import running_services
 from tests.running_services import (
@@ -16,10 +14,10 @@ from tests.running_services import (
     TINY,
     Running,
     changed,
-    free_port,
     run_arguments,
     versions,
 )
+from tests.s3_server import running_s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -50,33 +48,13 @@ class Bucket:
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    port = free_port()
-    log = tmp_path_factory.mktemp("moto") / "log.txt"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    found = Bucket(f"http://127.0.0.1:{port}")
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                found.client.create_bucket(Bucket="ursa")
-                break
-            except BotoCoreError:
-                assert server.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+def bucket() -> Iterator[Bucket]:
+    with running_s3_server("ursa") as address:
+        found = Bucket(address)
         for name in VIDEOS:
             found.put(f"videos/{name}", (ROOT / "tests" / "data" / "videos" / name).read_bytes())
         found.put("videos/deep er/not a video.mp4", b"no video\n" * 100)
         yield found
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,6 @@ data root in the bucket with the texts of its tables, command lines of what is r
 import io
 import secrets
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,11 +14,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import BotoCoreError
 
 from tests import running_services
 from tests.e2e.test_s3 import Bucket
 from tests.running_services import ROOT, TINY, Running, changed, free_port, run_arguments, versions
+from tests.s3_server import running_s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -49,26 +46,9 @@ def canaries() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    port = free_port()
-    with (tmp_path_factory.mktemp("moto") / "log.txt").open("wb") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    found = Bucket(f"http://127.0.0.1:{port}")
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                found.client.create_bucket(Bucket="ursa")
-                break
-            except BotoCoreError:
-                assert server.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield found
-    finally:
-        server.terminate()
-        server.wait(20)
+def bucket() -> Iterator[Bucket]:
+    with running_s3_server("ursa") as address:
+        yield Bucket(address)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +96,7 @@ def runs(
         assert script("endpoint", *run_arguments(source, other), AWS_ENDPOINT_URL=endpoint) == 1
         assert script("tracking", *run_arguments(source, other), URSA_MLFLOW_TRACKING_URI=tracking)
         yield Runs(
-            Running(
-                folder,
-                environment,
-                f"http://127.0.0.1:{environment['URSA_PREFECT_PORT']}",
-                f"http://127.0.0.1:{environment['URSA_MLFLOW_PORT']}",
-            ),
+            running_services.at(folder, environment),
             bucket,
             canaries,
             outputs,

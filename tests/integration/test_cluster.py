@@ -120,7 +120,7 @@ def undisturbed(data: Data, nodes: Nodes, tmp_path_factory: pytest.TempPathFacto
     """Names and hashes of the shards of a run that nobody disturbs."""
     uri = str(tmp_path_factory.mktemp("undisturbed"))
     plan = data.plan(uri)
-    units = cluster.map_units(data.make_unit(), plan.todo, TokenizedUnit, settings())
+    units = list(cluster.map_units(data.make_unit(), plan.todo, TokenizedUnit, settings()))
     data.commit(plan, units, uri)
     return shard_hashes(uri)
 
@@ -169,8 +169,8 @@ def test_lost_node_or_actor_costs_no_clip(
         else:
             nodes.kill_an_actor()
 
-    units = cluster.map_units(
-        data.make_unit(), plan.todo, TokenizedUnit, settings(), on_progress=watch
+    units = list(
+        cluster.map_units(data.make_unit(), plan.todo, TokenizedUnit, settings(), on_progress=watch)
     )
     took_s = time.monotonic() - lost_at_s[0]
     logger.warning("%s lost at %d %%: done %.1f s later", what, 100 * fraction, took_s)
@@ -194,8 +194,13 @@ def test_clip_that_kills_decoders_is_named_and_the_others_are_done(
     )
     plan = poisoned.plan(uri, config)
     make_unit = functools.partial(ClipTokenizer, data.tokenizer, config)
-    units = cluster.map_units(
-        make_unit, plan.todo, TokenizedUnit, settings().model_copy(update={"launcher": launcher})
+    units = list(
+        cluster.map_units(
+            make_unit,
+            plan.todo,
+            TokenizedUnit,
+            settings().model_copy(update={"launcher": launcher}),
+        )
     )
     (failed,) = [clip for unit in units for clip in unit.failed]
     assert failed.clip_id == data.bomb.clip_id
@@ -234,7 +239,7 @@ ITEMS = [SourceVideo(uri=f"/videos/{i}.mp4", num_bytes=i, etag=str(i)) for i in 
 def test_unit_that_loses_two_actors_is_done(nodes: Nodes, tmp_path: Path) -> None:
     nodes.fill()
     make_unit = functools.partial(Killer, tmp_path, {"2": 2})
-    found = cluster.map_units(make_unit, ITEMS, SourceVideo, settings())
+    found = list(cluster.map_units(make_unit, ITEMS, SourceVideo, settings()))
     assert sorted(item.num_bytes for item in found) == list(range(0, 20, 2))
     assert (tmp_path / "2").read_text() == "3"
 
@@ -243,6 +248,6 @@ def test_unit_that_always_kills_is_given_up_after_the_others(nodes: Nodes, tmp_p
     nodes.fill()
     make_unit = functools.partial(Killer, tmp_path, {"2": 99})
     with pytest.raises(UrsaError, match=r"worked on SourceVideo /videos/2\.mp4 died 3 times"):
-        cluster.map_units(make_unit, ITEMS, SourceVideo, settings())
+        list(cluster.map_units(make_unit, ITEMS, SourceVideo, settings()))
     assert (tmp_path / "2").read_text() == "3"
     assert {path.name for path in tmp_path.iterdir()} == {item.etag for item in ITEMS}

@@ -36,10 +36,10 @@ def quarantine(path, folder, **changes):
 
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory):
-    """A small file with eight pictures of 67 million pixels each."""
+    """A small file with 16 pictures of 67 million pixels each."""
     path = tmp_path_factory.mktemp("bomb") / "bomb.mp4"
-    media.save_bomb(path, side=8192, num_frames=8)
-    assert path.stat().st_size < 2 << 20
+    media.save_bomb(path, side=8192, num_frames=16)
+    assert path.stat().st_size < 4_000_000
     return path
 
 

@@ -20,6 +20,7 @@ from ursa.ingestion import (
     select_clips,
 )
 from ursa.sources.listing import discover_videos
+from ursa.video import fork_server
 
 CONFIG = media.ingestion_config(clip_height_px=72)
 
@@ -247,10 +248,11 @@ def test_captions_are_those_of_the_plan(tmp_path):
     assert clip.caption_source == "template"
 
 
-def test_timeout_is_not_kept_as_done(tmp_path):
+def test_timeout_is_not_kept_as_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(fork_server, "_POLL_S", 0.01)
     media.save_video(tmp_path / "a.mp4", media.panning(30, step=2, height=72), 24.0)
     (source,) = discover_videos(str(tmp_path))
-    hasty = CONFIG.model_copy(update={"child_timeout_s": 0.05})
+    hasty = CONFIG.model_copy(update={"child_timeout_s": 0.001})
     data = str(tmp_path / "data")
     assert ingest_video(source, data, hasty).failure is FailureReason.TIMEOUT
     plan = plan_ingestion(str(tmp_path), [source], data, hasty)

@@ -1,5 +1,6 @@
 """The child process that decodes a foreign file, seen from its parent."""
 
+import contextlib
 import threading
 import time
 
@@ -8,7 +9,8 @@ import pytest
 
 from tests import media
 from ursa.artifacts import FailureReason
-from ursa.video import probe
+from ursa.errors import ServiceError
+from ursa.video import fork_server, probe
 from ursa.video.probe import QuarantinedError, copy_foreign_file, normalise_video
 
 
@@ -32,11 +34,17 @@ def test_clips_of_a_child_process(tmp_path, work):
     assert clip.scores.motion_px_per_s == pytest.approx(24, rel=0.15)
 
 
-def run_child(path, work, **changes):
+def normalised(path, work, **changes):
+    for left in work.iterdir():
+        left.unlink()
     config = media.ingestion_config(**changes)
     _, demuxer = copy_foreign_file(path, work, config)
+    return normalise_video(work, demuxer, config)
+
+
+def run_child(path, work, **changes):
     with pytest.raises(QuarantinedError) as caught:
-        normalise_video(work, demuxer, config)
+        normalised(path, work, **changes)
     return caught.value.reason
 
 
@@ -45,13 +53,16 @@ def test_reason_crosses_the_process_border(tmp_path, work):
     assert run_child(path, work) is FailureReason.NO_VIDEO_STREAM
 
 
-def test_child_that_takes_too_long_is_killed(tmp_path, work):
+def test_child_that_takes_too_long_is_killed(tmp_path, work, monkeypatch):
+    monkeypatch.setattr(fork_server, "_POLL_S", 0.01)
     path = media.save_video(tmp_path / "a.mp4", media.still(24))
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    normalised(path, work)
+    before = set(fork_servers())
     start_s = time.monotonic()
-    assert run_child(path, work, child_timeout_s=0.1) is FailureReason.TIMEOUT
+    assert run_child(path, work, child_timeout_s=0.01) is FailureReason.TIMEOUT
     assert time.monotonic() - start_s < 5
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert not any(server.is_running() for server in before)
+    assert not fork_servers()
 
 
 def test_finished_video_earns_time(tmp_path, work, monkeypatch):
@@ -66,49 +77,91 @@ def test_finished_video_earns_time(tmp_path, work, monkeypatch):
 
 
 def test_killed_child_is_a_reason(tmp_path, work):
-    path = media.save_video(tmp_path / "a.mp4", media.still(24))
-
-    def kill():
-        parent = psutil.Process()
-        while True:
-            for child in parent.children():
-                if child.cmdline()[-1:] == ["ursa.video.normalise"]:
-                    child.kill()
-                    return
-
-    killer = threading.Thread(target=kill)
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2))
+    killer = threading.Thread(target=lambda: [child.kill() for child in decoders()])
     killer.start()
     reason = run_child(path, work)
     killer.join()
     assert reason is FailureReason.OUT_OF_MEMORY
 
 
-def test_child_that_cannot_start_is_a_reason(tmp_path, work, monkeypatch):
+def decoders():
+    """Wait for processes that decode, and return them."""
+    while True:
+        with contextlib.suppress(psutil.Error):
+            found = [child for server in fork_servers() for child in server.children()]
+            if found:
+                return found
+
+
+def fork_servers():
+    name = "ursa.video.normalise"
+    return [each for each in psutil.Process().children() if each.cmdline()[-1:] == [name]]
+
+
+def test_files_are_decoded_by_children_of_one_process(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2))
+    seen = []
+    for _ in range(2):
+        watcher = threading.Thread(target=lambda: seen.append(decoders()[0]))
+        watcher.start()
+        assert normalised(path, work).clips
+        watcher.join()
+    assert len({child.pid for child in seen}) == 2
+    assert not any(child.is_running() for child in seen)
+    assert len(fork_servers()) == 1
+    assert fork_servers()[0].num_threads() == 1  # a fork leaves other threads, and their locks
+
+
+def test_what_forks_is_started_again_when_it_is_lost(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2))
+    killer = threading.Thread(target=lambda: [decoders(), fork_servers()[0].kill()])
+    killer.start()
+    with pytest.raises(ServiceError, match="ended with -9"):
+        normalised(path, work)
+    killer.join()
+    assert normalised(path, work).clips
+
+
+def test_a_child_ends_with_the_call_that_asked_for_it(tmp_path, work, monkeypatch):
+    """Whatever ends the call: here what a signal handler would raise."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(self):
+        seen.extend(decoders())
+        raise Interrupted
+
+    seen = []
+    monkeypatch.setattr(probe._Deadline, "check", interrupt)
+    monkeypatch.setattr(fork_server, "_POLL_S", 0.01)
+    with pytest.raises(Interrupted):
+        normalised(media.save_video(tmp_path / "a.mp4", media.panning(48, step=2)), work)
+    gone, alive = psutil.wait_procs(seen, timeout=5)
+    assert gone
+    assert not alive
+
+
+def test_what_forks_cannot_start(tmp_path, work, monkeypatch):
+    """That is no fault of the file."""
     path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    monkeypatch.setattr(probe, "_own", threading.local())
     (tmp_path / "av").mkdir()
     (tmp_path / "av" / "__init__.py").write_text("raise SystemExit('broken installation')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    assert run_child(path, work) is FailureReason.CRASHED
+    with pytest.raises(ServiceError, match="broken installation"):
+        normalised(path, work)
 
 
 def test_child_sees_no_credentials(tmp_path, work, monkeypatch):
     path = media.save_video(tmp_path / "a.mp4", media.still(24))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setattr(probe, "_own", threading.local())
     seen = []
-
-    def watch():
-        parent = psutil.Process()
-        while not seen:
-            for child in parent.children():
-                try:
-                    if child.cmdline()[-1:] == ["ursa.video.normalise"]:
-                        seen.append(child.environ())
-                except psutil.Error:
-                    continue
-
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=lambda: seen.append(decoders()[0].environ()))
     watcher.start()
     config = media.ingestion_config()
     _, demuxer = copy_foreign_file(path, work, config)

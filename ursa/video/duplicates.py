@@ -211,7 +211,7 @@ def around(
     ordered >>= np.uint64(start)
     ordered &= np.uint64((1 << width) - 1)
     ordered <<= np.uint64(32)
-    ordered |= places.astype(np.uint64)
+    np.bitwise_or(ordered, places, out=ordered, dtype=np.uint64, casting="unsafe")
     ordered.sort()
     shift = 32 + width - _PART_BITS
     firsts = np.arange(1, 1 << _PART_BITS, dtype=np.uint64) << np.uint64(shift)

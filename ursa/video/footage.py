@@ -7,18 +7,22 @@ one distance, frames of the one are seen again in the other, at most one hash ea
 long enough (`MIN_SHARED_FRAMES`, `MIN_SHARED_FRACTION`) and through `MIN_PICTURES` pictures: of a
 still any distance fits, which says nothing. Copies of stills are found by `ursa.video.duplicates`.
 
+An excerpt over the border of two clips may show too little of either. So where a clip goes on after
+another, the seconds before and after the border are compared as one more clip (`lay_out`).
+
 Distances to try come from every `PROBE_STEP`-th frame of a clip, by multi-index hashing. Only what
 joins sources that are not joined yet is looked at, so the time does not grow with the number of
 copies of one piece.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from ursa.video.duplicates import around, join, split_bands
+from ursa.video.scores import FOOTAGE_FPS
 
 MIN_SHARED_FRAMES = 8
 """Hashed frames, one second: what is shorter is no shared footage."""
@@ -29,9 +33,24 @@ MIN_PICTURES = 3
 PROBE_STEP = 4
 MAX_ALIKE = 256
 """Of the frames with a third of their bits in common with a probe, so many are looked at."""
+_HASH_BYTES = 8
+_BORDER_BYTES = _HASH_BYTES * MIN_SHARED_FRAMES
 _CHUNK_PROBES = 1 << 17
 _CHUNK_PAIRS = 1 << 22
 _BATCH = 1 << 15
+
+
+class ClipHashes(NamedTuple):
+    """The hashed frames of a clip."""
+
+    source: int
+    """Number of the source, from 0."""
+    start_s: float
+    """Where the clip begins in its source, seconds."""
+    end_s: float
+    """Where it ends."""
+    hashes: bytes
+    """`FOOTAGE_FPS` a second, eight bytes each, big-endian."""
 
 
 class ClipFrames(NamedTuple):
@@ -43,6 +62,36 @@ class ClipFrames(NamedTuple):
     """Place of the first frame of every clip, and the number of frames, int64."""
     source_of: np.ndarray
     """Source of every clip, shape (number of clips,), int64, never falling."""
+    length: np.ndarray
+    """Number of frames of which `MIN_SHARED_FRACTION` must be seen again, int64."""
+
+
+def lay_out(clips: Iterable[ClipHashes]) -> ClipFrames:
+    """Return the frames of clips, and of what is beside the borders of those that go on.
+
+    Args:
+        clips: Clips, by number of their source, then by start.
+    """
+    hashes: list[bytes] = []
+    sources: list[int] = []
+    lengths: list[int] = []
+    last: ClipHashes | None = None
+    for clip in clips:
+        if last is not None and last.source == clip.source and last.hashes and clip.hashes:
+            overlap = round((last.end_s - clip.start_s) * FOOTAGE_FPS)
+            if overlap >= 0:
+                after = clip.hashes[overlap * _HASH_BYTES :][:_BORDER_BYTES]
+                hashes.append(last.hashes[-_BORDER_BYTES:] + after)
+                sources.append(clip.source)
+                # else a title between two clips would be a third of what is compared
+                lengths.append(min(len(last.hashes), len(clip.hashes)) // _HASH_BYTES)
+        hashes.append(clip.hashes)
+        sources.append(clip.source)
+        lengths.append(len(clip.hashes) // _HASH_BYTES)
+        last = clip
+    values = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
+    first = np.cumsum([0, *(len(item) // _HASH_BYTES for item in hashes)])
+    return ClipFrames(values, first, np.array(sources, np.int64), np.array(lengths, np.int64))
 
 
 def join_by_footage(frames: ClipFrames, groups: np.ndarray, max_distance: int) -> np.ndarray:
@@ -200,7 +249,7 @@ def _is_shared(
     is_first = np.ones(len(row), bool)
     is_first[1:] = (row[1:] != row[:-1]) | (picture[1:] != picture[:-1])
     num_pictures = np.bincount(row[is_first], minlength=len(tries))
-    shorter = np.minimum(counts[ones], counts[others])
+    shorter = np.minimum(frames.length[ones], frames.length[others])
     needed = np.maximum(MIN_SHARED_FRAMES, np.ceil(MIN_SHARED_FRACTION * shorter))
     shared: np.ndarray = (num_seen >= needed) & (num_pictures >= MIN_PICTURES)
     return shared

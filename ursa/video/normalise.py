@@ -10,7 +10,6 @@ import math
 import mmap
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -30,6 +29,7 @@ from ursa.video.borders import NO_MARGINS, Margins, brighter_of, even_margins, f
 from ursa.video.clock import FrameClock
 from ursa.video.decode import verify_clip
 from ursa.video.encode import VideoWriter
+from ursa.video.fork_server import serve
 from ursa.video.probe import (
     DISK_FULL,
     EARNED_S,
@@ -722,16 +722,17 @@ def answer(folder: Path, request: ChildRequest) -> ChildResult:
     )
 
 
-def main() -> None:
-    """Read a request from standard input and answer it in `result.json`."""
-    request = ChildRequest.model_validate_json(sys.stdin.buffer.read())
+def work(text: str) -> None:
+    """Answer a request in `result.json` of the working directory, with the limits that it names.
+
+    Args:
+        text: A `ChildRequest` as JSON.
+    """
+    request = ChildRequest.model_validate_json(text)
     limit_resources(request.config)
     av.logging.set_level(None)
     result = answer(Path(), request)
     Path(RESULT_NAME).write_text(result.model_dump_json(), encoding="utf-8")
-    sys.stderr.flush()
-    # a decoder in a damaged state shall not be torn down
-    os._exit(0)
 
 
 def _reraise_exhaustion(error: Exception) -> None:
@@ -755,4 +756,4 @@ def _reason_of(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)

@@ -7,14 +7,13 @@ without network, decodes it once and writes H.264 clips. Whatever happens to the
 caller gets clips or a reason.
 """
 
-import contextlib
 import hashlib
 import io
 import logging
 import os
 import signal
 import stat
-import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -24,13 +23,13 @@ from ursa.artifacts import ClipScores, CroppedPixels, FailureReason, VideoInfo
 from ursa.config import FrozenModel, IngestionConfig
 from ursa.errors import StorageConfigurationError, VideoDecodeError
 from ursa.video.containers import HEAD_BYTES, Demuxer, describe_content, detect_demuxer
-from ursa.video.sandbox import child_command, child_environment, last_words
+from ursa.video.fork_server import STDERR_NAME, ForkServer
+from ursa.video.sandbox import last_words
 
 logger = logging.getLogger(__name__)
 
 INPUT_NAME = "input"
 RESULT_NAME = "result.json"
-STDERR_NAME = "stderr.txt"
 PROGRESS_NAME = "progress"
 EARNED_S = 2.0
 """How much longer the child may take for every second of video that it has finished, and as much
@@ -39,8 +38,9 @@ RESULT_LIMIT_BYTES = 32 << 20
 DISK_FULL = "disk_full"
 
 _CHUNK_BYTES = 1 << 20
-_POLL_S = 0.2
 _DETAIL_CHARACTERS = 500
+
+_own = threading.local()
 
 
 class QuarantinedError(VideoDecodeError):
@@ -206,7 +206,9 @@ def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> 
         StorageConfigurationError: If there is no room for the clips.
     """
     request = ChildRequest(demuxer=demuxer, config=config)
-    code = _run_child(folder, request.model_dump_json().encode(), config.child_timeout_s)
+    code = _fork_server().run(
+        folder, request.model_dump_json(), _Deadline(folder, config.child_timeout_s).check
+    )
     if code != 0:
         raise _explain_exit(code, folder)
     result = _read_result(folder)
@@ -231,47 +233,29 @@ def _mode(path: Path) -> int:
         return stat.S_IFREG
 
 
-def _run_child(folder: Path, request: bytes, timeout_s: float) -> int:
-    """Run the child to its end; return its exit code, or the negative signal that ended it."""
-    with (folder / STDERR_NAME).open("wb") as stderr:
-        process = subprocess.Popen(  # noqa: S603  (our own module)
-            child_command("ursa.video.normalise"),
-            cwd=folder,
-            env=child_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
-        try:
-            _wait(process, request, folder, timeout_s)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return process.returncode
+def _fork_server() -> ForkServer:
+    """Return the process of this thread that forks what decodes; it is started once."""
+    server: ForkServer | None = getattr(_own, "server", None)
+    if server is None or not server.close.alive or server.pid != os.getpid():
+        server = _own.server = ForkServer("ursa.video.normalise")
+    return server
 
 
-def _wait(process: subprocess.Popen[bytes], request: bytes, folder: Path, timeout_s: float) -> None:
-    """Wait for the child; a second of finished video earns it `EARNED_S` more."""
-    start_s = time.monotonic()
-    assert process.stdin is not None, "opened as a pipe"
-    # a child that died at once is seen below; the request fits into the pipe
-    with contextlib.suppress(BrokenPipeError), process.stdin:
-        process.stdin.write(request)
-    finished_s = 0.0
-    while True:
-        try:
-            process.wait(timeout=min(_POLL_S, timeout_s))
-        except subprocess.TimeoutExpired:
-            used_s = time.monotonic() - start_s
-            finished_s = max(finished_s, _finished_s(folder))
-            if used_s > timeout_s + EARNED_S * finished_s:
-                raise QuarantinedError(
-                    FailureReason.TIMEOUT, f"not done after {used_s:.1f} s"
-                ) from None
-        else:
-            return
+class _Deadline:
+    """When a child is given up; a second of finished video earns it `EARNED_S` more."""
+
+    def __init__(self, folder: Path, timeout_s: float) -> None:
+        self._folder = folder
+        self._timeout_s = timeout_s
+        self._start_s = time.monotonic()
+        self._finished_s = 0.0
+
+    def check(self) -> None:
+        """Raise QuarantinedError if it is time."""
+        self._finished_s = max(self._finished_s, _finished_s(self._folder))
+        used_s = time.monotonic() - self._start_s
+        if used_s > self._timeout_s + EARNED_S * self._finished_s:
+            raise QuarantinedError(FailureReason.TIMEOUT, f"not done after {used_s:.1f} s")
 
 
 def _finished_s(folder: Path) -> float:

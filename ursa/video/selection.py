@@ -18,7 +18,7 @@ from ursa.artifacts import Clip, RejectReason, Split, Threshold
 from ursa.config import SelectionConfig, SelectionRule
 from ursa.errors import ConfigError
 from ursa.video.duplicates import drop_repeats, find_clusters, find_likeness, join
-from ursa.video.footage import ClipFrames, join_by_footage
+from ursa.video.footage import ClipFrames, ClipHashes, join_by_footage, lay_out
 from ursa.video.recipes import load_recipe
 from ursa.video.score_table import SCORES, score_key, score_of
 
@@ -63,6 +63,8 @@ class _Seen(NamedTuple):
 
     clip_id: str
     source_sha256: str
+    start_s: float
+    end_s: float
     num_px: int
     duration_s: float
     perceptual_hash: str | None
@@ -320,6 +322,8 @@ def _seen(clip: Clip, *, with_hash: bool) -> _Seen:
     return _Seen(
         clip_id=clip.clip_id,
         source_sha256=sys.intern(clip.source_sha256),  # the clips of a source share it
+        start_s=clip.start_s,
+        end_s=clip.end_s,
         num_px=clip.info.width_px * clip.info.height_px,
         duration_s=clip.info.duration_s,
         perceptual_hash=clip.scores.perceptual_hash if with_hash else None,
@@ -351,12 +355,13 @@ def _joined_sources(
 
 
 def _frames_of(clips: Sequence[_Seen], numbers: np.ndarray) -> ClipFrames:
-    """Return the frames of clips, sorted by the number of their source, then by their id."""
-    order = np.lexsort((np.array([clip.clip_id for clip in clips]), numbers)).tolist()
-    hashes = [clips[place].frame_hashes for place in order]
-    values = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
-    first = np.cumsum([0, *(len(item) // values.itemsize for item in hashes)])
-    return ClipFrames(values, first, numbers[order])
+    """Return the frames of clips, sorted by the number of their source, by start, by their id."""
+    starts = np.array([clip.start_s for clip in clips])
+    order = np.lexsort((np.array([clip.clip_id for clip in clips]), starts, numbers)).tolist()
+    return lay_out(
+        ClipHashes(numbers[place], item.start_s, item.end_s, item.frame_hashes)
+        for place, item in ((place, clips[place]) for place in order)
+    )
 
 
 def choose_validation_sources(

@@ -33,24 +33,26 @@ class Doubler:
 
 def test_all_items_are_done_and_progress_is_told(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    results = map_units(
-        functools.partial(Doubler, tmp_path, {}),
-        ITEMS,
-        SourceVideo,
-        LOCAL,
-        on_progress=lambda done, total: seen.append((done, total)),
+    results = list(
+        map_units(
+            functools.partial(Doubler, tmp_path, {}),
+            ITEMS,
+            SourceVideo,
+            LOCAL,
+            on_progress=lambda done, total: seen.append((done, total)),
+        )
     )
     assert sorted(item.num_bytes for item in results) == [0, 2, 4, 6, 8]
     assert seen == [(i + 1, 5) for i in range(5)]
 
 
 def test_nothing_to_do() -> None:
-    assert map_units(functools.partial(Doubler, Path(), {}), [], SourceVideo, LOCAL) == []
+    assert list(map_units(functools.partial(Doubler, Path(), {}), [], SourceVideo, LOCAL)) == []
 
 
 def test_transient_errors_are_tried_again(tmp_path: Path) -> None:
     make = functools.partial(Doubler, tmp_path, {"2": (StorageError, 2)})
-    assert len(map_units(make, ITEMS, SourceVideo, LOCAL)) == 5
+    assert len(list(map_units(make, ITEMS, SourceVideo, LOCAL))) == 5
     assert (tmp_path / "2").read_text() == "3"
     assert (tmp_path / "1").read_text() == "1"
 
@@ -58,23 +60,23 @@ def test_transient_errors_are_tried_again(tmp_path: Path) -> None:
 def test_transient_errors_are_not_tried_for_ever(tmp_path: Path) -> None:
     make = functools.partial(Doubler, tmp_path, {"2": (ServiceError, 99)})
     with pytest.raises(ServiceError, match=r"/videos/2\.mp4 failed"):
-        map_units(make, ITEMS, SourceVideo, LOCAL)
+        list(map_units(make, ITEMS, SourceVideo, LOCAL))
     assert (tmp_path / "2").read_text() == "3"
 
 
 def test_lasting_error_is_raised_after_the_others_are_done(tmp_path: Path) -> None:
     make = functools.partial(Doubler, tmp_path, {"0": (StorageError, 99), "1": (DataError, 99)})
     with pytest.raises(DataError, match=r"/videos/1\.mp4 failed"):
-        map_units(make, ITEMS, SourceVideo, LOCAL)
+        list(map_units(make, ITEMS, SourceVideo, LOCAL))
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "3", "4"}
 
 
 def test_unexpected_error_keeps_its_kind_in_the_message(tmp_path: Path) -> None:
     make = functools.partial(Doubler, tmp_path, {"3": (ZeroDivisionError, 99)})
     with pytest.raises(UrsaError, match=r"ZeroDivisionError: /videos/3\.mp4 failed"):
-        map_units(make, ITEMS, SourceVideo, LOCAL)
+        list(map_units(make, ITEMS, SourceVideo, LOCAL))
 
 
 def test_unit_that_cannot_be_made_is_an_error_row() -> None:
     with pytest.raises(UrsaError, match="TypeError"):
-        map_units(Doubler, ITEMS, SourceVideo, LOCAL)  # type: ignore[arg-type]
+        list(map_units(Doubler, ITEMS, SourceVideo, LOCAL))  # type: ignore[arg-type]

@@ -99,8 +99,9 @@ def test_memory_does_not_grow_by_clips_as_objects(tmp_path):
     peaks = [_peaks(number, str(tmp_path / str(number))) for number in (2048, 4096)]
     commit, select = ((large - small) / 2048 for small, large in zip(*peaks, strict=True))
     # a clip as objects has 5,000; the search for footage takes some times its hashes of 320
+    # and of 128 beside borders
     assert commit < 1000, commit
-    assert select < 4000, select
+    assert select < 4500, select
 
 
 def _peaks(number: int, data: str) -> list[int]:

@@ -16,14 +16,17 @@ from ursa.video.footage import (
     MIN_SHARED_FRAMES,
     PROBE_STEP,
     ClipFrames,
+    ClipHashes,
     join_by_footage,
+    lay_out,
 )
 
 
 def frames_of(clips, sources):
     """Clips of lists of hashes, those of a source together."""
     first = np.cumsum([0, *map(len, clips)])
-    return ClipFrames(np.array([v for c in clips for v in c], np.uint64), first, np.array(sources))
+    values = np.array([v for c in clips for v in c], np.uint64)
+    return ClipFrames(values, first, np.array(sources), np.diff(first))
 
 
 def groups_of(clips, sources, distance):
@@ -181,6 +184,54 @@ def test_footage_that_more_sources_show_than_are_looked_at_joins_them_all():
     assert len(groups_of(clips, list(range(number)), 4)) == 1
 
 
+@pytest.mark.parametrize(
+    ("start_s", "first", "is_joined"),
+    [(5, 40, True), (5.05, 40, True), (5.2, 41, False), (4.5, 36, True)],
+)
+def test_an_excerpt_over_a_border_is_found_where_a_clip_goes_on_after_another(
+    start_s, first, is_joined
+):
+    """Of its twelve frames each clip shows six or seven, where a second is asked for."""
+    rng = np.random.default_rng(0)
+    long = walk(rng, 80)
+    copy = [flipped(rng, value, 2) for value in long[34 if first > 36 else 31 :][:12]]
+    clips = [
+        clip_hashes(0, 0, long[:40]),
+        clip_hashes(0, start_s, long[first:][:40]),
+        clip_hashes(1, 0, copy),
+    ]
+    labels = join_by_footage(lay_out(clips), np.arange(2), 4)
+    assert (labels[0] == labels[1]) == is_joined
+
+
+def clip_hashes(source, start_s, values):
+    hashes = np.array(values, ">u8").tobytes()
+    return ClipHashes(source, start_s, start_s + len(values) / 8, hashes)
+
+
+def test_what_is_laid_out():
+    """A border adds a second on either side, without what both clips show; sources stay apart."""
+    long = list(range(1, 31))
+    clips = [
+        clip_hashes(0, 0.0, long[:12]),
+        clip_hashes(0, 1.25, long[10:30]),
+        clip_hashes(0, 5.0, [31]),
+        clip_hashes(2, 0.0, []),
+        clip_hashes(2, 0.0, [32, 33]),
+        clip_hashes(2, 0.25, [34]),
+    ]
+    frames = lay_out(clips)
+    parts = [part.tolist() for part in np.split(frames.values, frames.first[1:-1])]
+    assert parts == [
+        *(long[:12], long[4:20], long[10:30], [31]),
+        *([], [32, 33], [32, 33, 34], [34]),
+    ]
+    assert frames.source_of.tolist() == [0, 0, 0, 0, 2, 2, 2, 2]
+    assert frames.length.tolist() == [12, 12, 20, 1, 0, 2, 1, 1]
+    assert frames.values.dtype == np.uint64
+    assert lay_out([]).first.tolist() == [0]
+
+
 @pytest.fixture(scope="module")
 def ground():
     return wide_picture(1, 820)
@@ -206,7 +257,8 @@ def test_a_hundred_thousand_clips_take_seconds():
     values = rng.integers(1, 1 << 63, (100_200, 40), dtype=np.uint64)
     values[100_000:, :20] = values[0:1000:5, 20:]
     sources = np.concatenate([np.repeat(np.arange(20_000), 5), np.arange(20_000, 20_200)])
-    frames = ClipFrames(values.ravel(), np.arange(0, values.size + 1, 40), sources)
+    first = np.arange(0, values.size + 1, 40)
+    frames = ClipFrames(values.ravel(), first, sources, np.diff(first))
     start = time.process_time()
     groups = join_by_footage(frames, np.arange(20_200), 4)
     assert time.process_time() - start < 60

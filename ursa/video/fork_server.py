@@ -1,0 +1,175 @@
+"""Children that need not import what the one before them has imported.
+
+To start Python and import decoders takes longer than to decode a short clip. So one process does
+that once and forks a child for every request (`serve`); the child limits itself before it touches
+a file (`ursa.video.sandbox`). The process that forks opens no file and only waits. It knows as
+little of credentials as its children do, and dies with the thread that has started it.
+"""
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import tempfile
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO
+
+from ursa.errors import ServiceError
+from ursa.video.sandbox import child_command, child_environment, die_with_parent, last_words
+
+STDERR_NAME = "stderr.txt"
+"""What a child writes to its standard error, in the folder in which it works."""
+
+_READY = b"ready"
+_START_S = 120.0
+_POLL_S = 0.2
+
+
+class ForkServer:
+    """A process that forks a child for every request; for the thread that has made it alone."""
+
+    def __init__(self, module: str) -> None:
+        """Start the process and wait until it has imported what it needs.
+
+        Args:
+            module: Dotted name of a module whose `__main__` part calls `serve`.
+
+        Raises:
+            ServiceError: If it does not start.
+        """
+        self.pid = os.getpid()
+        self._connection, theirs = multiprocessing.Pipe()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_end`)
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603  (our own module)
+                child_command(module),
+                cwd=tempfile.gettempdir(),
+                env=child_environment(),
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                start_new_session=True,
+            )
+        self.close = weakref.finalize(self, _end, self._process, self._connection, self._stderr)
+        try:
+            self._receive(_START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, folder: Path, request: str, check: Callable[[], None]) -> int:
+        """Have a child answer a request.
+
+        Args:
+            folder: Where the child works.
+            request: What `serve` hands to the work.
+            check: Called several times a second; what it raises ends the child, and this process.
+
+        Returns:
+            Exit code of the child, or the negative signal that ended it.
+
+        Raises:
+            ServiceError: If the process that forks is lost.
+        """
+        pid: int | None = None
+        try:
+            message = json.dumps({"folder": str(folder), "request": request})
+            with self._explained():
+                self._connection.send_bytes(message.encode())
+            pid = int(self._receive())
+            while not self._connection.poll(_POLL_S):
+                check()
+            return int(self._receive())
+        except BaseException:
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            self.close()
+            raise
+
+    def _receive(self, limit_s: float | None = None) -> bytes:
+        with self._explained():
+            if self._connection.poll(limit_s):
+                return self._connection.recv_bytes()
+        raise ServiceError(
+            f"the process that decodes files did not start within {limit_s} s; check the load and "
+            "the free memory"
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the end of the connection into an error that says why."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            self._stderr.seek(0)
+            words = last_words(self._stderr.read()[-4096:])
+            raise ServiceError(
+                f"the process that decodes files ended with {self._process.returncode} ({words}); "
+                "check the free memory and the number of processes allowed"
+            ) from error
+
+
+def _end(process: "subprocess.Popen[bytes]", connection: Connection, stderr: IO[bytes]) -> None:
+    connection.close()
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    stderr.close()
+
+
+def serve(work: Callable[[str], None]) -> None:
+    """Fork a child for every request that comes through standard input, until that is closed.
+
+    Args:
+        work: Called in the child, in the folder of the request, with its text; the child exits with
+            0 when it returns, with 1 if it raises.
+    """
+    die_with_parent()
+    with Connection(os.dup(0)) as connection:
+        gc.freeze()  # what is collected is written to, and so no longer shared
+        connection.send_bytes(_READY)
+        while True:
+            try:
+                message = json.loads(connection.recv_bytes())
+            except EOFError:
+                return
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                _work(work, **message)
+            with contextlib.suppress(OSError):  # the child was faster
+                os.setpgid(pid, pid)
+            connection.send_bytes(str(pid).encode())
+            _, status = os.waitpid(pid, 0)
+            connection.send_bytes(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def _work(work: Callable[[str], None], folder: str, request: str) -> None:
+    """Do the work of a child and end this process."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        stderr = os.open(STDERR_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        for target, source in ((0, nothing), (1, nothing), (2, stderr)):
+            os.dup2(source, target)
+        os.close(nothing)
+        os.close(stderr)
+        work(request)
+        code = 0
+    except BaseException:  # noqa: BLE001  (there is nobody else to tell)
+        traceback.print_exc()
+    finally:
+        # a decoder in a damaged state shall not be torn down
+        os._exit(code)
