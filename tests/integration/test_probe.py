@@ -1,6 +1,7 @@
 """The child process that decodes a foreign file, seen from its parent."""
 
 import contextlib
+import functools
 import threading
 import time
 
@@ -111,6 +112,19 @@ def test_files_are_decoded_by_children_of_one_process(tmp_path, work):
     assert not any(child.is_running() for child in seen)
     assert len(fork_servers()) == 1
     assert fork_servers()[0].num_threads() == 1  # a fork leaves other threads, and their locks
+
+
+def test_where_nothing_forks_a_process_answers_once(tmp_path, work, monkeypatch):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2))
+    expected = normalised(path, work)
+    monkeypatch.setattr(probe, "_own", threading.local())
+    monkeypatch.setattr(probe, "ForkServer", functools.partial(fork_server.ForkServer, forks=False))
+    for _ in range(2):
+        assert normalised(path, work) == expected
+        assert not probe._own.server.is_open
+    assert run_child(media.save_sound(tmp_path / "b.mp4"), work) is FailureReason.NO_VIDEO_STREAM
+    monkeypatch.setattr(fork_server, "_POLL_S", 0.001)
+    assert run_child(path, work, child_timeout_s=0.001) is FailureReason.TIMEOUT
 
 
 def test_what_forks_is_started_again_when_it_is_lost(tmp_path, work):

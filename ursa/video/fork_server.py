@@ -4,6 +4,9 @@ To start Python and import decoders takes longer than to decode a short clip. So
 that once and forks a child for every request (`serve`); the child limits itself before it touches
 a file (`ursa.video.sandbox`). The process that forks opens no file and only waits. It knows as
 little of credentials as its children do, and dies with the thread that has started it.
+
+Elsewhere than on Linux, where libraries of the system do not outlive a fork, each process answers
+one request itself.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import traceback
 import weakref
@@ -27,6 +31,7 @@ from ursa.video.sandbox import child_command, child_environment, die_with_parent
 STDERR_NAME = "stderr.txt"
 """What a child writes to its standard error, in the folder in which it works."""
 
+_NO_FORK = "--no-fork"
 _READY = b"ready"
 _START_S = 120.0
 _POLL_S = 0.2
@@ -35,21 +40,22 @@ _POLL_S = 0.2
 class ForkServer:
     """A process that forks a child for every request; for the thread that has made it alone."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, *, forks: bool = sys.platform == "linux") -> None:
         """Start the process and wait until it has imported what it needs.
 
         Args:
             module: Dotted name of a module whose `__main__` part calls `serve`.
+            forks: Whether it forks; else it is closed after one request.
 
         Raises:
             ServiceError: If it does not start.
         """
-        self.pid = os.getpid()
+        self._owner_pid = os.getpid()
         self._connection, theirs = multiprocessing.Pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_end`)
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  (our own module)
-                child_command(module),
+                [*child_command(module), *([] if forks else [_NO_FORK])],
                 cwd=tempfile.gettempdir(),
                 env=child_environment(),
                 stdin=theirs.fileno(),
@@ -63,6 +69,11 @@ class ForkServer:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be asked, by this process."""
+        return self.close.alive and self._owner_pid == os.getpid()
 
     def run(self, folder: Path, request: str, check: Callable[[], None]) -> int:
         """Have a child answer a request.
@@ -86,13 +97,16 @@ class ForkServer:
             pid = int(self._receive())
             while not self._connection.poll(_POLL_S):
                 check()
-            return int(self._receive())
+            code = int(self._receive()) if pid != self._process.pid else self._process.wait()
         except BaseException:
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
             self.close()
             raise
+        if pid == self._process.pid:
+            self.close()
+        return code
 
     def _receive(self, limit_s: float | None = None) -> bytes:
         with self._explained():
@@ -135,6 +149,7 @@ def serve(work: Callable[[str], None]) -> None:
             0 when it returns, with 1 if it raises.
     """
     die_with_parent()
+    forks = _NO_FORK not in sys.argv
     with Connection(os.dup(0)) as connection:
         gc.freeze()  # what is collected is written to, and so no longer shared
         connection.send_bytes(_READY)
@@ -143,9 +158,12 @@ def serve(work: Callable[[str], None]) -> None:
                 message = json.loads(connection.recv_bytes())
             except EOFError:
                 return
-            pid = os.fork()
-            if pid == 0:
+            pid = os.fork() if forks else 0
+            if not forks:  # the connection ends with this process
+                connection.send_bytes(str(os.getpid()).encode())
+            elif pid == 0:
                 connection.close()
+            if pid == 0:
                 _work(work, **message)
             with contextlib.suppress(OSError):  # the child was faster
                 os.setpgid(pid, pid)
@@ -158,7 +176,8 @@ def _work(work: Callable[[str], None], folder: str, request: str) -> None:
     """Do the work of a child and end this process."""
     code = 1
     try:
-        os.setpgid(0, 0)
+        with contextlib.suppress(PermissionError):  # it leads a session already
+            os.setpgid(0, 0)
         os.chdir(folder)
         nothing = os.open(os.devnull, os.O_RDWR)
         stderr = os.open(STDERR_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -236,7 +236,7 @@ def _mode(path: Path) -> int:
 def _fork_server() -> ForkServer:
     """Return the process of this thread that forks what decodes; it is started once."""
     server: ForkServer | None = getattr(_own, "server", None)
-    if server is None or not server.close.alive or server.pid != os.getpid():
+    if server is None or not server.is_open:
         server = _own.server = ForkServer("ursa.video.normalise")
     return server
 
