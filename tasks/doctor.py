@@ -15,6 +15,7 @@ from tasks import releases, tracking
 from tasks.machine import (
     ANSWER_LIMIT_S,
     Finding,
+    check_checkpoints,
     check_installation,
     check_room,
     check_security,
@@ -52,7 +53,7 @@ def examine(
     Returns:
         What was found, area by area.
     """
-    found = [*check_installation(), *check_room(root_uri)]
+    found = [*check_installation(), *check_room(root_uri), *check_checkpoints(root_uri, fix=fix)]
     mlflow = check_service("mlflow", tracking_uri, "/health")
     prefect = check_service("prefect", prefect_url, "/api/health")
     found += [mlflow, prefect]

@@ -20,12 +20,15 @@ from packaging.requirements import Requirement
 
 from ursa import storage
 from ursa.errors import UrsaError
+from ursa.training.checkpoint import unfinished_checkpoints
 
 State = Literal["ok", "note", "wrong", "mended"]
 
 PACKAGE = "ursa-pipeline"
 MIN_FREE_BYTES = 2 << 30
 """A run of the small preset keeps less; below it a full disk ends one soon."""
+SAVE_AGE_S = 86_400.0
+"""No save takes a day."""
 MIN_FFMPEG = (8, 1)
 """Earlier ones have known holes, and PyAV reads foreign files with it (CVE-2026-40962)."""
 ANSWER_LIMIT_S = 5.0
@@ -99,6 +102,33 @@ def check_room(data_uri: str) -> Iterator[Finding]:
         yield Finding("store", "wrong", str(error), "mend that, or set URSA_DATA_URI")
     else:
         yield Finding("store", "ok", f"{data_uri} can be written, and keeps what is there")
+
+
+def check_checkpoints(data_uri: str, *, fix: bool) -> Iterator[Finding]:
+    """Look for checkpoints that were never finished; nothing reads them, they take room.
+
+    Args:
+        data_uri: The data root.
+        fix: Whether they are removed.
+
+    Yields:
+        One line, if there are any.
+    """
+    try:
+        found = unfinished_checkpoints(data_uri, min_age_s=SAVE_AGE_S)
+        for uri in found if fix else ():
+            storage.remove_directory(uri)
+    except UrsaError as error:
+        yield Finding("store", "wrong", str(error), "mend that, or set URSA_DATA_URI")
+        return
+    if found:
+        text = f"{len(found)} checkpoints, {sum(found.values()) / 2**30:.2f} GiB, were never "
+        text += f"finished, the first of them {min(found)}"
+        yield (
+            Finding("store", "mended", f"{text}: removed")
+            if fix
+            else Finding("store", "note", text, "ursa doctor --fix removes them")
+        )
 
 
 def check_service(name: str, url: str, health: str) -> Finding:

@@ -33,6 +33,7 @@ STATE_FILE = "state.safetensors"
 MARKER_FILE = "COMMITTED.json"
 SAVE_LIMIT_S = 1800.0
 _FOLDER = re.compile(r"/(step-(\d{8})\.[0-9a-f]+)/" + re.escape(MARKER_FILE) + "$")
+_ANY_FILE = re.compile(r"^(.*/step-\d{8}\.[0-9a-f]+)/[^/]+$")
 
 
 class CheckpointMarker(FrozenModel):
@@ -358,6 +359,38 @@ def latest_checkpoint(
                 return folder_uri, marker, state
         # a writer may have removed all of the list after it had committed a newer one
         seen.update(new)
+
+
+def unfinished_checkpoints(root_uri: str, *, min_age_s: float) -> dict[str, int]:
+    """Return what kills in the middle of a save have left: folders without a marker.
+
+    Args:
+        root_uri: The data root.
+        min_age_s: What was written less long ago may be a save under way, seconds.
+
+    Returns:
+        Bytes by URI of the folder.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    folders: dict[str, list[storage.StoredFile]] = {}
+    try:
+        files = storage.list_files(storage.join(root_uri, "checkpoints"), with_etag=False)
+    except FileNotFoundError:
+        return {}
+    for item in files:
+        if match := _ANY_FILE.match(item.uri):
+            folders.setdefault(match[1], []).append(item)
+    before_s = time.time() - min_age_s
+    left: dict[str, int] = {}
+    for uri, parts in folders.items():
+        if storage.join(uri, MARKER_FILE) in {item.uri for item in parts}:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # it has just been removed
+            if max(storage.modified_s(item.uri) for item in parts) < before_s:
+                left[uri] = sum(item.num_bytes for item in parts)
+    return left
 
 
 def _committed(stage_uri: str) -> list[tuple[str, int]]:

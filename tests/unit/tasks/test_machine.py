@@ -1,10 +1,12 @@
 """What the doctor sees of this machine: real packages, sockets, servers and disks."""
 
 import http.server
+import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,3 +157,29 @@ def test_room_and_store(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "MIN_FREE_BYTES", 1 << 60)
     full = [item for item in machine.check_room(str(tmp_path)) if item.state == "wrong"]
     assert {item.area for item in full} == {"disk"}
+
+
+def test_checkpoints_that_were_never_finished(tmp_path: Path) -> None:
+    """What has a marker, and what may be a save under way, stays."""
+    stage = tmp_path / "checkpoints" / "image_pretrain" / "key"
+    for name, age_s, is_whole in (
+        ("step-00000010.aa", 200_000, True),
+        ("step-00000020.bb", 200_000, False),
+        ("step-00000030.cc", 60, False),
+    ):
+        files = ["state.safetensors", *(["COMMITTED.json"] if is_whole else [])]
+        for file in files:
+            path = stage / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"0" * 100)
+            os.utime(path, (time.time() - age_s,) * 2)
+    (finding,) = machine.check_checkpoints(str(tmp_path), fix=False)
+    assert finding.state == "note"
+    assert finding.text.startswith("1 checkpoints, 0.00 GiB, were never finished")
+    assert finding.text.endswith("step-00000020.bb")
+    assert len(list(stage.iterdir())) == 3
+    (finding,) = machine.check_checkpoints(str(tmp_path), fix=True)
+    assert finding.state == "mended"
+    assert {path.name for path in stage.iterdir()} == {"step-00000010.aa", "step-00000030.cc"}
+    assert not [*machine.check_checkpoints(str(tmp_path), fix=True)]
+    assert not [*machine.check_checkpoints(str(tmp_path / "nothing"), fix=True)]
