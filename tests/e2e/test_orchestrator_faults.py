@@ -267,5 +267,9 @@ def test_cancelling_ends_the_work_on_ray(chain: Chain, name: str, pattern: str) 
         assert states["video-pretrain"] == "KILLED"
         again = begin(chain)
         assert again.wait(ENDED)["name"] == "Completed"
-        assert each_once(chain)
+        found = checkpoints(chain)["video_pretrain"]
+        # the signal has saved the step it came in, if none was due there
+        saved = [step for step in found if step % EVERY]
+        assert len(saved) <= 1
+        assert found == sorted([*range(EVERY, 41, EVERY), *saved])
     assert is_kept(before, chain)
