@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,9 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     assert "are like those of the champion" in state["message"]
     assert services.artifacts()["data-drift"]["type"] == "table"
     assert len(versions(services, NAME)) == 1
-    begin_s = time.monotonic()
     again = run(services, source, "--param only_new=true", overrides=alike)
-    took_s = time.monotonic() - begin_s
     assert (again["state"]["name"], again["state"]["message"]) == ("NoNewData", state["message"])
     assert again["total_run_time"] < 10, "the clips were known"
-    assert took_s < 20, "the command with its start"
 
     state = run(services, source, "--param only_new=true")["state"]
     assert (state["type"], state["name"]) == ("COMPLETED", "Completed")
@@ -76,9 +72,8 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     assert checkpoint.parents[1].name == "async_finetune"
     assert checkpoint.name.startswith("step-00000002"), "as many steps as `retraining` says"
 
-    begin_s = time.monotonic()
-    state = run(services, source, "--param only_new=true")["state"]
-    took_s = time.monotonic() - begin_s
+    again = run(services, source, "--param only_new=true")
+    state = again["state"]
     assert (state["name"], state["message"]) == ("NoNewData", f"no new data at {source}")
-    assert took_s < 20, "the command with its start"
+    assert again["total_run_time"] < 10
     assert len(versions(services, NAME)) == 2
