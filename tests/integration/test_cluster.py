@@ -65,7 +65,7 @@ class Nodes:
         for node in self._nodes:
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
             for process in raylet.children(recursive=True):
-                if process.cmdline()[0].startswith("ray::_Unit"):
+                if "".join(process.cmdline()).startswith("ray::_Unit"):
                     process.kill()
                     return
         raise AssertionError("no actor found")
