@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, TypeAdapter
 
 from ursa.config import (
     FrozenModel,
@@ -24,6 +24,9 @@ from ursa.config import (
 SCHEMA_VERSION = 3
 """Version of every manifest and Parquet schema; a reader refuses another one."""
 
+HASH_BYTES = 8
+"""Bytes of the hash of a frame."""
+
 Modality = Literal["image", "video"]
 Split = Literal["train", "validation"]
 HexBytes = Annotated[
@@ -32,6 +35,14 @@ HexBytes = Annotated[
     PlainSerializer(bytes.hex, return_type=str, when_used="json-unless-none"),
 ]
 """Bytes that are hexadecimal digits in JSON."""
+
+
+def _whole_hashes(value: bytes) -> bytes:
+    if len(value) % HASH_BYTES:
+        raise ValueError(f"got {len(value)} bytes, expected {HASH_BYTES} for each frame")
+    return value
+
+
 GridSetting = Literal["synchronous", "per_frame", "image_to_video"]
 
 
@@ -165,7 +176,7 @@ class ClipScores(FrozenModel):
     perceptual_hash: str | None = Field(
         description="64-bit hashes of nine frames, 16 hexadecimal digits each"
     )
-    frame_hashes: HexBytes | None = Field(
+    frame_hashes: Annotated[HexBytes, AfterValidator(_whole_hashes)] | None = Field(
         default=None,
         description="64-bit hashes of eight frames a second, 8 bytes each; None in clips of older "
         "releases",

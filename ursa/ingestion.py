@@ -49,7 +49,7 @@ from ursa.video.selection import judge_clips, rules_of
 
 logger = logging.getLogger(__name__)
 
-INGESTION_VERSION = 4
+INGESTION_VERSION = 5
 """Raised when the same file and configuration would give other clips or scores."""
 
 # these may come out differently on another day or machine, so they are not kept as done

@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import os
+import resource
+import signal
 import threading
 import time
 
@@ -10,7 +13,7 @@ import pytest
 
 from tests import media
 from ursa.artifacts import FailureReason
-from ursa.errors import ServiceError
+from ursa.errors import ServiceError, StorageConfigurationError
 from ursa.video import fork_server, probe
 from ursa.video.probe import QuarantinedError, copy_foreign_file, normalise_video
 
@@ -183,3 +186,60 @@ def test_child_sees_no_credentials(tmp_path, work, monkeypatch):
     watcher.join()
     assert "PYTHONPATH" in seen[0]
     assert not [name for name in seen[0] if name.startswith(("AWS", "MLFLOW", "PREFECT"))]
+
+
+def test_a_disk_that_is_full_when_the_answer_is_written_is_no_fault_of_the_file(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    config = media.ingestion_config()
+    _, demuxer = copy_foreign_file(path, work, config)
+    # every write to this device says that there is no room
+    (work / probe.RESULT_NAME).symlink_to("/dev/full")
+    with pytest.raises(StorageConfigurationError, match="set TMPDIR"):
+        normalise_video(work, demuxer, config)
+
+
+def test_a_child_that_cannot_begin_is_no_fault_of_the_file(tmp_path, work):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    config = media.ingestion_config()
+    _, demuxer = copy_foreign_file(path, work, config)
+    with pytest.raises(ServiceError, match=r"could not begin to work in .*/gone; check"):
+        normalise_video(tmp_path / "gone", demuxer, config)
+    (work / "stderr.txt").mkdir()
+    with pytest.raises(ServiceError, match="could not begin"):
+        normalise_video(work, demuxer, config)
+
+
+def test_children_are_read_where_their_signal_is_ignored(tmp_path, work, monkeypatch):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2))
+    monkeypatch.setattr(probe, "_own", threading.local())
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert normalised(path, work).clips
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_what_forks_does_not_answer(tmp_path, work, monkeypatch):
+    path = media.save_video(tmp_path / "a.mp4", media.panning(48, step=2))
+    assert normalised(path, work).clips
+    monkeypatch.setattr(fork_server, "_START_S", 0.5)
+    fork_servers()[0].suspend()
+    with pytest.raises(ServiceError, match=r"did not answer within 0\.5 s"):
+        normalised(path, work)
+    assert not fork_servers()
+
+
+def test_what_forks_cannot_be_started(tmp_path, work, monkeypatch):
+    path = media.save_video(tmp_path / "a.mp4", media.still(24))
+    monkeypatch.setattr(probe, "_own", threading.local())
+    config = media.ingestion_config()
+    _, demuxer = copy_foreign_file(path, work, config)
+    used = [os.open(os.devnull, os.O_RDONLY)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(used) + 1, limits[1]))
+    try:
+        with pytest.raises(ServiceError, match=r"cannot be started .*open files allowed"):
+            normalise_video(work, demuxer, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(used[0])

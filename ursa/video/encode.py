@@ -57,7 +57,9 @@ class VideoWriter:
         self._stream.codec_context.options = {
             "crf": str(CRF),
             "preset": "veryfast",
-            "x264-params": "open-gop=0:bframes=0",
+            # mb-tree reads memory that was never written at widths like 240 px: other bytes now
+            # and then
+            "x264-params": "open-gop=0:bframes=0:mbtree=0",
         }
         self._num_frames = 0
 

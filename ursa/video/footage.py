@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ursa.artifacts import HASH_BYTES
 from ursa.video.duplicates import around, join, split_bands
 from ursa.video.scores import FOOTAGE_FPS
 
@@ -33,8 +34,7 @@ MIN_PICTURES = 3
 PROBE_STEP = 4
 MAX_ALIKE = 256
 """Of the frames with a third of their bits in common with a probe, so many are looked at."""
-_HASH_BYTES = 8
-_BORDER_BYTES = _HASH_BYTES * MIN_SHARED_FRAMES
+_BORDER_BYTES = HASH_BYTES * MIN_SHARED_FRAMES
 _CHUNK_PROBES = 1 << 17
 _CHUNK_PAIRS = 1 << 22
 _BATCH = 1 << 15
@@ -80,17 +80,17 @@ def lay_out(clips: Iterable[ClipHashes]) -> ClipFrames:
         if last is not None and last.source == clip.source and last.hashes and clip.hashes:
             overlap = round((last.end_s - clip.start_s) * FOOTAGE_FPS)
             if overlap >= 0:
-                after = clip.hashes[overlap * _HASH_BYTES :][:_BORDER_BYTES]
+                after = clip.hashes[overlap * HASH_BYTES :][:_BORDER_BYTES]
                 hashes.append(last.hashes[-_BORDER_BYTES:] + after)
                 sources.append(clip.source)
                 # else a title between two clips would be a third of what is compared
-                lengths.append(min(len(last.hashes), len(clip.hashes)) // _HASH_BYTES)
+                lengths.append(min(len(last.hashes), len(clip.hashes)) // HASH_BYTES)
         hashes.append(clip.hashes)
         sources.append(clip.source)
-        lengths.append(len(clip.hashes) // _HASH_BYTES)
+        lengths.append(len(clip.hashes) // HASH_BYTES)
         last = clip
     values = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
-    first = np.cumsum([0, *(len(item) // _HASH_BYTES for item in hashes)])
+    first = np.cumsum([0, *(len(item) // HASH_BYTES for item in hashes)])
     return ClipFrames(values, first, np.array(sources, np.int64), np.array(lengths, np.int64))
 
 

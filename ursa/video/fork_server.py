@@ -10,6 +10,7 @@ one request itself.
 """
 
 import contextlib
+import errno
 import gc
 import json
 import multiprocessing
@@ -28,6 +29,10 @@ from typing import IO
 from ursa.errors import ServiceError
 from ursa.video.sandbox import child_command, child_environment, die_with_parent, last_words
 
+EXIT_DISK_FULL = 74
+"""Exit code of a child that could not write its answer."""
+EXIT_NOT_BEGUN = 71
+"""Exit code of a child that could not begin: the file is not to blame."""
 STDERR_NAME = "stderr.txt"
 """What a child writes to its standard error, in the folder in which it works."""
 
@@ -51,18 +56,24 @@ class ForkServer:
             ServiceError: If it does not start.
         """
         self._owner_pid = os.getpid()
-        self._connection, theirs = multiprocessing.Pipe()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_end`)
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  (our own module)
-                [*child_command(module), *([] if forks else [_NO_FORK])],
-                cwd=tempfile.gettempdir(),
-                env=child_environment(),
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
-                start_new_session=True,
-            )
+        try:
+            self._connection, theirs = multiprocessing.Pipe()
+            self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_end`)
+            with theirs:
+                self._process = subprocess.Popen(  # noqa: S603  (our own module)
+                    [*child_command(module), *([] if forks else [_NO_FORK])],
+                    cwd=tempfile.gettempdir(),
+                    env=child_environment(),
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._stderr,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ServiceError(
+                f"the process that decodes files cannot be started ({error}); check the free "
+                "memory and disk, and the number of processes and open files allowed"
+            ) from error
         self.close = weakref.finalize(self, _end, self._process, self._connection, self._stderr)
         try:
             self._receive(_START_S)
@@ -87,14 +98,14 @@ class ForkServer:
             Exit code of the child, or the negative signal that ended it.
 
         Raises:
-            ServiceError: If the process that forks is lost.
+            ServiceError: If the process that forks is lost, or the child cannot begin.
         """
         pid: int | None = None
         try:
             message = json.dumps({"folder": str(folder), "request": request})
             with self._explained():
                 self._connection.send_bytes(message.encode())
-            pid = int(self._receive())
+            pid = int(self._receive(_START_S))
             while not self._connection.poll(_POLL_S):
                 check()
             code = int(self._receive()) if pid != self._process.pid else self._process.wait()
@@ -106,6 +117,11 @@ class ForkServer:
             raise
         if pid == self._process.pid:
             self.close()
+        if code == EXIT_NOT_BEGUN:
+            raise ServiceError(
+                f"a process that decodes could not begin to work in {folder}; check that the "
+                "folder is there, may be written, and has room"
+            )
         return code
 
     def _receive(self, limit_s: float | None = None) -> bytes:
@@ -113,7 +129,7 @@ class ForkServer:
             if self._connection.poll(limit_s):
                 return self._connection.recv_bytes()
         raise ServiceError(
-            f"the process that decodes files did not start within {limit_s} s; check the load and "
+            f"the process that decodes files did not answer within {limit_s} s; check the load and "
             "the free memory"
         )
 
@@ -122,7 +138,7 @@ class ForkServer:
         """Turn the end of the connection into an error that says why."""
         try:
             yield
-        except (EOFError, OSError) as error:
+        except (EOFError, ConnectionError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
             self._stderr.seek(0)
@@ -146,9 +162,10 @@ def serve(work: Callable[[str], None]) -> None:
 
     Args:
         work: Called in the child, in the folder of the request, with its text; the child exits with
-            0 when it returns, with 1 if it raises.
+            0 when it returns, with `EXIT_DISK_FULL` or 1 if it raises.
     """
     die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, nobody can wait for a child
     forks = _NO_FORK not in sys.argv
     with Connection(os.dup(0)) as connection:
         gc.freeze()  # what is collected is written to, and so no longer shared
@@ -158,13 +175,14 @@ def serve(work: Callable[[str], None]) -> None:
                 message = json.loads(connection.recv_bytes())
             except EOFError:
                 return
+            server_pid = os.getpid() if forks else None
             pid = os.fork() if forks else 0
             if not forks:  # the connection ends with this process
                 connection.send_bytes(str(os.getpid()).encode())
             elif pid == 0:
                 connection.close()
             if pid == 0:
-                _work(work, **message)
+                _work(work, server_pid, **message)
             with contextlib.suppress(OSError):  # the child was faster
                 os.setpgid(pid, pid)
             connection.send_bytes(str(pid).encode())
@@ -172,10 +190,13 @@ def serve(work: Callable[[str], None]) -> None:
             connection.send_bytes(str(os.waitstatus_to_exitcode(status)).encode())
 
 
-def _work(work: Callable[[str], None], folder: str, request: str) -> None:
+def _work(work: Callable[[str], None], server_pid: int | None, folder: str, request: str) -> None:
     """Do the work of a child and end this process."""
-    code = 1
+    code = EXIT_NOT_BEGUN
     try:
+        die_with_parent()
+        if server_pid is not None and os.getppid() != server_pid:
+            return  # it has died meanwhile
         with contextlib.suppress(PermissionError):  # it leads a session already
             os.setpgid(0, 0)
         os.chdir(folder)
@@ -185,8 +206,13 @@ def _work(work: Callable[[str], None], folder: str, request: str) -> None:
             os.dup2(source, target)
         os.close(nothing)
         os.close(stderr)
+        code = 1
         work(request)
         code = 0
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code = EXIT_DISK_FULL
     except BaseException:  # noqa: BLE001  (there is nobody else to tell)
         traceback.print_exc()
     finally:

@@ -23,7 +23,7 @@ from ursa.artifacts import ClipScores, CroppedPixels, FailureReason, VideoInfo
 from ursa.config import FrozenModel, IngestionConfig
 from ursa.errors import StorageConfigurationError, VideoDecodeError
 from ursa.video.containers import HEAD_BYTES, Demuxer, describe_content, detect_demuxer
-from ursa.video.fork_server import STDERR_NAME, ForkServer
+from ursa.video.fork_server import EXIT_DISK_FULL, STDERR_NAME, ForkServer
 from ursa.video.sandbox import last_words
 
 logger = logging.getLogger(__name__)
@@ -209,15 +209,15 @@ def normalise_video(folder: Path, demuxer: Demuxer, config: IngestionConfig) -> 
     code = _fork_server().run(
         folder, request.model_dump_json(), _Deadline(folder, config.child_timeout_s).check
     )
-    if code != 0:
+    if code not in (0, EXIT_DISK_FULL):
         raise _explain_exit(code, folder)
-    result = _read_result(folder)
-    logger.debug("child used %d MB", result.peak_memory_bytes >> 20)
-    if result.failure == DISK_FULL:
+    result = _read_result(folder) if code == 0 else None
+    if result is None or result.failure == DISK_FULL:
         raise StorageConfigurationError(
             f"disk full while writing clips to {folder}; free some space there or set TMPDIR to "
             "another directory"
         )
+    logger.debug("child used %d MB", result.peak_memory_bytes >> 20)
     if result.video is None:
         raise QuarantinedError(
             FailureReason(result.failure or FailureReason.CRASHED),
