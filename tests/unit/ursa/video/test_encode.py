@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-
 ENCODE = """
 import hashlib, sys
 from pathlib import Path
