@@ -106,7 +106,7 @@ class Patient(NamedTuple):
                 for model in client.search_logged_models([experiment.experiment_id])
                 if "ursa.registration_key" in model.tags
             }
-            used = {_model_id(version) for version in everything}
+            used = {tracking.logged_model_id(version) for version in everything}
             found += [
                 self._model(client, model)
                 for model_id, model in models.items()
@@ -115,7 +115,7 @@ class Patient(NamedTuple):
             versions = [item for item in everything if "ursa.registration_key" in item.tags]
             busy = {item.name for item in versions if item.run_id in living}
             found += [
-                self._version(client, version, models.get(_model_id(version)))
+                self._version(client, version, models.get(tracking.logged_model_id(version)))
                 for version in sorted(versions, key=lambda item: int(item.version))
                 if version.name not in busy and releases.WHOLE_TAG not in version.tags
             ]
@@ -240,11 +240,6 @@ def _safely(area: str, findings: Iterable[Finding]) -> Iterator[Finding]:
         yield Finding(area, "wrong", f"could not be looked at: {error}")
 
 
-def _model_id(version: Any) -> str:
-    """Return the id of the logged model that a version is of; a search leaves out its own field."""
-    return str(version.source or "").rpartition("/")[2]
-
-
 def _missing(client: "MlflowClient", version: Any) -> str | None:
     """Return what a version lacks that an alias names; None if nothing."""
     if version is None:
@@ -260,7 +255,7 @@ def _missing(client: "MlflowClient", version: Any) -> str | None:
         report = storage.load_record(version.tags["ursa.evaluation"], EvalReport)
     if report is None:
         return None  # the data root is elsewhere: nothing to compare with
-    return tracking.missing_files(client, _model_id(version), report.model)
+    return tracking.missing_files(client, tracking.logged_model_id(version), report.model)
 
 
 def check_flow_runs(

@@ -150,7 +150,7 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
     if aliases(registry.client, registry.name).get(CHAMPION) == version:
         return None
     tags = versions[version].tags
-    if reason is None and tags.get("ursa.gate_passed") == "false":
+    if not (reason or "").strip() and tags.get("ursa.gate_passed") == "false":
         raise ConfigError(
             f"the gate refused version {version}: {tags.get('ursa.failed_gates')}; say why it is "
             "to be champion all the same: --reason"

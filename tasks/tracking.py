@@ -1011,7 +1011,7 @@ def register_version(
     with service(run.tracking_uri) as client:
         versions = _versions(client, name, "ursa.registration_key", key)
         if not versions:
-            _remove_leftovers(client, run.experiment_id, key)
+            _remove_leftovers(client, run.experiment_id, name, key)
             model = _log_model(run, report, config, all_tags)
             client.update_run(run.run_id, status="RUNNING")  # MLflow has ended it
             verify_files(run.tracking_uri, model.model_uri, report.model)
@@ -1074,7 +1074,15 @@ def missing_files(client: "MlflowClient", model_id: str, model: ExportedModel) -
             else:
                 yield item.path
 
-    found = {path.split("/", 2)[-1] for path in names("artifacts")}
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    try:
+        client.get_logged_model(model_id)
+        found = {path.split("/", 2)[-1] for path in names("artifacts")}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return "its logged model is gone"
     gone = sorted(set(model.sha256) - found)
     return f"{len(gone)} of its files are gone, such as {gone[0]}" if gone else None
 
@@ -1101,12 +1109,24 @@ def _version_record(item: Any, *, is_new: bool) -> ModelVersion:
     )
 
 
-def _remove_leftovers(client: "MlflowClient", experiment_id: str, key: str) -> None:
+def _remove_leftovers(client: "MlflowClient", experiment_id: str, name: str, key: str) -> None:
     """Delete models that an interrupted registration has left without a version."""
+    used = {logged_model_id(version) for version in client.search_model_versions()}
     for left in client.search_logged_models(
         [experiment_id], filter_string=f"tags.`ursa.registration_key` = '{key}'"
     ):
-        client.delete_logged_model(left.model_id)
+        # the same weights may be on their way, or registered, under another name
+        if left.name == name and left.model_id not in used:
+            client.delete_logged_model(left.model_id)
+
+
+def logged_model_id(version: Any) -> str:
+    """Return the id of the logged model that a version is of.
+
+    Args:
+        version: As a search returns it, which leaves out its own field for that.
+    """
+    return str(version.source or "").rpartition("/")[2]
 
 
 def _log_model(

@@ -724,7 +724,11 @@ class EvaluationConfig(ConfigSection):
 class ReleaseConfig(ConfigSection):
     """What a version must reach to become champion."""
 
-    model_name: str = Field(min_length=1)
+    model_name: str = Field(
+        min_length=1,
+        pattern=r"""^[^/:.%"']*$""",
+        description="name in the registry; MLflow takes none with / : . % or quotes",
+    )
     gate_min_timestep: Fraction = Field(description="from this t on, loss must beat the unigram")
     budgets: dict[HeldOutMetric, Annotated[float, Field(ge=0)] | None] = Field(
         description="by how much the 95 % interval may say that a metric is worse than the "

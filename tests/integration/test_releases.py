@@ -13,7 +13,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks import commands, evaluation, registration, releases, tracking
+from tasks import commands, doctor, evaluation, registration, releases, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.doctor import Patient
 from tests import factories, media
@@ -154,6 +154,20 @@ def made(address: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return make
 
 
+def test_the_same_weights_under_two_names_are_two_models(made: Any) -> None:
+    one, two = made("one"), made("two")
+    for item in (one, two):
+        _, version = item.release(item.worse)
+        assert (version.version, version.alias) == ("1", "champion")
+    versions = [item.client.get_model_version(item.name, "1") for item in (one, two)]
+    ids = [tracking.logged_model_id(version) for version in versions]
+    assert len({one.client.get_logged_model(model_id).model_id for model_id in ids}) == 2
+    assert doctor._missing(one.client, versions[0]) is None
+    one.client.delete_logged_model(ids[0])
+    assert doctor._missing(one.client, versions[0]) == "its logged model is gone"
+    assert doctor._missing(two.client, versions[1]) is None
+
+
 def test_promotion_refusal_and_rollback_are_on_record(made: Any, tmp_path: Path) -> None:
     opened = made("ursa")
     first, version = opened.release(opened.worse)
@@ -178,6 +192,8 @@ def test_promotion_refusal_and_rollback_are_on_record(made: Any, tmp_path: Path)
 
     with pytest.raises(ConfigError, match=r"the gate refused version 3: .* worse than"):
         releases.promote(opened.registry(), "3", None)
+    with pytest.raises(ConfigError, match="say why it is to be champion all the same"):
+        releases.promote(opened.registry(), "3", " ")
     done = opened.ursa("rollback", "--reason", "flickers")
     assert done.stdout == "champion is version 1, was 2\n", done.stderr
     assert opened.champion == "1"

@@ -122,7 +122,13 @@ def check_answers(uri: str, *, name: str = "MLflow", variable: str = "MLFLOW_TRA
     address = urlsplit(uri)
     if address.scheme not in {"http", "https"}:
         return
-    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+    except ValueError:  # it may be a part of a password
+        raise ConfigError(
+            f"the address of the {name} server has no valid port; expected http://host:port in "
+            f"{variable}, with %2F, %23 and %3F for / # ? in a password"
+        ) from None
     try:
         socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError as error:

@@ -135,13 +135,19 @@ def open_picture(path: Path, what: str) -> Image.Image:
 
     try:
         if (num_bytes := path.stat().st_size) > MAX_FILE_BYTES:
-            raise ConfigError(
+            raise ConfigError(  # noqa: TRY301
                 f"{what}: {path} has {num_bytes:,} bytes, expected at most {MAX_FILE_BYTES:,}"
             )
         with Image.open(path, formats=_FORMATS) as picture:
             check_picture(picture, what)
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ConfigError:
+        raise
+    # what Pillow raises of damaged files beside its own errors
+    except (
+        *(UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError),
+        *(ValueError, TypeError),
+    ) as error:
         raise ConfigError(
             f"{what}: {path} is not an image that can be read ({error}); give a PNG or JPEG file"
         ) from error

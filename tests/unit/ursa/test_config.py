@@ -109,6 +109,7 @@ def test_every_bad_key_is_in_one_message():
         ({"ingestion": {"min_clip_s": 99}}, "min_clip_s 99.0 must not exceed"),
         ({"model": {"num_key_value_heads": 3}}, "must be a multiple of"),
         ({"stages": {"image_pretrain": {"timesteps": "per_frame"}}}, "needs modality 'video'"),
+        ({"release": {"model_name": "a/b"}}, "release.model_name"),
         ({"stages": 3}, "stages"),
         ({"seed": None}, "seed"),
     ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ursa.cli import main
 from ursa.errors import ConfigError, UrsaError
@@ -75,6 +76,14 @@ def png(width: int, height: int) -> bytes:
 def test_a_picture_is_refused_by_what_its_header_claims(tmp_path, size):
     (tmp_path / "x.png").write_bytes(png(*size))
     with at_once(), pytest.raises(ConfigError, match=r"8192 pixels a side|cannot be read|not an"):
+        open_picture(tmp_path / "x.png", "--image")
+
+
+def test_a_picture_whose_text_unpacks_to_much_is_refused(tmp_path):
+    text = PngInfo()
+    text.add_text("a", "0" * (5 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=text)
+    with pytest.raises(ConfigError, match="not an image that can be read"):
         open_picture(tmp_path / "x.png", "--image")
 
 
