@@ -549,6 +549,11 @@ class Comparison(FrozenModel):
 
     champion_version: str
     problem: str | None = Field(description="why they cannot be compared; None if they are")
+    refuses: bool = Field(
+        default=False,
+        description="whether that refuses the challenger: the champion is of the same kind and "
+        "works, but what is held out cannot judge it",
+    )
     unit: BootstrapUnit | None = Field(
         description="what the bootstrap draws as a whole; None of too few samples"
     )

@@ -78,10 +78,14 @@ def compare(
     kept = np.array([source not in known for source in challenger.source_ids])
     num_known = None if known_sources is None else len(known)
     if challenger.sample_ids != champion.sample_ids:
-        return not_compared(champion_version, "they were measured on other samples")
+        problem = "they were measured on other samples"
+        return not_compared(champion_version, problem, refuses=True)
     if not kept.any():
-        problem = f"it was trained on all {len(held_out)} sources that are held out now"
-        return not_compared(champion_version, problem, num_known_sources=num_known)
+        problem = (
+            f"it was trained on all {len(held_out)} sources that are held out now; add videos, "
+            "hold out more (selection.validation_fraction), or promote by hand"
+        )
+        return not_compared(champion_version, problem, num_known_sources=num_known, refuses=True)
 
     def chosen(names: tuple[str, ...]) -> list[str]:
         return [name for name, is_kept in zip(names, kept, strict=True) if is_kept]
@@ -98,6 +102,7 @@ def compare(
     return Comparison(
         champion_version=champion_version,
         problem=None if changes else "they were measured at other times",
+        refuses=not changes,
         unit=None if units is None else units.kind,
         num_units=0 if units is None else units.num_units,
         num_samples=len(samples),
@@ -107,7 +112,11 @@ def compare(
 
 
 def not_compared(
-    champion_version: str, problem: str, *, num_known_sources: int | None = None
+    champion_version: str,
+    problem: str,
+    *,
+    num_known_sources: int | None = None,
+    refuses: bool = False,
 ) -> Comparison:
     """Return the record of a comparison that could not be made.
 
@@ -115,10 +124,12 @@ def not_compared(
         champion_version: Version of the champion in the registry.
         problem: Why, as the end of "version 3 cannot be compared: ...".
         num_known_sources: Held-out sources that the champion was trained on.
+        refuses: Whether the challenger is refused for that.
     """
     return Comparison(
         champion_version=champion_version,
         problem=problem,
+        refuses=refuses,
         unit=None,
         num_units=0,
         num_samples=0,
@@ -183,7 +194,8 @@ def failed_gates(
             )
     if comparison is None:
         return tuple(failed)
-    if comparison.problem is not None and config.release.require_comparison:
+    is_needed = comparison.refuses or config.release.require_comparison
+    if comparison.problem is not None and is_needed:
         failed.append(comparison_text(comparison))
     judged = [change for change in comparison.changes if change.budget is not None]
     if judged and comparison.unit is None:

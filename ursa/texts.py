@@ -16,12 +16,15 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_MARKDOWN = re.compile(r"([\\`\[\]<>|])")
+# addresses become links without any mark
+_MARKDOWN = re.compile(r"([\\`\[\]<>|@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
+_ODD_PORT = re.compile(r":(?!\d*$)[^\]]*$")
 _MAX_NAME_BYTES = 255
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^/\s@?#'\"]*@")
 _SECRET_NAMES = re.compile(
     r"(.*[-_])?(sig|signature|token|secret|credentials?|passw(or)?d|pwd|jwt|hmac|hdnts|hdnea|"
-    r"authorization|auth[-_]?key|(api|access|account|rl|resource)[-_]?key|awsaccesskeyid)"
+    r"authorization|auth[-_]?key|(api|access|account|private|rl|resource|secret)[-_]?key|"
+    r"awsaccesskeyid|access_key_id|passphrase|bearer)"
     r"|(access|id|auth|security|session|refresh)token",
     re.IGNORECASE,
 )
@@ -101,7 +104,9 @@ def secret_of_address(address: str) -> str | None:
         address: Any URI, also one that is none.
     """
     scheme, _, rest = address.partition("://")
-    if "@" in re.split("[/?#]", rest)[0]:
+    host = re.split("[/?#]", rest)[0]
+    # a slash in a password ends what is read as the host
+    if "@" in host or ("@" in rest and _ODD_PORT.search(host)):
         return "a user name or password"
     if scheme.lower() in {"s3", "file"}:  # there a question mark is part of the name
         return None

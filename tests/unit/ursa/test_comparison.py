@@ -114,6 +114,7 @@ def test_a_champion_that_knows_the_samples_is_not_compared(model, data, opened, 
     champion = champion_of(model, opened, tokens_uri=uri)
     comparison = compare_with(champion, pipeline, scores, place)
     assert "trained on all 4 sources" in (comparison.problem or "")
+    assert comparison.refuses
     gone = champion._replace(tokens_uri=str(tmp_path / "gone.json"))
     assert compare_with(gone, pipeline, scores, place).num_known_sources is None
 
@@ -125,6 +126,7 @@ def test_a_champion_that_cannot_be_read_is_named(model, data, opened, tmp_path):
     pipeline, scores = scored(place)
     comparison = compare_with(champion_of(broken, opened), pipeline, scores, place)
     assert "it cannot be read" in (comparison.problem or "")
+    assert not comparison.refuses
 
 
 def test_losses_that_are_not_finite_are_not_stored(model, data, opened, tmp_path):

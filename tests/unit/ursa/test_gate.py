@@ -167,11 +167,16 @@ def test_what_the_champion_was_trained_on_is_left_out():
     assert "10 sources that it was trained on are left out" in comparison_text(fair)
     all_of_them = compared(challenger, champion, known={f"v{i}" for i in range(20)})
     assert "trained on all 20 sources" in (all_of_them.problem or "")
+    # it may be any amount worse: what is held out cannot tell
+    (reason,) = failed_gates(measured(), all_of_them, CONFIG)
+    assert "cannot be compared: it was trained on all 20 sources" in reason
+    assert "add videos, hold out more" in reason
 
 
 def test_other_samples_are_not_compared():
     other = compared(scores_of(EASE, names="x"), scores_of(EASE))
     assert other.problem == "they were measured on other samples"
+    assert other.refuses
 
 
 def test_what_cannot_be_compared_passes_unless_it_must_not():

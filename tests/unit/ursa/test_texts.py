@@ -68,6 +68,13 @@ def test_a_text_stays_a_text_in_a_table_of_markdown(text):
         assert found.cells[0].split() == printable(text).split()
 
 
+def test_an_address_in_a_text_does_not_become_a_link():
+    """GFM makes links of what looks like an address; not of what is escaped."""
+    text = markdown_text("see http://a.test/b, HTTPS://c.test, www.d.test, e@f.test, a: b.c")
+    assert text == r"see http\://a.test/b, HTTPS\://c.test, www\.d.test, e\@f.test, a: b.c"
+    assert cells_of(text, "last").cells[0].strip().startswith("see http://a.test/b, HTTPS://c")
+
+
 @settings(max_examples=400, deadline=None)
 @given(texts)
 def test_a_text_stays_code_in_a_table_of_markdown(text):
@@ -130,6 +137,12 @@ def test_lines_of_the_command_line_are_printable(capsys):
     [
         ("https://me:pass@host.test/a", "a user name or password"),
         ("s3://key:secret@bucket/a", "a user name or password"),
+        ("https://me:pa/ss@host.test/a", "a user name or password"),
+        ("https://me:pa#ss@host.test/a", "a user name or password"),
+        ("https://host.test:8443/@someone/a.mp4", None),
+        ("https://[::1]/@someone/a.mp4", None),
+        ("https://h.test/a?private_key=abc", "private_key=..."),
+        ("https://h.test/a?passphrase=abc", "passphrase=..."),
         ("https://h.test/a?X-Amz-Signature=1", "X-Amz-Signature=..."),
         ("https://h.test/a?x=1&X-Goog-Credential=1", "X-Goog-Credential=..."),
         ("https://h.test/a?sv=1&se=2&sig=abc", "sig=..."),
