@@ -28,6 +28,7 @@ WHOLE_TAG = "ursa.aliased"
 """Of a version that was registered to the end."""
 LAST_TAG = "ursa.last_decision"
 _SHOWN_CHARACTERS = 4000
+_NO_REASON = "no reason was given"
 
 
 class Registry(NamedTuple):
@@ -155,7 +156,7 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
             f"the gate refused version {version}: {tags.get('ursa.failed_gates')}; say why it is "
             "to be champion all the same: --reason"
         )
-    return _decide(registry, "promoted", version, reason or "no reason was given")
+    return _decide(registry, "promoted", version, (reason or "").strip() or _NO_REASON)
 
 
 def rollback(registry: Registry, reason: str | None) -> Decision:
@@ -190,7 +191,7 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
             "with `ursa models promote VERSION`, or set URSA_DATA_URI to the data root of the runs"
         )
     return _decide(
-        registry, "rolled_back", champion, reason or "no reason was given", champion=target
+        registry, "rolled_back", champion, (reason or "").strip() or _NO_REASON, champion=target
     )
 
 

@@ -61,7 +61,7 @@ def test_fitting_improves_on_the_pca_start(fitted):
     assert metrics["psnr_pca_train"] > 12
     assert metrics["psnr_train"] > metrics["psnr_pca_train"]
     assert metrics["psnr_validation"] > metrics["psnr_pca_validation"]
-    assert 5 < metrics["codes_used"] <= 60
+    assert 10 <= metrics["codes_used"] <= 60
     assert 1 < metrics["code_perplexity"] <= metrics["codes_used"]
 
 
