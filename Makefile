@@ -8,6 +8,8 @@ ARGS ?=
 export PRESET SOURCE PARAMS
 # threads that wait must not spin: beside other processes spinning costs a factor of nine
 export OMP_WAIT_POLICY ?= PASSIVE
+# what is imported is compiled once: without its bytecode every process takes seconds longer to start
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 BIN := $(VENV)/bin

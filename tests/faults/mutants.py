@@ -11,7 +11,7 @@ import pytest
 from ursa import ingestion, storage, tokenization
 from ursa.data import clips, shards, versions
 from ursa.data.units import TokenizedUnit
-from ursa.errors import UrsaError, VideoDecodeError
+from ursa.errors import ClipUnavailableError, UrsaError, VideoDecodeError
 from ursa.training import checkpoint, stage
 
 Apply = Callable[[pytest.MonkeyPatch], None]
@@ -99,9 +99,10 @@ def _marker_first(patch: pytest.MonkeyPatch) -> None:
         later.append((uri, path.read_bytes()))
 
     def commit_first(uri: str, record: Any) -> Any:
+        after, later[:] = later[:], []
         done = commit(uri, record)
-        while later:
-            storage.write_bytes(*later.pop())
+        for upload in after:
+            storage.write_bytes(*upload)
         return done
 
     patch.setattr(storage, "upload_file", upload_later)
@@ -140,6 +141,20 @@ def _state_is_not_checked(patch: pytest.MonkeyPatch) -> None:
     _size_is_not_checked(patch)
     patch.setattr(checkpoint, "load_checkpoint", unchecked)
     patch.setattr(stage, "load_checkpoint", unchecked)
+
+
+def _clip_is_not_checked(patch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def unchecked(clip: clips.Clip) -> Iterator[Path]:
+        try:
+            with storage.local_copy(clip.media_uri) as path:
+                yield path
+        except FileNotFoundError as error:
+            missing = f"{clip.media_uri} is missing; run `ursa data repair`"
+            raise ClipUnavailableError(missing) from error
+
+    _size_is_not_checked(patch)
+    patch.setattr(tokenization, "local_clip", unchecked)
 
 
 def _size_is_not_checked(patch: pytest.MonkeyPatch) -> None:
@@ -222,9 +237,10 @@ def _manifest_before_directory(patch: pytest.MonkeyPatch) -> None:
     commit = storage.commit_record
 
     def commit_then_upload(uri: str, record: Any) -> Any:
+        after, later[:] = later[:], []
         done = commit(uri, record)
-        while later:
-            upload(*later.pop())
+        for directory in after:
+            upload(*directory)
         return done
 
     later: list[tuple[Any, str]] = []
@@ -259,9 +275,10 @@ def _record_before_shards(patch: pytest.MonkeyPatch) -> None:
         later.append((uri, data))
 
     def commit_then_put(uri: str, record: Any) -> Any:
+        after, later[:] = later[:], []
         done = commit(uri, record)
-        while later:
-            put(*later.pop())
+        for shard in after:
+            put(*shard)
         return done
 
     patch.setattr(storage, "put_named_by_hash", put_later)
@@ -317,8 +334,9 @@ def _names_without_hash(patch: pytest.MonkeyPatch) -> None:
 
 
 def _table_is_not_checked(patch: pytest.MonkeyPatch) -> None:
-    def read(uri: str, _schema: Any, _num_rows: int) -> Any:
-        return clips.pq.read_table(clips.io.BytesIO(storage.read_bytes(uri)))
+    def read(uri: str, _schema: Any, _num_rows: int, columns: Any = None) -> Any:
+        file = clips.pq.ParquetFile(clips.pa.BufferReader(storage.read_bytes(uri)))
+        return file.read(columns)
 
     patch.setattr(clips, "read_table", read)
 
@@ -332,9 +350,9 @@ def _upload_is_forgotten(patch: pytest.MonkeyPatch) -> None:
         later.append((path.read_bytes(), uri))
 
     def commit_then_upload(uri: str, record: Any) -> Any:
+        after, later[:] = later[:], []
         done = commit(uri, record)
-        while later:
-            data, media_uri = later.pop()
+        for data, media_uri in after:
             storage.write_bytes(media_uri, data)
         return done
 
@@ -398,7 +416,7 @@ MUTANTS = (
     Mutant("models share a folder", "release", _same_folder_for_a_model),
     Mutant("old checkpoints go before the new one is there", "training", _old_checkpoints_first),
     Mutant("what is read of a state is not checked", "training", _state_is_not_checked),
-    Mutant("what arrives of a clip is not checked", "tokenization", _size_is_not_checked),
+    Mutant("what arrives of a clip is not checked", "tokenization", _clip_is_not_checked),
     Mutant("a save in the background fails in silence", "training", _background_fails_in_silence),
     Mutant("the last save is not waited for", "training", _last_save_is_not_awaited),
     Mutant("a number is taken twice", "versions", _number_is_taken_twice),
