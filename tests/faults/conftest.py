@@ -24,9 +24,7 @@ class _OpenedOnce:
         self._tables: dict[tuple[str, ...] | None, pa.Table] = {}
         self.schema_arrow, self.metadata = self._file.schema_arrow, self._file.metadata
 
-    def read(
-        self, columns: Sequence[str] | None = None, *, use_threads: bool = False
-    ) -> pa.Table:
+    def read(self, columns: Sequence[str] | None = None, *, use_threads: bool = False) -> pa.Table:
         key = None if columns is None else tuple(columns)
         if key not in self._tables:
             self._tables[key] = self._file.read(columns, use_threads=use_threads)
