@@ -51,18 +51,18 @@ def staged_training(
         if prepared is None:
             prepared = find_prepared(run) or data_preparation(source_uri, preset, context=run)
         fit_schedule(run, prepared)
-        checkpoint: CheckpointRef | None = None
+        done: list[CheckpointRef] = []
         config = training_config(run, prepared)
         for stage in config.stages.needed():
-            request = stage_request(run, prepared, stage, checkpoint, config)
-            checkpoint = train_stage(run, request)
-        assert checkpoint is not None
+            request = stage_request(run, prepared, stage, done[-1] if done else None, config)
+            done.append(train_stage(run, request))
         return commit_trained(
             run,
             TrainedModel(
                 selection=prepared.selection,
                 version_uri=prepared.version_uri,
                 request=request,
-                checkpoint=checkpoint,
+                checkpoint=done[-1],
+                stages=tuple(done),
             ),
         )

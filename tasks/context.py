@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
+from pydantic import Field
 
 import ursa
 from tasks import cluster, reports, tracking
@@ -138,6 +139,9 @@ class TrainedModel(FrozenModel):
     version_uri: str
     request: StageRequest
     checkpoint: CheckpointRef
+    stages: tuple[CheckpointRef, ...] = Field(
+        default=(), description="all that this run has trained, in their order; not in old records"
+    )
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def _log_card(
     card = model_card(
         report,
         trained.request,
-        [trained.checkpoint],
+        trained.stages or [trained.checkpoint],
         data,
         name=f"{version.name} version {version.version}",
         origin=origin(context, trained, version),
@@ -263,6 +263,18 @@ def run_note(context: RunContext, version: ModelVersion) -> str:
     return "\n".join([links, "", *lines])
 
 
+def _title(context: RunContext, version: ModelVersion) -> str:
+    """Return what came of a run in one line: a refusal must not look like a success."""
+    if not version.is_new:
+        return f"nothing changed: version {version.version} is up to date"
+    registered = f"registered {version.name} version {version.version}"
+    found = tracking.registered_version(context.run.tracking_uri, version.name, version.version)
+    tags = {} if found is None else found.tags
+    if tags.get("ursa.gate_passed") == "false":
+        return f"{registered}, which the gate refused: {tags.get('ursa.failed_gates', '')}"
+    return f"{registered} as {version.alias}" if version.alias else registered
+
+
 def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:
     """Note the outcome in the tracking run, write the summary and name the final state.
 
@@ -293,11 +305,7 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
     tracking.tag_run(context.run, tags)
     reports.model_version(version, url)
     name = markdown_text(version.name)
-    title = (
-        f"registered {version.name} version {version.version}"
-        if version.is_new
-        else f"nothing changed: version {version.version} is up to date"
-    )
+    title = _title(context, version)
     reports.run_summary(
         title,
         [

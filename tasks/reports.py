@@ -46,6 +46,11 @@ logger = logging.getLogger(__name__)
 UPDATE_EVERY_S = 5.0
 EXAMPLES = 8
 CHANGES = 250
+_HEADLINES = (
+    *(f"eval/{key}" for key in ("loss", "unigram_loss", "accuracy", "i2v_loss", "async_loss")),
+    "eval/tokenizer_psnr_validation",
+)
+"""Metrics that stand first in a table of all."""
 _IS_ONE_CELL = re.compile(r"_(t0(\.\d+)?|frame\d+)$")
 """Metrics of one time or latent frame: fifty numbers that a heat map in MLflow shows better."""
 
@@ -293,7 +298,8 @@ def data_funnel(
 
 def _funnel_row(step: str, count: int, total: int, detail: str = "") -> dict[str, Any]:
     percent = f"{100 * count / total:.1f}" if total else ""
-    return {"step": step, "count": count, "percent": percent, "file": "", "detail": detail}
+    plain = detail.replace("`", "")  # a table shows them
+    return {"step": step, "count": count, "percent": percent, "file": "", "detail": plain}
 
 
 def clip_examples(selected: Iterable[SelectedClip]) -> None:
@@ -425,7 +431,7 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
     is_end = {f"{key}_{end}" for key in ends for end in ("low", "high")}
     rows += [
         _metric_row(key, f"{value:.5g}", ends.get(key, ""))
-        for key, value in sorted(report.metrics.items())
+        for key, value in sorted(report.metrics.items(), key=lambda item: (_rank(item[0]), item[0]))
         if key not in is_end and not _IS_ONE_CELL.search(key)
     ]
     text = "What each metric is: docs/evaluation.md and docs/runbook.md. By time and frame: MLflow."
@@ -433,6 +439,10 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
     link(
         "sample-grid", strip_url, "noise, sample, real", f"All samples with prompts: {pictures_url}"
     )
+
+
+def _rank(key: str) -> int:
+    return _HEADLINES.index(key) if key in _HEADLINES else len(_HEADLINES)
 
 
 def _metric_row(metric: str, value: str, interval: str = "", budget: str = "") -> dict[str, Any]:

@@ -50,14 +50,16 @@ class StageProgress:
         """
         now = time.monotonic()
         if self._first_step is None:
-            self._first_step = step
+            # what comes before the first step comes once
+            self._first_step, self._began = step, now
         if not self._url or (now - self._last < PROGRESS_EVERY_S and step < self._max_steps):
             return
         self._last = now
-        steps = max(step - self._first_step, 1)
-        left_s = (now - self._began) / steps * (self._max_steps - step)
+        text = f"step {step} of {self._max_steps}"
+        if steps := step - self._first_step:
+            left_s = (now - self._began) / steps * (self._max_steps - step)
+            text += f", {left_s:.0f} s left"
         loss = metrics.get("train/loss")
-        text = f"step {step} of {self._max_steps}, {left_s:.0f} s left"
         text += "" if loss is None else f", loss {loss:.4f}"
         body = {"data": min(100.0, 100.0 * step / self._max_steps), "description": text}
         call = urllib.request.Request(  # noqa: S310  (the address of our Prefect server)

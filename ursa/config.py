@@ -39,6 +39,9 @@ HeldOutMetric = Literal[
 ]
 """Means over held-out samples: one t for all frames, a t of its own for each, first frame given."""
 
+MODEL_NAME_PATTERN = r"""^[^/:.%"']+$"""
+"""Names of registered models: MLflow takes no others, and cannot search for quotes."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -725,8 +728,7 @@ class ReleaseConfig(ConfigSection):
     """What a version must reach to become champion."""
 
     model_name: str = Field(
-        min_length=1,
-        pattern=r"""^[^/:.%"']*$""",
+        pattern=MODEL_NAME_PATTERN,
         description="name in the registry; MLflow takes none with / : . % or quotes",
     )
     gate_min_timestep: Fraction = Field(description="from this t on, loss must beat the unigram")

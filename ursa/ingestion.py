@@ -406,11 +406,12 @@ def _check_split(num_kept: int, num_validation: int, fraction: float) -> None:
         )
     elif num_validation > max(2 * fraction, fraction + 0.1) * num_kept:
         logger.warning(
-            "%d of %d clips are held out, a share of %g was asked for: whole sources are, and few "
-            "or large ones miss the share",
+            "%d of %d clips are held out for validation, more than the %.0f %% asked for: clips of "
+            "a source are held out together, which is too many where sources are few or large; "
+            "add videos",
             num_validation,
             num_kept,
-            fraction,
+            100 * fraction,
         )
 
 

@@ -10,17 +10,18 @@ import re
 import traceback
 from urllib.parse import unquote
 
-# control characters (C0, DEL, C1), marks that turn the direction, separators of lines and
-# paragraphs, what no text is (surrogates, tags, annotations, byte order marks)
+# control characters (C0, DEL, C1), marks that turn the direction or that nobody sees (those that
+# join letters stay), separators of lines and paragraphs, what no text is (surrogates, tags,
+# annotations, byte order marks)
 _UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 # addresses become links without any mark
 _MARKDOWN = re.compile(r"([\\`\[\]<>|@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
 _ODD_PORT = re.compile(r":(?!\d*$)[^\]]*$")
 _MAX_NAME_BYTES = 255
-_USER_OF_ADDRESS = re.compile(r"(?<=://)[^/\s@?#'\"]*@")
+_AFTER_SCHEME = re.compile(r"(?<=://)[^\s'\"<>]+")
 _SECRET_NAMES = re.compile(
     r"(.*[-_])?(sig|signature|token|secret|credentials?|passw(or)?d|pwd|jwt|hmac|hdnts|hdnea|"
     r"authorization|auth[-_]?key|(api|access|account|private|rl|resource|secret)[-_]?key|"
@@ -92,7 +93,20 @@ def without_user(text: str) -> str:
     Args:
         text: An address, or an error that names some.
     """
-    return _USER_OF_ADDRESS.sub("***@", text)
+    return _AFTER_SCHEME.sub(_hide_user, text)
+
+
+def _hide_user(found: re.Match[str]) -> str:
+    rest = found[0]
+    # a password may hold what ends a host or itself: rather too much is hidden
+    return f"***@{rest.rpartition('@')[2]}" if _names_user(rest) else rest
+
+
+def _names_user(rest: str) -> bool:
+    """Whether an address names a user, from what comes after its scheme."""
+    host = re.split("[/?#]", rest)[0]
+    # a slash in a password ends what is read as the host
+    return "@" in host or ("@" in rest and _ODD_PORT.search(host) is not None)
 
 
 def secret_of_address(address: str) -> str | None:
@@ -104,9 +118,7 @@ def secret_of_address(address: str) -> str | None:
         address: Any URI, also one that is none.
     """
     scheme, _, rest = address.partition("://")
-    host = re.split("[/?#]", rest)[0]
-    # a slash in a password ends what is read as the host
-    if "@" in host or ("@" in rest and _ODD_PORT.search(host)):
+    if _names_user(rest):
         return "a user name or password"
     if scheme.lower() in {"s3", "file"}:  # there a question mark is part of the name
         return None

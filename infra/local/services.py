@@ -777,9 +777,8 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
         return
     tags = parents[0]
     name, version = tags.get("ursa.model_name", "?"), tags.get("ursa.model_version", "?")
-    if flow_run["state"]["name"] == "NothingChanged":
-        say(f"\nnothing changed: version {version} is up to date")
-    say(f"\nPrefect run     {page}")
+    say(f"\n{flow_run['state'].get('message') or flow_run['state']['name']}")
+    say(f"Prefect run     {page}")
     view = "?workflowType=machine_learning"  # not the menu for language-model applications
     say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}{view}")
     say(f"Model version   {tracking}/#/models/{name}/versions/{version}{view}")

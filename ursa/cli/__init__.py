@@ -1,6 +1,8 @@
 """The `ursa` command: a module a command; each imports what it needs when it runs."""
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -68,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.lastResort.addFilter(PrintableRecords())
     try:
         app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except CycloptsError as error:
         sys.stderr.write(f"error: {_one_line(error)}; --help lists what there is\n")
         sys.exit(2)

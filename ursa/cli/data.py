@@ -157,7 +157,7 @@ def sample(
     for path in write_examples(examples, out, as_strips=strips):
         print_lines(path)
     if not examples:
-        print("no clip of this kind")
+        print("no clip was rejected" if rejected and reason is None else "no clip of this kind")
 
 
 @app.command(name="what-if")

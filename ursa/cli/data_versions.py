@@ -155,7 +155,11 @@ def _listed_names(what: str) -> list[str]:
 
 
 def choose_version(
-    found: "list[DatasetVersion]", number: int | None, source: str | None
+    found: "list[DatasetVersion]",
+    number: int | None,
+    source: str | None,
+    *,
+    option: str = "--number",
 ) -> "DatasetVersion":
     """Return the version that options name.
 
@@ -163,6 +167,7 @@ def choose_version(
         found: All versions.
         number: Of the version; the newest of the source if None.
         source: Of the data set; needed where there are several.
+        option: What the number was given by.
 
     Raises:
         ConfigError: If there is no such version.
@@ -183,5 +188,5 @@ def choose_version(
         raise ConfigError(f"no version of {source}; there are: {', '.join(sources)}")
     if not chosen:
         numbers = ", ".join(str(version.number) for version in own)
-        raise ConfigError(f"no version {number}; --number is one of {numbers}")
+        raise ConfigError(f"no version {number}; {option} is one of {numbers}")
     return chosen[-1]

@@ -62,13 +62,18 @@ def evaluate(
     Raises:
         UrsaError: If the model or the data cannot be read.
     """
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
+    if out is not None:
+        if not out.parent.is_dir():
+            raise ConfigError(f"--out: there is no directory {out.parent}; make it first")
+        if out.is_dir():
+            raise ConfigError(f"--out: {out} is a directory; give the name of a .json file")
     other = None if against is None else _read(against)
     check_place(model)
     from ursa.data.versions import list_versions
 
-    version = choose_version(list_versions(root_uri(root)), data_version, source)
+    version = choose_version(
+        list_versions(root_uri(root)), data_version, source, option="--data-version"
+    )
     from ursa.evaluation.models import measure_model, open_model, version_config
 
     config = version_config(version, preset, parse_changes(changes))

@@ -1,6 +1,7 @@
 """`ursa models`: versions of a registered model, who is champion, and who has decided it."""
 
 import json
+import re
 import time
 
 from cyclopts import App
@@ -9,6 +10,7 @@ from ursa.cli.backstage import call_tasks
 from ursa.cli.data import AsJson, root_uri
 from ursa.cli.lines import print_lines
 from ursa.cli.models import check_answers, registry_uri
+from ursa.errors import ConfigError
 
 app = App(
     name="models",
@@ -30,20 +32,23 @@ def list_models(*, name: str = _DEFAULT, as_json: AsJson = False) -> None:
     Raises:
         ConfigError: If the registry does not answer.
     """
-    found = call_tasks("list-models", tracking_uri=_registry(), name=name)
+    found = call_tasks("list-models", tracking_uri=_registry(name), name=name)
     if as_json:
         print(json.dumps(found, indent=1))
         return
+    if found:
+        zone = time.strftime("%Z")
+        print(f"version  made ({zone})".ljust(27) + "held-out loss  state       aliases")
     for item in found:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(item["made_s"]))
-        loss = "" if item["loss"] is None else f"loss {item['loss']:.4f}"
+        loss = "" if item["loss"] is None else f"{item['loss']:.4f} nats"
         gate = "gate holds" if item["gate_passed"] else "refused"
         state = gate if item["is_whole"] else "HALF REGISTERED (ursa doctor --fix)"
         print_lines(
-            f"{item['version']:>4}  {made}  {loss:12} {state:11} {', '.join(item['aliases'])}"
+            f"{item['version']:>7}  {made}  {loss:13}  {state:11} {', '.join(item['aliases'])}"
         )
         if item["decision"]:
-            print_lines(f"      {item['decision']}")
+            print_lines(f"         {item['decision']}")
     if not found:
         print(f"no version of {name} yet")
 
@@ -67,7 +72,7 @@ def promote(
     """
     decision = call_tasks(
         "promote",
-        tracking_uri=_registry(),
+        tracking_uri=_registry(name),
         root_uri=root_uri(root),
         name=name,
         version=version.removeprefix("v"),
@@ -96,7 +101,7 @@ def rollback(*, reason: str | None = None, name: str = _DEFAULT, root: str | Non
     """
     decision = call_tasks(
         "rollback",
-        tracking_uri=_registry(),
+        tracking_uri=_registry(name),
         root_uri=root_uri(root),
         name=name,
         reason=reason,
@@ -132,7 +137,12 @@ def history(*, name: str = _DEFAULT, root: str | None = None, as_json: AsJson = 
         print(f"no decision about {name} at {root_uri(root)}")
 
 
-def _registry() -> str:
+def _registry(name: str) -> str:
+    """Return the address of the registry, which answers, for a model that it can hold."""
+    from ursa.config import MODEL_NAME_PATTERN
+
+    if not re.fullmatch(MODEL_NAME_PATTERN, name):
+        raise ConfigError(f"--name {name!r}: MLflow takes no name with / : . % or quotes, nor none")
     uri = registry_uri()
     check_answers(uri)
     return uri

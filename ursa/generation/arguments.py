@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 _SOLVERS = "exact, euler or euler_beta"
+MIN_TEMPERATURE = 1e-6
+"""Logits over less are no numbers; 0 takes the most likely code without dividing."""
 _MAX_GUIDANCE = 1000
 """Guided states of more overflow."""
 P = ParamSpec("P")
@@ -123,7 +125,7 @@ def check_sampler(
         num_inference_steps: At least 1, at most `MAX_INFERENCE_STEPS`.
         guidance_scale: In [0, 1000]; up to 1 is off.
         flow_shift: Positive and finite; 1 is none.
-        temperature: At least 0, finite; 1 is the model's own law.
+        temperature: 0, or at least `MIN_TEMPERATURE` and finite; 1 is the model's own law.
         cond_noise_scale: In [0, 1].
         solver: "exact" or "euler".
         draw_order: "per_token" or "official".
@@ -149,8 +151,8 @@ def check_sampler(
         (
             "temperature",
             temperature,
-            0 <= temperature < math.inf,
-            "at least 0 and finite; 1 is the model's own law",
+            temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf,
+            f"0, or at least {MIN_TEMPERATURE:g} and finite; 1 is the model's own law",
         ),
         ("cond_noise_scale", cond_noise_scale, 0 <= cond_noise_scale <= 1, "in [0, 1]"),
         ("solver", solver, solver in {"exact", "euler", "euler_beta"}, _SOLVERS),

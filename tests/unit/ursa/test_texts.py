@@ -175,6 +175,9 @@ def test_users_of_addresses_are_not_shown():
     assert without_user("no route to http://u:p@h:1/x, s3://a/b@c") == (
         "no route to http://***@h:1/x, s3://a/b@c"
     )
+    assert without_user("'http://u:p@ss@h/x' and https://u:pa/ss@h/y") == (
+        "'http://***@h/x' and https://***@h/y"
+    )
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "x" * 256, 5, None])

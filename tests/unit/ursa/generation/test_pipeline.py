@@ -126,7 +126,7 @@ def test_temperature(pipeline):
 
     assert torch.equal(draw(1, None), draw(1, pipeline.defaults.temperature))
     assert not torch.equal(draw(1, 1.0), draw(1, 0.1))
-    with pytest.raises(ConfigError, match="temperature must be at least 0"):
+    with pytest.raises(ConfigError, match="temperature must be 0, or at least 1e-06"):
         draw(1, -1.0)
     assert torch.equal(draw(1, 0.0), draw(1, 0.0))
 
@@ -522,7 +522,8 @@ def test_the_official_order_of_draws_is_another_with_the_same_start(pipeline):
         ({"flow_shift": 0.0}, "flow_shift must be positive"),
         ({"flow_shift": float("inf")}, "flow_shift must be positive and finite"),
         ({"guidance_scale": float("inf")}, r"guidance_scale must be in \[0, 1000\]"),
-        ({"temperature": float("nan")}, "temperature must be at least 0 and finite"),
+        ({"temperature": float("nan")}, "temperature must be 0, or at least 1e-06 and finite"),
+        ({"temperature": 1e-320}, "temperature must be 0, or at least 1e-06 and finite"),
         ({"image": np.zeros((0, 0, 3), np.uint8)}, "an image must be"),
         ({"video": "clip.mp4"}, "video must be frames, got 'clip.mp4'; read the file first"),
         ({"prompt_ids": torch.zeros(4).long()}, r"prompt_ids must have shape \(prompts, L\)"),
