@@ -82,6 +82,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
             ],
         )
         with tracking.MetricSink(run) as sink:
+            announce("evaluation: losses by time, reconstructions, drawn clips; a minute or more")
             report = evaluation.evaluate(
                 model,
                 datasets,

@@ -40,8 +40,11 @@ STOP_LIMIT_S = 12.0
 PROGRESS_EVERY_S = 30.0
 LOG_STARTS: dict[str, int] = {}
 """Where the output of a service that this process has started begins in its log."""
-WAITING = re.compile(r"AwaitingConcurrencySlot|Aborted submission|Worker .* submitting flow run")
-"""What the worker says, several times a second, while a run waits for the one before it."""
+NOISE = re.compile(
+    r"AwaitingConcurrencySlot|Aborted submission|Worker .* submitting flow run"
+    r"|prefect\.(flow-run\.heartbeat|artifact\.updated|artifact-collection\.)"
+)
+"""What is said several times a second while a run waits, and all the time while it works."""
 RUN_ID = re.compile(r"UUID: ([0-9a-f-]{36})")
 
 QUIET = {
@@ -705,7 +708,7 @@ def follow(command: list[str]) -> tuple[int, str | None]:
     watcher: subprocess.Popen[bytes] | None = None
     try:
         for line in child.stdout:
-            if not WAITING.search(line):
+            if not NOISE.search(line):
                 say(line.rstrip())
             if run_id is None and (match := RUN_ID.search(line)):
                 run_id = match.group(1)
