@@ -4,6 +4,7 @@ What is under way is never touched: a tracking run names its process (`ursa.proc
 of this machine that is gone counts as dead.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -121,7 +122,9 @@ class Patient(NamedTuple):
             ]
             for name in sorted({item.name for item in versions} - busy):
                 registry = releases.Registry(client, name, self.root_uri, f"ursa doctor of {who()}")
-                found += [*self._aliases(registry), *self._decisions(registry)]
+                look = itertools.chain(self._aliases(registry), self._decisions(registry))
+                # what cannot be read of one model hides nothing of the others
+                found += _safely("MLflow", look, f"{name} ")
             yield from found
             if not any(item.state == "wrong" for item in found):
                 yield Finding("MLflow", "ok", "no run, model, version or alias is left over")
@@ -176,6 +179,8 @@ class Patient(NamedTuple):
         except (DataError, RegistrationError) as error:
             client.delete_model_version(version.name, str(version.version))
             return self._wrong(text, f"{error}; deleted, the next run registers it again")
+        except UrsaError as error:
+            return Finding("MLflow", "wrong", f"{text} and could not be looked at: {error}")
         decided_by = f"ursa doctor of {who()}"
         registry = releases.Registry(client, version.name, self.root_uri, decided_by)
         releases.finish_version(registry, str(version.version), report)
@@ -232,12 +237,12 @@ class Patient(NamedTuple):
             yield Finding("MLflow", "note", f"{text} without `ursa models`{on_record}")
 
 
-def _safely(area: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Yield findings; an error among them is one too."""
+def _safely(area: str, findings: Iterable[Finding], what: str = "") -> Iterator[Finding]:
+    """Yield findings; an error among them is one too, of what stands in `what`."""
     try:
         yield from findings
     except (UrsaError, httpx.HTTPError) as error:
-        yield Finding(area, "wrong", f"could not be looked at: {error}")
+        yield Finding(area, "wrong", f"{what}could not be looked at: {error}")
 
 
 def _missing(client: "MlflowClient", version: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 A block of `bash` or `python` is run by `tests/integration/docs/test_blocks.py`, in a checkout with
 a small data root. A comment before it says otherwise: `<!-- run: pipeline -->`, in a checkout with
-services and a trained model (`tests/e2e/test_documentation.py`), or `<!-- not run: why -->`.
+services and a trained model (`tests/e2e/test_documentation.py`), `<!-- run: stand-ins -->` there
+too, with what `tests/e2e/stand_ins.py` puts in the place of names, or `<!-- not run: why -->`.
 """
 
 import re
@@ -15,7 +16,7 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-MARK = re.compile(r"<!-- (run: pipeline|not run: \S.*) -->")
+MARK = re.compile(r"<!-- (run: pipeline|run: stand-ins|not run: \S.*) -->")
 
 
 class Block(NamedTuple):

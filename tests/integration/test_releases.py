@@ -189,6 +189,9 @@ def test_promotion_refusal_and_rollback_are_on_record(made: Any, tmp_path: Path)
     assert "worse than that of champion" in tags["ursa.failed_gates"]
     assert tags["ursa.comparison"].startswith("against champion version 2 on 12 samples")
     assert tags["ursa.decision"].startswith("refused by ")
+    outcome = registration._title(opened.context, version)
+    assert outcome.startswith("registered ursa version 3, which the gate refused: ")
+    assert "worse than that of champion version 2" in outcome
 
     with pytest.raises(ConfigError, match=r"the gate refused version 3: .* worse than"):
         releases.promote(opened.registry(), "3", None)
@@ -394,6 +397,32 @@ def test_an_alias_of_a_version_without_its_files_goes_back(made: Any) -> None:
     texts = [item.text for item in patient.leftovers() if opened.name in item.text]
     assert any("half registered" in text and "deleted" in text for text in texts)
     assert [str(item.version) for item in releases.all_versions(opened.registry())] == ["1"]
+
+
+def test_a_store_that_is_away_hides_nothing_of_other_models(made: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/gone")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/gone")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    away, here = made("a-store-is-away"), made("half")
+    for item in (away, here):
+        item.release(item.good)
+        item.client.delete_model_version_tag(item.name, "1", releases.WHOLE_TAG)
+        run_id = item.context.run.run_id
+        item.client.set_tag(run_id, "ursa.process", f"{socket.gethostname()}:1:0")
+    away.client.set_model_version_tag(away.name, "1", "ursa.evaluation", "s3://gone/manifest.json")
+    found = list(Patient(here.uri, here.root, fix=True, marks={}).leftovers())
+    states = {
+        item.name: [(one.state, one.text) for one in found if item.name in one.text]
+        for item in (away, here)
+    }
+    assert any(
+        state == "wrong" and "could not be looked at: s3://gone/manifest.json" in text
+        for state, text in states[away.name]
+    )
+    assert ("mended", "version 1 of half is half registered: its files are whole; finished") in (
+        states[here.name]
+    )
+    assert list(releases.whole_versions(here.registry())) == ["1"]
 
 
 def test_a_run_that_is_under_way_is_left_alone(made: Any) -> None:

@@ -118,7 +118,12 @@ def test_what_cannot_be_read_is_named(trained, tmp_path, capsys):
     assert "--device cuda:99 cannot be used" in message(
         directory, trained.root, "--device", "cuda:99"
     )
-    assert "no version 7" in message(directory, trained.root, "--data-version", "7")
+    assert "no version 7; --data-version is one of 1" in message(
+        directory, trained.root, "--data-version", "7"
+    )
+    assert "is a directory; give the name of a .json file" in message(
+        directory, trained.root, "--out", str(tmp_path)
+    )
     assert "holds no measurements" in message(
         directory, trained.root, "--against", str(Path(__file__))
     )

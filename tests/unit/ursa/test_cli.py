@@ -1,3 +1,8 @@
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -51,6 +56,22 @@ def test_a_mistake_is_one_line(exported_model, tmp_path, monkeypatch, capsys, ar
     assert message in line
     assert line.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from ursa.cli import main; main(['config'])"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("name", ["x'y", "a/b", ""])
+def test_names_that_the_registry_cannot_hold_are_not_asked_for(capsys, name):
+    with pytest.raises(SystemExit):
+        main(["models", "list", "--name", name])
+    assert "MLflow takes no name with / : . % or quotes" in capsys.readouterr().err
 
 
 def test_a_directory_cannot_be_written(exported_model, tmp_path, capsys):
