@@ -40,7 +40,8 @@ from ursa.config import (
     fingerprint,
     load_config,
 )
-from ursa.data.versions import recorded_source
+from ursa.data.versions import newest_version, recorded_source
+from ursa.errors import ConfigError
 from ursa.sources.listing import discover_videos
 from ursa.video.selection import check_rules
 
@@ -89,6 +90,7 @@ class RunContext(FrozenModel):
         config: Preset and overrides, merged.
         sources_uri: Record of the source's files, a `SourceListing`.
         source_fingerprint: Hash of files and captions of the source.
+        newest_version: Number of the newest version of the data set when the source was listed.
         start: What a retraining goes on from; None trains all stages.
         fingerprint: Hash of configuration, source and start.
         run: Parent run in the tracking server.
@@ -100,6 +102,7 @@ class RunContext(FrozenModel):
     config: RunConfig
     sources_uri: str
     source_fingerprint: str
+    newest_version: int = 0
     start: Start | None
     fingerprint: str
     run: TrackedRun
@@ -224,7 +227,9 @@ def start_run(
     check_adapters(config)
     tracking.check_service(settings.mlflow_tracking_uri)
     config = with_registered_starts(config, settings.mlflow_tracking_uri)
-    listing = list_source(source_uri, config, settings)
+    place = recorded_source(settings.data_uri, source_uri)
+    newest = newest_version(settings.data_uri, place)
+    listing = list_source(place, config, settings)
     uri, sources, source_fingerprint = listing.source_uri, listing.sources, listing.fingerprint
     storage.check_store(settings.data_uri)
     storage.commit_record(listing.manifest_uri, listing)
@@ -253,6 +258,7 @@ def start_run(
         config=config,
         sources_uri=listing.manifest_uri,
         source_fingerprint=source_fingerprint,
+        newest_version=0 if newest is None else newest.number,
         start=start,
         fingerprint=run_fingerprint,
         run=run,
@@ -282,11 +288,18 @@ def list_source(source_uri: str, config: RunConfig, settings: RuntimeSettings) -
         settings: Where data are.
 
     Raises:
+        ConfigError: If the data root is inside the source.
         DataError: If the source does not exist or holds no video.
         StorageError: If the store cannot be used.
     """
     # another spelling would be another source: everything would be made anew
     uri = recorded_source(settings.data_uri, source_uri)
+    if storage.has_visible_place(settings.data_uri, uri):
+        raise ConfigError(
+            f"the data root {settings.data_uri} is inside the source {uri}: each run would take "
+            "the clips of the one before for new videos; put it elsewhere (URSA_DATA_URI), or give "
+            "the folder of the videos alone"
+        )
     sources = discover_videos(
         uri,
         allow_https=config.ingestion.allow_https,

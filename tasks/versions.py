@@ -2,12 +2,14 @@
 
 import ursa
 from tasks import reports, tracking
-from tasks.context import PreparedData, RunContext
+from tasks.context import PreparedData, RunContext, list_source
 from tasks.options import announce, step
+from tasks.settings import RuntimeSettings
 from ursa import storage
 from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
 from ursa.data import versions
 from ursa.data.versions import DatasetVersion
+from ursa.errors import DataError
 
 CARD = "data-card.html"
 CARD_FOLDER = "data"
@@ -34,11 +36,13 @@ def commit_version(
         The committed version.
 
     Raises:
+        DataError: If the source has changed and another run has committed a version of that.
         ManifestError: If what another run has just committed is damaged.
         ServiceError: If the tracking server does not answer.
         ShardFormatError: If a table of the clips or of the changes is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
+    _refuse_old_listing(context)
     version = versions.commit_version(
         context.data_uri,
         context.config,
@@ -78,6 +82,23 @@ def note_version(context: RunContext, prepared: PreparedData) -> DatasetVersion:
         prepared.datasets,
         code={"ursa": ursa.__version__, **tracking.source_version()},
     )
+
+
+def _refuse_old_listing(context: RunContext) -> None:
+    """Refuse a listing that a version committed since may know better: what was removed came back.
+
+    A source that has changed is no reason by itself: the next run takes that up.
+    """
+    newest = versions.newest_version(context.data_uri, context.source_uri)
+    if newest is None or newest.number <= context.newest_version:
+        return
+    now = list_source(context.source_uri, context.config, RuntimeSettings.from_env())
+    if now.fingerprint != context.source_fingerprint:
+        raise DataError(
+            f"{context.source_uri} has changed since this run listed it, and another run has "
+            f"committed version {newest.number} of its data set meanwhile: run again (what is done "
+            "is kept)"
+        )
 
 
 def _publish_card(context: RunContext, version: DatasetVersion) -> None:

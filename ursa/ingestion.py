@@ -45,7 +45,7 @@ from ursa.sources.names import last_segment, stand_in_etag
 from ursa.sources.notes import SourceNotes
 from ursa.sources.reading import copy_source
 from ursa.video.probe import NormalisedVideo, QuarantinedError, normalise_video
-from ursa.video.selection import judge_clips, rules_of
+from ursa.video.selection import SELECTION_VERSION, judge_clips, rules_of
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def plan_ingestion(
         # what may be fetched is seen in the sources
         config.model_dump(mode="json", exclude={"allow_https"}),
         source_uri,
-        [[source.uri, source.etag] for source in sources],
+        [[source.uri, source.etag, source.num_bytes] for source in sources],
         notes.digest(),
     )
     committed = storage.load_record(
@@ -361,7 +361,9 @@ def select_clips(clips: ClipSet, config: SelectionConfig, *, output_uri: str) ->
         StorageError: If the store refuses or does not answer.
     """
     rules = [rule.model_dump(mode="json") for _, rule in rules_of(config)]
-    key = fingerprint("selection", SCHEMA_VERSION, clips.fingerprint, config, rules)
+    key = fingerprint(
+        "selection", SELECTION_VERSION, SCHEMA_VERSION, clips.fingerprint, config, rules
+    )
     folder_uri = storage.join(output_uri, "selections", key[:16])
     manifest_uri = storage.join(folder_uri, "manifest.json")
     committed = storage.load_record(manifest_uri, ClipSelection)
@@ -501,9 +503,9 @@ def _unit_uri(output_uri: str, source: SourceVideo, config: IngestionConfig) -> 
 
 def _unit_name(source: SourceVideo) -> str:
     etag = source.etag
-    if not re.fullmatch(r"[0-9A-Za-z-]{32,}", etag):
-        # too short to be of the content alone
-        etag = stand_in_etag(source.uri, etag)
+    if storage.is_remote(source.uri) or not re.fullmatch("[0-9a-f]{64}", etag):
+        # what a store or server says tells versions of one name apart, and no more than that
+        etag = stand_in_etag(source.uri, source.num_bytes, etag)
     return _content_name(etag)
 
 

@@ -190,6 +190,20 @@ def is_below(uri: str, folder_uri: str) -> bool:
     return path.startswith(f"{folder.rstrip('/')}/")
 
 
+def has_visible_place(uri: str, folder_uri: str) -> bool:
+    """Whether a place is a folder itself or below it, under no name that begins with a dot.
+
+    Args:
+        uri: Directory or prefix.
+        folder_uri: Directory or prefix.
+    """
+    place, folder = (item.rstrip("/") for item in (absolute_uri(uri), absolute_uri(folder_uri)))
+    if not is_remote(place) and not is_remote(folder):
+        place, folder = (os.path.realpath(local_path(item)) for item in (place, folder))
+    rest = place.removeprefix(folder)
+    return place == folder or (rest != place and rest.startswith("/") and "/." not in rest)
+
+
 def path_inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a local folder whose name somebody else has chosen.
 

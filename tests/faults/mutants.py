@@ -288,16 +288,17 @@ def _record_before_shards(patch: pytest.MonkeyPatch) -> None:
 def _manifest_lists_the_folder(patch: pytest.MonkeyPatch) -> None:
     dataset = tokenization._dataset
 
-    def listed(modality: Any, split: Any, units: Any, *rest: Any) -> Any:
-        found = dataset(modality, split, units, *rest)
+    def listed(address: tuple[Any, ...], *rest: Any) -> Any:
+        found = dataset(address, *rest)
         if not found.shards:
             return found
         folder = found.shards[0].uri.rpartition("/")[0]
         infos = []
         for item in storage.list_files(folder):
-            if f"/{modality}-" in item.uri:
+            if f"/{address[0]}-" in item.uri:
                 data = storage.read_bytes(item.uri)
-                rows = shards.pq.read_table(shards.io.BytesIO(data)).num_rows
+                file = shards.pq.ParquetFile(shards.pa.BufferReader(data))
+                rows = file.metadata.num_rows
                 digest = shards.hashlib.sha256(data).hexdigest()
                 infos.append(
                     shards.ShardInfo(

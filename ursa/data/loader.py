@@ -9,6 +9,7 @@ Memory: two blocks, and the shards that are being read.
 """
 
 import threading
+from collections.abc import Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,20 +116,26 @@ class TokenLoader:
         first = step * self._batch_size
         positions = range(first, first + self._batch_size)[share]
         with self._lock:
-            parts: list[TokenBatch] = []
-            while positions:
-                epoch, number, place = self._order.find(positions[0])
-                block = self._order.blocks(epoch)[number]
-                count = min(len(positions), block.num_samples - place)
-                held = self._hold(block, following=self._following(epoch, number))
-                rows = held.by_name[self._order.places(epoch, number)[place : place + count]]
-                parts.append(make_batch(held.ids, held.columns, rows))
-                positions = positions[count:]
-        return join_batches(parts)
+            try:
+                return join_batches(list(self._parts(positions)))
+            except BaseException:
+                self._let_go(set())  # the next call reads again
+                raise
 
     def close(self) -> None:
         """Stop reading: what has not begun is dropped, what has is waited for."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _parts(self, positions: range) -> Iterator[TokenBatch]:
+        """Yield the samples at some positions, block by block."""
+        while positions:
+            epoch, number, place = self._order.find(positions[0])
+            block = self._order.blocks(epoch)[number]
+            count = min(len(positions), block.num_samples - place)
+            held = self._hold(block, following=self._following(epoch, number))
+            rows = held.by_name[self._order.places(epoch, number)[place : place + count]]
+            yield make_batch(held.ids, held.columns, rows)
+            positions = positions[count:]
 
     def _following(self, epoch: int, number: int) -> Block | None:
         """Return the block after a block; None if no step needs it."""
@@ -141,15 +148,19 @@ class TokenLoader:
     def _hold(self, block: Block, *, following: Block | None) -> _Held:
         """Return a block, and have the next one read; all others are let go."""
         wanted = [block] if following is None else [block, following]
-        for shards in self._held.keys() - {each.shards for each in wanted}:
-            for read in self._held.pop(shards).reads:
-                read.cancel()
+        self._let_go({each.shards for each in wanted})
         for each in wanted:
             if each.shards in self._held:
                 self._held[each.shards].raise_early()
             else:
                 self._held[each.shards] = self._begin(each)
         return self._held[block.shards]
+
+    def _let_go(self, wanted: Set[tuple[int, ...]]) -> None:
+        """Forget all blocks but some."""
+        for shards in self._held.keys() - wanted:
+            for read in self._held.pop(shards).reads:
+                read.cancel()
 
     def _begin(self, block: Block) -> _Held:
         """Let the threads read the shards of a block."""

@@ -36,6 +36,8 @@ from ursa.data.clips import (
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 SPLITS: tuple[Split, ...] = ("train", "validation")
 RECIPE_NAME = "recipe.json"
+TOKENIZATION_VERSION = 1
+"""Raised when the same clips, tokenizer and settings would give other rows."""
 
 
 class TokenizationUnit(FrozenModel):
@@ -130,6 +132,7 @@ class TokenizationRecipe(FrozenModel):
         ]
         whole = fingerprint(
             "tokens",
+            TOKENIZATION_VERSION,
             SCHEMA_VERSION,
             self.selection.fingerprint,
             self.visual_tokenizer.fingerprint,
@@ -250,6 +253,7 @@ def _bucket_units(
         for start, end in _spans(ids, settings.clips_per_shard):
             key = fingerprint(
                 "token-unit",
+                TOKENIZATION_VERSION,
                 SCHEMA_VERSION,
                 sizes,
                 recipe.visual_tokenizer.fingerprint,

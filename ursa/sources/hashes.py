@@ -4,7 +4,9 @@ A large source need not be read as a whole at the start of each run. A hash coun
 device, inode, size, time of change and time of status change are the same: the last one cannot be
 set by a program, so an edit that puts the old time of change back is seen as well. What was
 touched in the last two seconds is not remembered, since it could change again within one tick of
-the clock. Small files are read every time: that is no slower. The cache is an SQLite file that may
+the clock. A program that writes through memory it has mapped may leave all of this as it was until
+the system writes the pages out, and is seen then or not at all: delete the cache after such edits.
+Small files are read every time: that is no slower. The cache is an SQLite file that may
 be deleted at any time; whatever is wrong with it, files are read.
 """
 

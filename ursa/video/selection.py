@@ -22,6 +22,9 @@ from ursa.video.footage import ClipFrames, ClipHashes, join_by_footage, lay_out
 from ursa.video.recipes import load_recipe
 from ursa.video.score_table import SCORES, score_key, score_of
 
+SELECTION_VERSION = 2
+"""Raised when the same clips and configuration would be judged or split otherwise."""
+
 _ONLY_WHERE_IT_MOVES = frozenset({"distinct_fps", "static_overlay_fraction"})
 
 _PLAIN_LIMITS: tuple[tuple[str, str, RejectReason], ...] = (

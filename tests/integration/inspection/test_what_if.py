@@ -8,6 +8,7 @@ from ursa.data.clips import read_clip_table, read_clips, read_selection, uncheck
 from ursa.errors import ConfigError
 from ursa.ingestion import select_clips
 from ursa.inspection.what_if import what_if
+from ursa.video import fork_server, reader
 
 
 def with_thresholds(**values):
@@ -47,7 +48,9 @@ def test_keeping_nothing_is_an_answer(root):
 def test_no_video_is_opened_and_nothing_is_written(root, monkeypatch):
     """Not one reader of any library is called, and the clips need not be there."""
     opened = []
-    for module, name in ((av, "open"), (decord, "VideoReader"), (cv2, "VideoCapture")):
+    here = ((av, "open"), (decord, "VideoReader"), (cv2, "VideoCapture"))
+    elsewhere = ((fork_server, "ForkServer"), (reader, "_Child"))
+    for module, name in (*here, *elsewhere):
         monkeypatch.setattr(module, name, lambda *_, **__: opened.append(1))
     for path in root.media():
         path.unlink()

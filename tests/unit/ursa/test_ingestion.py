@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import many_clips, media
-from ursa import storage
-from ursa.artifacts import FailureReason
+from ursa import ingestion, storage
+from ursa.artifacts import FailureReason, SourceVideo
 from ursa.data.clips import CLIP_SCHEMA, clip_row, read_failures
 from ursa.errors import DataError, ManifestError
 from ursa.ingestion import (
@@ -56,6 +56,24 @@ def test_captions_belong_to_the_source(tmp_path):
     (tmp_path / "a.txt").write_text("a moving texture")
     assert discover_videos(str(tmp_path)) == sources
     assert notes_digest(str(tmp_path), sources) != without
+
+
+def test_units_of_objects_are_of_one_name_and_size():
+    """Stores may say the same etag of two objects, or none; only the content joins them."""
+    same = "00000000000000000000000000000000-1"
+    sources = [
+        SourceVideo(uri=f"s3://b/{name}.mp4", num_bytes=num_bytes, etag=etag)
+        for name, num_bytes, etag in (
+            *(("a", 1, same), ("b", 1, same), ("a", 2, same)),
+            *(("a", 1, f"{'d' * 32}-2"), ("a", 1, f"{'d' * 32}-3"), ("a", 1, ""), ("a", 2, "")),
+            *(("a", 1, "e" * 64), ("b", 1, "e" * 64)),
+        )
+    ]
+    names = [ingestion._unit_name(source) for source in sources]
+    assert len(set(names)) == len(names)
+    local = SourceVideo(uri="file:///a.mp4", num_bytes=1, etag="e" * 64)
+    moved = local.model_copy(update={"uri": "file:///b.mp4"})
+    assert ingestion._unit_name(local) == ingestion._unit_name(moved)
 
 
 def test_tables_do_not_depend_on_the_order_of_the_results(tmp_path):

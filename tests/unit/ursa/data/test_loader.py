@@ -9,7 +9,7 @@ from tests import factories
 from ursa import storage
 from ursa.data.loader import TokenLoader
 from ursa.data.shards import write_shard
-from ursa.errors import DataExhaustedError, ShardFormatError
+from ursa.errors import DataExhaustedError, ShardFormatError, StorageError
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 SAMPLE_BYTES = 2 * 12 + 512
@@ -132,6 +132,25 @@ def test_a_damaged_shard_of_the_next_block_is_said_at_the_next_step(dataset, rea
         time.sleep(0.05)
         with pytest.raises(ShardFormatError, match=f"{damaged.uri}: sha256 is"):
             loader.batch(1)
+
+
+def test_a_store_that_was_busy_once_is_asked_again(dataset, monkeypatch):
+    with loader_of(dataset, shards_per_block=3) as loader:
+        whole = loader.batch(0)
+    read, left = storage.read_bytes, [2]
+
+    def busy(uri):
+        if left[0]:
+            left[0] -= 1
+            raise StorageError("busy")
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", busy)
+    with loader_of(dataset, shards_per_block=3, num_threads=1) as loader:
+        with pytest.raises(StorageError, match="busy"):
+            loader.batch(0)
+        left[0] = 0
+        assert loader.batch(0).sample_ids == whole.sample_ids
 
 
 def test_a_missing_shard_says_which(dataset):
