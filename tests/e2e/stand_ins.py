@@ -105,6 +105,8 @@ def _lora(folder: Path) -> Iterator[dict[str, str]]:
     yield {
         "source_uri=my/videos": f"source_uri={videos}",
         "preset=small": "preset=tiny",  # the network of the registered model
+        # the champion at this place of the tests is of another network
+        "models:/ursa@champion": model,
         "MODEL/": f"{model}/",
         # of the model that was just trained, on the one before it
         "merge adapter": "merge $(dirname $(ls -t .ursa/data/models/*/*/model/adapter/*.json"
