@@ -26,7 +26,6 @@ from ursa.artifacts import (
     CheckpointRef,
     ClipSelection,
     ClipSet,
-    SourceVideo,
     StageRequest,
     TokenDatasets,
     TokenizerRef,
@@ -42,26 +41,9 @@ from ursa.config import (
 )
 from ursa.data.versions import newest_version, recorded_source
 from ursa.errors import ConfigError
+from ursa.sources.committed import SourceListing, commit_listing
 from ursa.sources.listing import discover_videos
 from ursa.video.selection import check_rules
-
-
-class SourceListing(FrozenModel):
-    """The files of a source, as they were when a run began.
-
-    Attributes:
-        manifest_uri: Where the record itself is.
-        source_uri: The source, absolute.
-        sources: Its files, sorted by URI.
-        notes_digest: Hash of captions and licences.
-        fingerprint: Hash of files and captions.
-    """
-
-    manifest_uri: str
-    source_uri: str
-    sources: tuple[SourceVideo, ...]
-    notes_digest: str
-    fingerprint: str
 
 
 class Start(FrozenModel):
@@ -232,7 +214,7 @@ def start_run(
     listing = list_source(place, config, settings)
     uri, sources, source_fingerprint = listing.source_uri, listing.sources, listing.fingerprint
     storage.check_store(settings.data_uri)
-    storage.commit_record(listing.manifest_uri, listing)
+    commit_listing(listing)
     run_fingerprint = fingerprint(config, source_fingerprint, *([start] if start else []))
     run = tracking.open_run(
         settings.mlflow_tracking_uri,
@@ -306,9 +288,7 @@ def list_source(source_uri: str, config: RunConfig, settings: RuntimeSettings) -
         hash_cache=platformdirs.user_cache_path("ursa") / "hashes.sqlite",
     )
     notes_digest = ingestion.notes_digest(uri, sources)
-    key = fingerprint(
-        SCHEMA_VERSION, uri, [item.model_dump(mode="json") for item in sources], notes_digest
-    )
+    key = fingerprint(SCHEMA_VERSION, uri, sources, notes_digest)
     return SourceListing(
         manifest_uri=sources_uri(key, settings),
         source_uri=uri,

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from tasks import cluster, reports, tracking
-from tasks.context import RunContext, SourceListing
+from tasks.context import RunContext
 from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
-from ursa import ingestion, storage
+from ursa import ingestion
 from ursa.artifacts import ClipSelection, ClipSet, IngestedVideo, TokenizerRef
 from ursa.data import versions
 from ursa.data.clips import iter_selection, read_failures
 from ursa.errors import DataError, ManifestError
+from ursa.sources.committed import load_listing
 
 Unit = TypeVar("Unit")
 
@@ -34,13 +35,14 @@ def ingest_videos(context: RunContext) -> ClipSet:
 
     Raises:
         ManifestError: If the record of the source's files is gone or damaged.
+        ShardFormatError: If the table of them is.
         DataError: If captions or licences were edited since the run began.
         FailureBudgetExceeded: If too large a share of the files failed.
         DataError: If there is no clip at all.
         ServiceError: If Ray cannot be started or reached.
         StorageError: If the store refuses or does not answer.
     """
-    listing = storage.load_record(context.sources_uri, SourceListing)
+    listing = load_listing(context.sources_uri)
     if listing is None:
         raise ManifestError(f"{context.sources_uri} is gone; run again")
     config = context.config.ingestion

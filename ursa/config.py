@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -37,6 +37,7 @@ STAGES: tuple[StageName, ...] = ("image_pretrain", "video_pretrain", "async_fine
 HeldOutMetric = Literal[
     "loss", "accuracy", "async_loss", "async_accuracy", "i2v_loss", "i2v_accuracy"
 ]
+_ITEMS_AT_ONCE = 1024
 """Means over held-out samples: one t for all frames, a t of its own for each, first frame given."""
 
 MODEL_NAME_PATTERN = r"""^[^/:.%"']+$"""
@@ -908,11 +909,36 @@ def fingerprint(*parts: Any) -> str:
     """Return the sha256 of the canonical JSON of the parts, 64 hexadecimal digits.
 
     Args:
-        *parts: JSON values or pydantic models: the configuration sections, parent fingerprints
-            and schema versions that decide a step's output. No clock, host or run id.
+        *parts: JSON values, pydantic models or lists of these: the configuration sections, parent
+            fingerprints and schema versions that decide a step's output. No clock, host or run id.
     """
-    plain = [
-        part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts
-    ]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256()
+    for place, part in enumerate(parts):
+        digest.update(b"," if place else b"[")
+        for text in _canonical_texts(part):
+            digest.update(text.encode("utf-8", "surrogatepass"))
+    digest.update(b"]" if parts else b"[]")
+    return digest.hexdigest()
+
+
+def _canonical_texts(part: Any) -> Iterator[str]:
+    """Yield the canonical JSON of a part; of a long list some items at a time.
+
+    The text of a million files would be many times larger than they are.
+    """
+    if not isinstance(part, (list, tuple)):
+        yield _canonical_text(part)
+        return
+    yield "["
+    for start in range(0, len(part), _ITEMS_AT_ONCE):
+        items = [_plain(item) for item in part[start : start + _ITEMS_AT_ONCE]]
+        yield f"{',' if start else ''}{_canonical_text(items)[1:-1]}"
+    yield "]"
+
+
+def _canonical_text(part: Any) -> str:
+    return json.dumps(_plain(part), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _plain(part: Any) -> Any:
+    return part.model_dump(mode="json") if isinstance(part, BaseModel) else part

@@ -778,7 +778,8 @@ def commit_record(uri: str, record: Record) -> Record:
         The record that stands there, whoever committed it.
 
     Raises:
-        ManifestError: If what stands there is damaged, of another class or another schema version.
+        ManifestError: If what stands there is damaged, of another class or another schema version;
+            or if the record is too large to be read again: then nothing is written.
         StorageError: If the store refuses or does not answer.
     """
     envelope = _Envelope(
@@ -788,6 +789,11 @@ def commit_record(uri: str, record: Record) -> Record:
         record=record.model_dump(mode="json"),
     )
     data = envelope.model_dump_json(indent=1).encode()
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise ManifestError(
+            f"{uri}: the {envelope.kind} to be written has {len(data)} bytes, a record may have at "
+            f"most {MANIFEST_LIMIT_BYTES}; divide the source, or the file that it is about"
+        )
     data = data.replace(_NO_HASH.encode(), _hash_of(data, _NO_HASH).encode(), 1)
     return parse_record(uri, put_if_absent(uri, data), type(record))
 
@@ -926,7 +932,9 @@ def holds_hash(uri: str, data: bytes) -> bool:
 
 def _open(uri: str, data: bytes) -> _Envelope:
     if len(data) > MANIFEST_LIMIT_BYTES:
-        raise ManifestError(f"{uri}: {len(data)} bytes, expected at most {MANIFEST_LIMIT_BYTES}")
+        raise ManifestError(
+            f"{uri}: {len(data)} bytes, expected at most {MANIFEST_LIMIT_BYTES}; {_WHAT_TO_DO}"
+        )
     try:
         envelope = _Envelope.model_validate_json(data)
     except ValidationError as error:

@@ -27,6 +27,7 @@ from ursa.config import PRESETS, RunConfig, load_config
 from ursa.data import clips, versions
 from ursa.data.schema import token_schema
 from ursa.decisions import Decision
+from ursa.sources import committed
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOWS: tuple[Flow, ...] = (full_training, data_preparation, staged_training, model_release)
@@ -151,6 +152,7 @@ def schemas() -> str:
         "Selection": clips.SELECTION_SCHEMA,
         "Files of a data set version": versions.FILE_SCHEMA,
         "Changes of a data set version": versions.CHANGE_SCHEMA,
+        "Files of a source": committed.SOURCE_SCHEMA,
     }
     parts = [
         "# Parquet schemas",

@@ -13,12 +13,13 @@ import torch
 from tests import factories
 from tests.data.make_golden import TEXT, VISUAL
 from ursa import storage
-from ursa.artifacts import SCHEMA_VERSION
+from ursa.artifacts import SCHEMA_VERSION, FailureReason, SourceVideo
 from ursa.data.clips import CLIP_SCHEMA, clips_of, read_table
 from ursa.data.shards import read_shard
 from ursa.data.units import TokenizedUnit
 from ursa.errors import SchemaVersionError, ShardFormatError
 from ursa.model.transformer import build_transformer
+from ursa.sources.committed import load_listing
 from ursa.training.checkpoint import latest_checkpoint, restore_state
 from ursa.training.optim import build_average, build_optimizer
 
@@ -54,6 +55,22 @@ def test_data_of_a_release(folder):
     (clip,) = clips_of(read_table(clips, CLIP_SCHEMA, 1))
     assert (clip.caption, clip.scores.motion_px_per_s) == ("a pond", 5.0)
     assert clip.scores.frame_hashes is None  # the table was written before this column
+
+
+def test_a_listing_of_a_release_that_had_no_table_of_files():
+    listing = load_listing(str(GOLDEN / "schema-3" / "listing.json"))
+    assert listing is not None
+    assert listing.sources == (
+        SourceVideo(uri="s3://b/a.mp4", num_bytes=3, etag="e" * 32),
+        SourceVideo(
+            uri="s3://b/x.tar#b.mp4",
+            num_bytes=4,
+            etag="f" * 32,
+            offset_bytes=512,
+            problem=FailureReason.REFUSED,
+            detail="why",
+        ),
+    )
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

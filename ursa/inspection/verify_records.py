@@ -36,12 +36,12 @@ from ursa.inspection.verify_folders import (
     verify_stage,
     verify_tokenizer,
 )
+from ursa.sources.committed import SourceListing, table_beside
 
 OTHER_FOLDERS = (
     "prepared",
     "trained",
     "drift",
-    "sources",
     "schedules",
     "scores",
     "evaluations",
@@ -77,6 +77,7 @@ def verify_records(tally: Tally, media: Mapping[str, str], *, with_media: bool) 
     _verify_reports(reader)
     _verify_versions(reader)
     _verify_decisions(reader)
+    _verify_listings(reader)
     _verify_others(reader)
     _verify_models(reader, with_media=with_media)
     _verify_tokenizers(reader, with_media=with_media)
@@ -292,6 +293,16 @@ def _verify_decisions(reader: _Reader) -> None:
     for uri, found in reader.read(uris, Decision):
         if isinstance(found, ManifestError):
             reader.tally.add(ProblemKind.VERSION, uri, str(found), LOST_DECISION)
+
+
+def _verify_listings(reader: _Reader) -> None:
+    for uri, listing in _manifests(reader, "sources", SourceListing):
+        try:
+            reader.tally.num_files += table_beside(uri, listing) is not None
+        except ShardFormatError as error:
+            hint = f"run the pipeline again on {listing.source_uri}: a run writes it again"
+            table_uri = f"{uri.rpartition('/')[0]}/{listing.table_name}"
+            reader.tally.add(ProblemKind.TABLE, table_uri, str(error), hint)
 
 
 def _verify_others(reader: _Reader) -> None:

@@ -6,18 +6,21 @@ refused as a whole: a row that cannot be read would be a lost video.
 
 import csv
 import io
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ursa import storage
 from ursa.errors import DataError
 from ursa.sources.names import is_https, resolve_name
 from ursa.video.captions import (
+    MAX_LINE_CHARACTERS,
     CaptionRow,
     name_of,
     parse_notes,
@@ -31,6 +34,8 @@ logger = logging.getLogger(__name__)
 MANIFEST_LIMIT_BYTES = 256 << 20
 UNPACKED_LIMIT_BYTES = 2 << 30
 """A Parquet manifest whose columns take more memory than this is refused."""
+MANIFEST_LIMIT_ROWS = 5_000_000
+"""A row takes a kilobyte once it is read, in the file it may be two bytes or none."""
 
 _NAME_KEYS = ("path", "uri")
 _KNOWN_KEYS = frozenset(
@@ -78,7 +83,7 @@ def read_manifest(
         keys.update(values)
         try:
             rows.append(_parse_row(manifest_uri, number, values))
-        except (DataError, ValueError, TypeError) as error:
+        except (DataError, ValueError, TypeError, RecursionError) as error:
             problems.append(f"row {number}: {error}")
     if not keys.intersection(_NAME_KEYS):
         raise DataError(
@@ -174,23 +179,45 @@ def _read_values(manifest_uri: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(
             f"{manifest_uri}: byte {error.start} is no UTF-8; save the manifest as UTF-8"
         ) from error
+    _check_count(manifest_uri, max(map(text.count, "\n\r")), "lines")
     read = {"csv": _csv_values, "jsonl": _jsonl_values, "txt": _line_values}[suffix]
     yield from enumerate(read(manifest_uri, text), start=1)
 
 
 def _csv_values(manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    lines = enumerate(io.StringIO(text, newline=""), start=1)
+    reader = csv.reader((_checked_line(manifest_uri, *line) for line in lines), strict=True)
+    whole = 0
     try:
-        _refuse_repeated_columns(manifest_uri, reader.fieldnames or ())
+        names = next(reader, [])
+        _refuse_repeated_columns(manifest_uri, names)
+        places = {name: place for place, name in enumerate(names) if name in _KNOWN_KEYS}
+        # columns that are not used are named, once: there may be more of them than rows
+        others = dict.fromkeys(name for name in names if name not in _KNOWN_KEYS)
+        whole = reader.line_num
         for values in reader:
-            if None in values:
+            whole = reader.line_num
+            if not values:
+                continue
+            if len(values) > len(names):
                 raise DataError(
-                    f"{manifest_uri}: line {reader.line_num} has more values than the header has "
+                    f"{manifest_uri}: line {whole} has more values than the header has "
                     "columns; put values that hold commas in double quotes"
                 )
-            yield values
+            known = (values[place] if place < len(values) else None for place in places.values())
+            yield {**others, **dict(zip(places, known, strict=True))}
+            others = {}
     except csv.Error as error:
-        raise DataError(f"{manifest_uri}: no CSV after line {reader.line_num} ({error})") from error
+        raise DataError(f"{manifest_uri}: no CSV after line {whole} ({error})") from error
+
+
+def _checked_line(manifest_uri: str, number: int, line: str) -> str:
+    if len(line) > MAX_LINE_CHARACTERS:
+        raise DataError(
+            f"{manifest_uri}: line {number} has {len(line)} characters, expected at most "
+            f"{MAX_LINE_CHARACTERS}; leave out what is not used"
+        )
+    return line
 
 
 def _jsonl_values(manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
@@ -198,7 +225,7 @@ def _jsonl_values(manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            values = parse_object(line)
+            values = parse_object(_checked_line(manifest_uri, number, line))
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{manifest_uri}: line {number} is no JSON ({error})") from error
         except ValueError as error:
@@ -218,26 +245,74 @@ def _line_values(_manifest_uri: str, text: str) -> Iterator[dict[str, Any]]:
 
 def _parquet_values(manifest_uri: str, data: bytes) -> Iterator[dict[str, Any]]:
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
-        names = file.schema_arrow.names
-        _refuse_repeated_columns(manifest_uri, names)
-        known = [name for name in names if name in _KNOWN_KEYS]
+        schema = pq.ParquetFile(pa.BufferReader(data)).schema_arrow
+        _refuse_repeated_columns(manifest_uri, schema.names)
+        known = [name for name in schema.names if name in _KNOWN_KEYS]
         for name in known:
-            _check_column(manifest_uri, file.schema_arrow.field(name))
-        groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
-        num_bytes = sum(group.total_byte_size for group in groups)
-        if num_bytes > UNPACKED_LIMIT_BYTES:
-            raise DataError(
-                f"{manifest_uri}: {num_bytes} bytes unpacked, expected at most "
-                f"{UNPACKED_LIMIT_BYTES}; split it or leave out other columns"
-            )
+            _check_column(manifest_uri, schema.field(name))
+        # a text that many rows share stays one text
+        texts = [name for name in known if not _is_number(schema.field(name).type)]
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
+        _check_parquet_size(manifest_uri, file, known)
         # columns that are not used are named, not read
-        others = dict.fromkeys(name for name in names if name not in _KNOWN_KEYS)
-        for batch in file.iter_batches(columns=known):
-            for values in batch.to_pylist():
-                yield {**others, **values}
+        others = dict.fromkeys(name for name in schema.names if name not in _KNOWN_KEYS)
+        if not known:
+            yield others
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, known, use_threads=False)
+            # value by value: as Python's texts, a few thousand rows may take gigabytes
+            for values in zip(*table.columns, strict=True):
+                yield {**others, **{k: v.as_py() for k, v in zip(known, values, strict=True)}}
+                others = {}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{manifest_uri} is no Parquet file ({error})") from error
+
+
+def _check_parquet_size(manifest_uri: str, file: pq.ParquetFile, known: list[str]) -> None:
+    """Refuse a file whose rows are too many or too large, before there is one of them.
+
+    What the file says of its size counts a text once that any number of its rows share.
+
+    Args:
+        manifest_uri: The file, for errors.
+        file: The file, its texts read as dictionaries.
+        known: Columns that are used.
+
+    Raises:
+        DataError: If it is too large.
+    """
+    _check_count(manifest_uri, file.metadata.num_rows, "rows")
+    groups = map(file.metadata.row_group, range(file.num_row_groups))
+    _check_unpacked(manifest_uri, sum(group.total_byte_size for group in groups))
+    num_bytes = 0
+    # one column at a time: what the file states may be too little
+    for group, name in itertools.product(range(file.num_row_groups), known):
+        column = file.read_row_group(group, [name], use_threads=False).column(0)
+        num_bytes += sum(map(_num_bytes, column.chunks))
+        _check_unpacked(manifest_uri, num_bytes)
+
+
+def _num_bytes(values: pa.Array) -> int:
+    """Return what the values of a column take without sharing, bytes."""
+    if not pa.types.is_dictionary(values.type):
+        return int(values.nbytes)
+    lengths = pc.binary_length(values.dictionary).cast(pa.int64())
+    return pc.sum(lengths.take(values.indices)).as_py() or 0
+
+
+def _check_unpacked(manifest_uri: str, num_bytes: int) -> None:
+    if num_bytes > UNPACKED_LIMIT_BYTES:
+        raise DataError(
+            f"{manifest_uri}: {num_bytes} bytes unpacked, expected at most "
+            f"{UNPACKED_LIMIT_BYTES}; split it or leave out other columns"
+        )
+
+
+def _check_count(manifest_uri: str, count: int, what: str) -> None:
+    if count > MANIFEST_LIMIT_ROWS:
+        raise DataError(
+            f"{manifest_uri}: {count} {what}, expected at most {MANIFEST_LIMIT_ROWS}; split it"
+        )
 
 
 def _refuse_repeated_columns(manifest_uri: str, names: Iterable[str]) -> None:
@@ -252,10 +327,15 @@ def _refuse_repeated_columns(manifest_uri: str, names: Iterable[str]) -> None:
 def _check_column(manifest_uri: str, field: pa.Field) -> None:
     """Refuse columns that are not plain: values of extension types may run code when read."""
     plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
-    is_number = pa.types.is_integer(plain) or pa.types.is_floating(plain)
-    if not (is_text or pa.types.is_null(plain) or (is_number and field.name in _NUMBER_KEYS)):
+    is_number = _is_number(plain) and (field.name in _NUMBER_KEYS or pa.types.is_null(plain))
+    if not (is_number or pa.types.is_string(plain) or pa.types.is_large_string(plain)):
         raise DataError(
             f"{manifest_uri}: column {field.name!r} is of type {field.type}, expected "
             f"{'a number' if field.name in _NUMBER_KEYS else 'text'}"
         )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    """Whether values are numbers, or all null: their size is that of their type."""
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
+    return any(test(kind) for test in tests)

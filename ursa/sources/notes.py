@@ -87,7 +87,15 @@ class SourceNotes:
             listed = _look_up_beside(folder_uri, videos)
         files = {relative_name(item.uri): item for item in listed}
         caption_file = files.get(CAPTION_FILE_NAME)
-        if caption_file is not None and caption_file.num_bytes <= CAPTION_FILE_LIMIT_BYTES:
+        if caption_file is not None and caption_file.num_bytes > CAPTION_FILE_LIMIT_BYTES:
+            logger.warning(
+                "%s is left out: %d bytes, expected at most %d; use a manifest, or folders that "
+                "are a source each",
+                caption_file.uri,
+                caption_file.num_bytes,
+                CAPTION_FILE_LIMIT_BYTES,
+            )
+        elif caption_file is not None:
             # what is removed after it was listed is not there
             with contextlib.suppress(FileNotFoundError):
                 self._read_caption_file(caption_file.uri, names, is_quiet=is_single)

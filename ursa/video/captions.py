@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 logger = logging.getLogger(__name__)
 
 MAX_CAPTION_CHARACTERS = 2000
+MAX_LINE_CHARACTERS = 1 << 20
+"""Of a line of JSON or CSV: objects in it may take 30 times that."""
+_MAX_SHOWN = 80
 _TEXT_ENDS = (".txt", ".TXT", ".json", ".JSON")
 
 CaptionSource = Literal["sidecar", "manifest", "tar", "template"]
@@ -83,10 +86,18 @@ def parse_object(text: str) -> object:
         Its value.
 
     Raises:
-        ValueError: If it is no JSON; RepeatedKeyError if a key of an object is repeated.
+        ValueError: If it is no JSON, or a number in it has more digits than Python reads;
+            RepeatedKeyError if a key of an object is repeated.
         RecursionError: If it is nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except (json.JSONDecodeError, RepeatedKeyError):
+        raise
+    except ValueError as error:  # Python's own words tell a programmer what to do
+        raise ValueError(
+            f"a number in {_shortened(text)} has more digits than can be read; shorten it"
+        ) from error
 
 
 def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -132,7 +143,7 @@ def name_of(values: Mapping[str, object]) -> str:
     """
     name = values.get("path") or values.get("uri")
     if not isinstance(name, str):
-        raise TypeError(f"`path` or `uri` must be text, got {name!r}")
+        raise TypeError(f"`path` or `uri` must be text, got {_shortened(name)}")
     return name
 
 
@@ -143,11 +154,10 @@ def parse_span(values: Mapping[str, object]) -> tuple[float, float]:
         values: May hold numbers or their texts; an empty text counts as not given.
 
     Raises:
-        ValueError: If one is no number, or the start is not before the end.
-        TypeError: If one is of another type.
+        ValueError: If one is no number of seconds, or the start is not before the end.
     """
     start_s, end_s = (
-        default if values.get(key) in {None, ""} else _seconds(key, values[key])
+        default if values.get(key) in (None, "") else _seconds(key, values[key])
         for key, default in (("start_s", 0.0), ("end_s", float("inf")))
     )
     if not start_s < end_s:
@@ -158,8 +168,14 @@ def parse_span(values: Mapping[str, object]) -> tuple[float, float]:
 def _seconds(key: str, value: object) -> float:
     try:
         return float(value)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"{key} must be seconds, got {value!r}") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{key} must be seconds, got {_shortened(value)}") from error
+
+
+def _shortened(value: object) -> str:
+    """Return a value of a row for an error, of bounded length."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def parse_text_beside(name: str, data: bytes) -> Notes:
@@ -219,8 +235,16 @@ def clean_caption(text: str) -> str:
     Args:
         text: Any text; it is cut to `MAX_CAPTION_CHARACTERS`.
     """
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:MAX_CAPTION_CHARACTERS].strip()
+    line = ""
+    for start in range(0, len(text), MAX_CAPTION_CHARACTERS):
+        # the text may be a thousand times longer than what is kept of it
+        if len(line) > MAX_CAPTION_CHARACTERS:
+            break
+        part = text[start : start + MAX_CAPTION_CHARACTERS]
+        printable = "".join(character if character.isprintable() else " " for character in part)
+        # a space at the end stays: the next part may begin with another word
+        line = " ".join(f"{line}{printable}|".split())[:-1]
+    return line[:MAX_CAPTION_CHARACTERS].strip()
 
 
 def caption_of(
@@ -271,6 +295,8 @@ def template_caption(name: str) -> str:
 
 
 def _parse_row(line: str) -> CaptionRow:
+    if len(line) > MAX_LINE_CHARACTERS:
+        raise ValueError(f"{len(line)} characters, expected at most {MAX_LINE_CHARACTERS}")
     row = parse_object(line)
     if not isinstance(row, dict):
         raise TypeError(f"expected an object, got {line[:80]!r}")
@@ -284,5 +310,5 @@ def _optional_text(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise TypeError(f"expected text, got {value!r}")
+        raise TypeError(f"expected text, got {_shortened(value)}")
     return clean_caption(value) or None

@@ -11,11 +11,13 @@ from tests import data_roots
 from ursa import storage
 from ursa.annotation.records import AnnotationReport
 from ursa.annotation.units import REPORT_NAME
+from ursa.artifacts import SourceVideo
 from ursa.cli import main
 from ursa.decisions import record_decision
 from ursa.inspection.problems import ProblemKind, Tally
 from ursa.inspection.verify import verify_root
 from ursa.inspection.verify_records import verify_records
+from ursa.sources.committed import SourceListing, commit_listing
 
 NOT_READ = "the bytes of 1 tokenizers (--media reads them)"
 
@@ -180,7 +182,7 @@ def test_reports_and_other_manifests_are_looked_at(records):
     report = Path(root.selection.clips.manifest_uri).with_name(REPORT_NAME)
     record = AnnotationReport(parent=root.selection.clips, scorers=(), num_results={}, failed=())
     storage.commit_record(str(report), record)
-    others = [Path(root.uri) / name / "x" / "manifest.json" for name in ("prepared", "sources")]
+    others = [Path(root.uri) / name / "x" / "manifest.json" for name in ("prepared", "drift")]
     for path in others:
         storage.commit_record(str(path), record)
     assert look(root).problems == ()
@@ -189,6 +191,24 @@ def test_reports_and_other_manifests_are_looked_at(records):
     found = look(root).problems
     assert {storage.local_path(problem.uri) for problem in found} == {report, *others}
     assert all("delete" in problem.repair for problem in found)
+
+
+def test_a_damaged_table_of_a_listing_is_named(records):
+    root = records.root
+    uri = storage.join(root.uri, "sources", "f" * 32, "manifest.json")
+    video = SourceVideo(uri="s3://b/a.mp4", num_bytes=3, etag="e")
+    listing = SourceListing(
+        manifest_uri=uri, source_uri="s3://b", sources=(video,), notes_digest="n", fingerprint="f"
+    )
+    commit_listing(listing)
+    assert look(root).problems == ()
+    (table,) = Path(uri).parent.glob("sources-*.parquet")
+    data_roots.flip_bit(table, table.stat().st_size // 2, 0)
+    (problem,) = look(root).problems
+    assert storage.local_path(problem.uri) == table
+    assert "run the pipeline again on s3://b" in problem.repair
+    commit_listing(listing)  # as a run does
+    assert look(root).problems == ()
 
 
 def test_tables_that_no_version_names(records):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 from importlib import resources
@@ -14,6 +15,7 @@ from ursa.config import (
     ConfigOverrides,
     IngestionConfig,
     RunConfig,
+    fingerprint,
     load_config,
     parse_config,
 )
@@ -142,3 +144,22 @@ def test_records_that_lack_newer_limits_are_read_and_presets_name_them():
         text = resources.files("ursa.presets").joinpath(f"{preset}.yaml").read_text("utf-8")
         assert yaml.safe_load(text)["ingestion"].keys() == IngestionConfig.model_fields.keys()
     assert newer == {"pixel_budget_per_s": 500_000_000, "child_cpu_s": 6}
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 3000])
+def test_a_fingerprint_is_that_of_the_whole_text(count):
+    """Names of all that was ever made depend on it."""
+    config = load_config("tiny").selection
+    items = [{"b": index, "a": [None, "\u00e9"]} for index in range(count)]
+    plain = ["x", items, 2.5, config.model_dump(mode="json"), {"k": items}]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert fingerprint("x", tuple(items), 2.5, config, {"k": items}) == expected
+    plain[1] = [config.model_dump(mode="json")] * count
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert fingerprint("x", [config] * count, 2.5, config, {"k": items}) == expected
+
+
+def test_a_fingerprint_of_nothing():
+    assert fingerprint() == hashlib.sha256(b"[]").hexdigest()

@@ -210,6 +210,19 @@ def test_a_huge_manifest_is_not_parsed(tmp_path, monkeypatch):
         storage.load_record(uri, SourceVideo)
 
 
+def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    uri = str(tmp_path / "manifest.json")
+    storage.commit_record(uri, RECORD)
+    num_bytes = storage.size_bytes(uri)
+    monkeypatch.setattr(storage, "MANIFEST_LIMIT_BYTES", num_bytes)
+    assert storage.load_record(uri, type(RECORD)) == RECORD
+    monkeypatch.setattr(storage, "MANIFEST_LIMIT_BYTES", num_bytes - 1)
+    other = str(tmp_path / "other.json")
+    with pytest.raises(ManifestError, match=rf"has {num_bytes} bytes, .* divide the source"):
+        storage.commit_record(other, RECORD)
+    assert not storage.exists(other)
+
+
 @pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/x"])
 def test_unknown_schemes_are_named(uri):
     with pytest.raises(StorageConfigurationError, match=r"use s3://bucket/prefix"):

@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import time
+import tracemalloc
 from typing import ClassVar
 
 import pyarrow as pa
@@ -134,6 +136,17 @@ def test_equal_rows_count_once_and_others_are_refused(tmp_path, caplog):
         ("a.csv", b"path,caption,path\na.mp4,x,b.mp4\n", "a.csv has more than one column 'path'"),
         ("a.jsonl", b'{"path": "a.mp4", "path": "b.mp4"}\n', "line 1: 'path' is there more than"),
         ("a.jsonl", b'{"path": 3}\n', "row 1: .* must be text, got 3"),
+        (
+            "a.jsonl",
+            b'{"path": "a.mp4", "end_s": 1' + b"0" * 400 + b"}\n",
+            r"a\.jsonl: 1 rows .* row 1: end_s must be seconds, got 1(0{79})\.\.\.$",
+        ),
+        (
+            "a.jsonl",
+            b'{"path": "a.mp4"}\n{"end_s": ' + b"9" * 5000 + b"}\n",
+            r"a\.jsonl: line 2: a number in .* has more digits than can be read; shorten it$",
+        ),
+        ("a.jsonl", b'{"path": "a.mp4", "end_s": [3]}', r"row 1: end_s must be seconds, got \[3\]"),
         ("a.jsonl", b'{"path": "a.mp4", "caption": ["x"]}\n', "row 1: expected text"),
         ("a.jsonl", b'{"path": "gopher://x/y"}\n', "row 1: 'gopher://x/y' is no address"),
         ("a.parquet", b"PAR1xxxx", "is no Parquet file"),
@@ -218,6 +231,83 @@ def test_a_missing_or_huge_manifest_is_named(tmp_path, monkeypatch):
     assert (tmp_path / "bomb.parquet").stat().st_size < 1 << 18
     with pytest.raises(DataError, match="bytes unpacked, expected at most"):
         read_manifest(str(tmp_path / "bomb.parquet"))
+
+
+def write_shared(path, caption, num_rows):
+    """A text that all rows share is in a Parquet file once."""
+    indices = pa.array([0] * num_rows, pa.int32())
+    shared = pa.DictionaryArray.from_arrays(indices, [caption])
+    rows = {"path": ["a.mp4"] * num_rows, "caption": shared, "start_s": range(num_rows)}
+    table = pa.table({name: pa.array(values) for name, values in rows.items()})
+    pq.write_table(table, path, store_schema=False, compression="zstd")
+
+
+@pytest.mark.parametrize("num_rows", [3000, 60_000])
+def test_a_text_that_rows_share_counts_in_each_before_it_is_read(tmp_path, num_rows):
+    path = tmp_path / "bomb.parquet"
+    write_shared(path, "x" * (1 << 20), num_rows)
+    assert path.stat().st_size < 1 << 18
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        with pytest.raises(DataError, match=r"\d{10,} bytes unpacked, expected at most"):
+            read_manifest(str(path))
+        assert time.perf_counter() - started < 5  # 0.1 s; one by one the texts take minutes
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_texts_below_the_limit_are_read_in_little_memory(tmp_path):
+    path = tmp_path / "list.parquet"
+    write_shared(path, "\n".join(["x" * 999] * 1000), 300)
+    tracemalloc.start()
+    try:
+        rows = read_manifest(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert [row.said.start_s for row in rows] == list(range(300))
+    assert {row.said.notes.caption for row in rows} == {f"{'x' * 999} {'x' * 999} "[:2000].strip()}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
+def test_too_many_rows_are_refused_before_they_are_read(tmp_path, monkeypatch, kind):
+    if kind == "txt":
+        (tmp_path / "list.txt").write_text("a.mp4\n" * 4)
+    else:
+        write(tmp_path, kind, [{"path": f"{name}.mp4"} for name in "abcd"])
+    uri = str(tmp_path / f"list.{kind}")
+    assert len(read_manifest(uri)) == (1 if kind == "txt" else 4)
+    monkeypatch.setattr(manifest, "MANIFEST_LIMIT_ROWS", 3)
+    with pytest.raises(
+        DataError, match=rf"list\.{kind}: \d (rows|lines), expected at most 3; split"
+    ):
+        read_manifest(uri)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.csv", "b.mp4," + "," * (1 << 20)),
+        ("a.jsonl", '{"path": "b.mp4", "x": [' + "[]," * (1 << 19) + "0]}"),
+    ],
+)
+def test_a_line_that_is_too_long_is_named(tmp_path, name, line):
+    header = "path" if name == "a.csv" else '{"path": "a.mp4"}'
+    (tmp_path / name).write_text(f"{header}\n{line}\n")
+    with pytest.raises(DataError, match=r"line 2 has \d{7} characters, expected at most 1048576"):
+        read_manifest(str(tmp_path / name))
+
+
+def test_columns_that_are_not_used_cost_nothing_a_row(tmp_path):
+    names = [f"c{index}" for index in range(100_000)]
+    path = tmp_path / "wide.csv"
+    path.write_text("\n".join([",".join([*names, "path", "caption"]), *["x"] * 1000, ""]))
+    started = time.perf_counter()
+    with pytest.raises(DataError, match=r"1000 rows cannot be used.* row 1: `path` or `uri` must"):
+        read_manifest(str(path))
+    assert time.perf_counter() - started < 5  # 0.3 s; as a dictionary each row took 10 ms
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,16 @@ def test_names_that_are_no_utf8_are_told_apart(tmp_path, said_of):
     }
 
 
+def test_a_caption_file_that_is_too_large_is_named(tmp_path, said_of, caplog):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "red bus.mp4").write_bytes(b"video")
+    (folder / "captions.jsonl").touch()
+    os.truncate(folder / "captions.jsonl", (256 << 20) + 1)
+    assert said_of(folder) == {"red%20bus.mp4": ("a video of red bus", "template", None)}
+    assert "captions.jsonl is left out: 268435457 bytes, expected at most 268435456" in caplog.text
+
+
 def test_members_whose_names_are_no_utf8_have_their_own_texts(tmp_path, said_of):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:

@@ -38,6 +38,26 @@ def test_rows_are_read_and_bad_lines_are_numbered():
     assert bad_lines == [4, 5, 6, 7, 8, 9, 10]
 
 
+@pytest.mark.parametrize(
+    "end_s",
+    [
+        "1" + "0" * 400,
+        "-1" + "0" * 400,
+        "9" * 5000,
+        "NaN",
+        "[3]",
+        '{"a": 3}',
+        "[" * 990 + "]" * 990,
+    ],
+)
+def test_a_line_with_a_bad_number_is_left_out(end_s):
+    bad = f'{{"path": "a.mp4", "caption": "x", "start_s": 0, "end_s": {end_s}}}'
+    good = '{"path": "a.mp4", "caption": "x", "end_s": "4"}'
+    rows, bad_lines = parse_caption_rows(f"{bad}\n{good}".encode())
+    assert rows == [CaptionRow("a.mp4", 0.0, 4.0, Notes("x"))]
+    assert bad_lines == [1]
+
+
 def test_row_with_the_largest_overlap_wins_then_sidecar_then_name():
     first, second, beside = Notes("first"), Notes("second", "the long second"), Notes("beside")
     rows = [
