@@ -3,6 +3,7 @@
 The small public API is here and loaded lazily; everything else has one import path.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["UrsaPipeline", "__version__", "load_config"]
 __version__ = "0.1.0"
+
+# Arrow looks once, at its import: its own pools keep several times the size of a table
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 _HOME = {"UrsaPipeline": "ursa.generation", "load_config": "ursa.config"}
 

@@ -18,8 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
-
 from tests import many_clips
 from ursa import ingestion
 from ursa.sources.listing import discover_videos
@@ -40,7 +38,8 @@ def measure(folder: Path, *, is_flow: bool) -> dict[str, float]:
     if is_flow:
         importlib.import_module("flows.full_training")
         importlib.import_module("tasks.tracking")
-    pa.array([""])
+    # after the library, which chooses the memory that it takes
+    importlib.import_module("pyarrow").array([""])
     found = {"imports": peak_mb()}
     sources = discover_videos(source)
     plan = ingestion.plan_ingestion(source, sources, data, many_clips.config())
@@ -63,8 +62,9 @@ def in_fresh_process(num_clips: int, *, is_flow: bool = True) -> dict[str, float
             folder / "videos", f"{folder}/data", num_files, clips_a_file=CLIPS_A_FILE
         )
         place = "flow" if is_flow else "library"
-        command = [sys.executable, __file__, "--one", str(folder), place]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", "tests.bench.growth", "--one", str(folder), place]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,7 +47,7 @@ def fast_files(monkeypatch: pytest.MonkeyPatch) -> None:
             opened[data] = _OpenedOnce(data)
         return opened[data]
 
-    def write(table: pa.Table, file: io.BytesIO, *, compression: str) -> None:
+    def write(table: pa.Table, file: BinaryIO, *, compression: str) -> None:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("fast_files")
 
 def test_any_one_or_two_faults_are_harmless(tmp_path, monkeypatch, tiny_data):
     scenario = protocols.ingestion_scenario(tmp_path, monkeypatch, tiny_data)
-    check_any_one_or_two_faults(scenario, share=0.7, second=memory_store.HARD_FAULTS)
+    check_any_one_or_two_faults(scenario, share=0.25, second=memory_store.HARD_FAULTS, at_least=400)
 
 
 @pytest.mark.slow

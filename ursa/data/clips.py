@@ -6,7 +6,6 @@ evaluation.
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -289,8 +288,12 @@ def iter_clips(clips: ClipSet) -> Iterator[Clip]:
     with _returned_memory():
         file = _open_table(clips.clips_uri, CLIP_SCHEMA, clips.num_clips)
         batches = file.iter_batches(_ROWS_AT_ONCE, use_threads=False)
+        del file
     for batch in batches:
         yield from unchecked_clips(_completed(pa.Table.from_batches([batch]), CLIP_SCHEMA))
+    del batches
+    # what was read lies between what the reader has kept
+    pa.default_memory_pool().release_unused()
 
 
 def read_failures(clips: ClipSet) -> list[IngestedVideo]:
@@ -511,9 +514,18 @@ def _batches_bytes(
         whole = pa.concat_arrays(parts)
         columns[place] = whole if order is None else whole.take(pa.array(order))
         del parts, whole
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd")
-    return buffer.getvalue()
+        # many small pieces: the allocator keeps what is free between those of other columns
+        pa.default_memory_pool().release_unused()
+    table = pa.Table.from_arrays(columns, schema=schema)
+    columns.clear()
+    # on disk, or it would be in memory beside the table, and twice where it grows
+    with storage.scratch_directory("table") as folder:
+        path = folder / "table.parquet"
+        with path.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+        del table
+        pa.default_memory_pool().release_unused()
+        return path.read_bytes()
 
 
 def clip_row(clip: Clip) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _NUM_BANDS = 3
 _PART_BITS = 4
 """The values of a band are joined in parts, by their first bits: a sixteenth of the memory."""
 _CHUNK_PAIRS = 1 << 22
+_CHUNK_VALUES = 1 << 17
 
 
 class Likeness(NamedTuple):
@@ -172,7 +173,8 @@ def _near_values(
         lefts = around(ones, placed[0], start, stop, with_flips=radius == 2)
         rights = around(others, placed[1], start, stop, with_flips=radius >= 1)
         for left, right in zip(lefts, rights, strict=True):
-            for one, other in _joined(left, np.sort(right)):
+            right.sort()
+            for one, other in _joined(left, right):
                 is_near = np.bitwise_count(ones[one] ^ others[other]) <= max_distance
                 yield one[is_near], other[is_near]
 
@@ -201,32 +203,43 @@ def around(
         with_flips: Whether to yield what is one bit away.
 
     Yields:
-        uint64 with the band in the upper half and the place in the lower, in no order; those of a
-        part have the first bits of the band in common.
+        uint64 with the band in the upper half and the place in the lower, in order if there are
+        no flips; those of a part have the first bits of the band in common.
     """
     width = stop - start
-    masks = [0, *((1 << bit) for bit in range(width))] if with_flips else [0]
-    ordered = values[places]
-    # in place: these are the largest arrays that there are
-    ordered >>= np.uint64(start)
-    ordered &= np.uint64((1 << width) - 1)
-    ordered <<= np.uint64(32)
-    np.bitwise_or(ordered, places, out=ordered, dtype=np.uint64, casting="unsafe")
-    ordered.sort()
-    shift = 32 + width - _PART_BITS
-    firsts = np.arange(1, 1 << _PART_BITS, dtype=np.uint64) << np.uint64(shift)
-    parts = np.split(ordered, np.searchsorted(ordered, firsts))
+    shift = width - _PART_BITS
+    # all values at once would be the largest array that there is
+    part_of = np.empty(len(places), np.uint8)
+    for first in range(0, len(places), _CHUNK_VALUES):
+        chunk = values[places[first : first + _CHUNK_VALUES]] >> np.uint64(start + shift)
+        part_of[first : first + _CHUNK_VALUES] = chunk & np.uint64((1 << _PART_BITS) - 1)
+
+    def ordered(part: int) -> np.ndarray:
+        chosen = places[part_of == part]
+        bands: np.ndarray = values[chosen]
+        bands >>= np.uint64(start)
+        bands &= np.uint64((1 << width) - 1)
+        bands <<= np.uint64(32)
+        np.bitwise_or(bands, chosen, out=bands, dtype=np.uint64, casting="unsafe")
+        bands.sort()
+        return bands
+
+    if not with_flips:
+        yield from map(ordered, range(1 << _PART_BITS))
+        return
+    parts = [ordered(part) for part in range(1 << _PART_BITS)]
+    masks = [0, *((1 << bit) for bit in range(width))]
     for part in range(len(parts)):
         # a flipped first bit comes from another part
         yield np.concatenate(
-            [parts[part ^ (mask << 32 >> shift)] ^ np.uint64(mask << 32) for mask in masks]
+            [parts[part ^ (mask >> shift)] ^ np.uint64(mask << 32) for mask in masks]
         )
 
 
 def _joined(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield places whose values are equal, some at a time; `right` is sorted."""
+    """Yield places whose values are equal, some at a time; `right` is sorted, `left` is then."""
     low_bits, place_bits = np.uint64(32), np.uint64((1 << 32) - 1)
-    left = np.sort(left)
+    left.sort()
     values = right >> low_bits
     starts = np.searchsorted(values, left >> low_bits, side="left")
     counts = np.searchsorted(values, left >> low_bits, side="right") - starts

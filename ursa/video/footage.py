@@ -16,6 +16,7 @@ copies of one piece.
 """
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ def lay_out(clips: Iterable[ClipHashes]) -> ClipFrames:
     Args:
         clips: Clips, by number of their source, then by start.
     """
-    hashes: list[bytes] = []
+    hashes = bytearray()
+    first = [0]
     sources: list[int] = []
     lengths: list[int] = []
     last: ClipHashes | None = None
@@ -81,17 +83,26 @@ def lay_out(clips: Iterable[ClipHashes]) -> ClipFrames:
             overlap = round((last.end_s - clip.start_s) * FOOTAGE_FPS)
             if overlap >= 0:
                 after = clip.hashes[overlap * HASH_BYTES :][:_BORDER_BYTES]
-                hashes.append(last.hashes[-_BORDER_BYTES:] + after)
+                hashes += last.hashes[-_BORDER_BYTES:] + after
+                first.append(len(hashes) // HASH_BYTES)
                 sources.append(clip.source)
                 # else a title between two clips would be a third of what is compared
                 lengths.append(min(len(last.hashes), len(clip.hashes)) // HASH_BYTES)
-        hashes.append(clip.hashes)
+        hashes += clip.hashes
+        first.append(len(hashes) // HASH_BYTES)
         sources.append(clip.source)
         lengths.append(len(clip.hashes) // HASH_BYTES)
         last = clip
-    values = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
-    first = np.cumsum([0, *(len(item) // HASH_BYTES for item in hashes)])
-    return ClipFrames(values, first, np.array(sources, np.int64), np.array(lengths, np.int64))
+    # in place: a copy of all hashes would be half of what a selection holds
+    values = np.frombuffer(hashes, np.uint64)
+    if sys.byteorder == "little":
+        values.byteswap(inplace=True)
+    return ClipFrames(
+        values,
+        np.array(first, np.int64),
+        np.array(sources, np.int64),
+        np.array(lengths, np.int64),
+    )
 
 
 def join_by_footage(frames: ClipFrames, groups: np.ndarray, max_distance: int) -> np.ndarray:
@@ -181,7 +192,8 @@ def _near_frames(
         lefts = around(values, probes, start, stop, with_flips=radius >= 1)
         rights = around(values, usable, start, stop, with_flips=radius == 2)
         for left, right in zip(lefts, rights, strict=True):
-            right.sort()
+            if radius == 2:  # without flips it is in order
+                right.sort()
             for piece in np.array_split(left, len(left) // _CHUNK_PROBES + 1):
                 group_of = groups[frames.source_of]
                 for one, other in _joined(piece, right, clip_of, following, group_of):

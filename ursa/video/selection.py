@@ -61,17 +61,35 @@ THRESHOLD_KEYS: Mapping[RejectReason, str] = {
 """The key of `SelectionConfig` that decides about a reason."""
 
 
-class _Seen(NamedTuple):
-    """What is kept of a clip while the others are read."""
+class _Seen:
+    """What is kept of the clips, in columns: as objects it would be twice as much."""
 
-    clip_id: str
-    source_sha256: str
-    start_s: float
-    end_s: float
-    num_px: int
-    duration_s: float
-    perceptual_hash: str | None
-    frame_hashes: bytes
+    def __init__(self) -> None:
+        self.clip_ids: list[str] = []
+        self.sources: list[str] = []
+        self.starts_s = array("d")
+        self.ends_s = array("d")
+        self.durations_s = array("d")
+        self.num_px = array("q")
+        self.perceptual_hashes: list[str | None] = []
+        self.frame_hashes = bytearray()
+        self.first_bytes = array("q", [0])
+
+    def add(self, clip: Clip, *, with_hash: bool) -> None:
+        self.clip_ids.append(clip.clip_id)
+        self.sources.append(sys.intern(clip.source_sha256))  # the clips of a source share it
+        self.starts_s.append(clip.start_s)
+        self.ends_s.append(clip.end_s)
+        self.durations_s.append(clip.info.duration_s)
+        self.num_px.append(clip.info.width_px * clip.info.height_px)
+        if with_hash:
+            self.perceptual_hashes.append(clip.scores.perceptual_hash)
+            self.frame_hashes += clip.scores.frame_hashes or b""
+        self.first_bytes.append(len(self.frame_hashes))
+
+    def preference(self, place: int) -> tuple[int, float, str]:
+        """Return a key that puts the clip first that is kept of near-duplicates."""
+        return -self.num_px[place], -self.durations_s[place], self.clip_ids[place]
 
 
 class Judgement(NamedTuple):
@@ -110,21 +128,21 @@ def judge_clips(clips: Iterable[Clip], config: SelectionConfig) -> Judgement:
     measured = {(item.scorer, item.score): array("d") for item in absolute}
     measured |= {(rule.scorer, rule.score): array("d") for _, rule in rules}
     extra_scores: set[str] = set()
-    seen: list[_Seen] = []
+    seen = _Seen()
     for clip in clips:
-        seen.append(_seen(clip, with_hash=config.max_duplicate_distance is not None))
+        seen.add(clip, with_hash=config.max_duplicate_distance is not None)
         extra_scores.update(clip.extra_scores)
         for (scorer, score), column in measured.items():
             value = score_of(clip, scorer, score)
             column.append(math.nan if value is None else value)
-    if seen:
+    if seen.clip_ids:
         check_rules(config, extra_scores)
-    values = {key: np.array(column, float) for key, column in measured.items()}
-    reasons = np.full(len(seen), None, object)
+    values = {key: np.asarray(column) for key, column in measured.items()}
+    reasons = np.full(len(seen.clip_ids), None, object)
     for item in absolute:
         _reject(reasons, values[item.scorer, item.score], item)
     if config.drop_duplicates:
-        _reject_equal(reasons, seen)
+        _reject_equal(reasons, seen.clip_ids)
     is_passing = _is_open(reasons)
     relative = list(
         _relative_thresholds(rules, lambda rule: values[rule.scorer, rule.score][is_passing])
@@ -133,27 +151,29 @@ def judge_clips(clips: Iterable[Clip], config: SelectionConfig) -> Judgement:
         _reject(reasons, values[item.scorer, item.score], item)
     # what percentiles and shares reject changes as clips come; what shows the same must not, or a
     # group would fall apart and a source that was trained on be held out
-    shown = [seen[place] for place in np.flatnonzero(is_passing).tolist()]
+    shown = np.flatnonzero(is_passing).tolist()
     clusters = np.arange(len(shown))
     if config.max_duplicate_distance is not None:
-        hashes = [clip.perceptual_hash for clip in shown]
+        hashes = [seen.perceptual_hashes[place] for place in shown]
+        seen.perceptual_hashes.clear()
         likeness = find_likeness(hashes, config.max_duplicate_distance)
+        del hashes
         is_left = _is_open(reasons)[is_passing]
         order = sorted(
-            np.flatnonzero(is_left).tolist(), key=lambda place: _preference(shown[place])
+            np.flatnonzero(is_left).tolist(), key=lambda place: seen.preference(shown[place])
         )
         repeats = sorted(drop_repeats(likeness, order))
         reasons[np.flatnonzero(is_passing)[repeats]] = RejectReason.NEAR_DUPLICATE
         clusters = find_clusters(likeness)
-    kept = {seen[place].source_sha256 for place in np.flatnonzero(_is_open(reasons)).tolist()}
+    kept = {seen.sources[place] for place in np.flatnonzero(_is_open(reasons)).tolist()}
     # of dropped copies too: their sources show the same
-    joined = _joined_sources(shown, clusters, config.max_duplicate_distance)
+    joined = _joined_sources(seen, shown, clusters, config.max_duplicate_distance)
     groups = [group for group in joined if group & kept]
     held_out = choose_validation_sources(groups, config.validation_fraction, seed=config.split_seed)
     verdicts = [None if reason is None else str(reason) for reason in reasons.tolist()]
     splits: list[Split | None] = [
-        None if reason else "validation" if clip.source_sha256 in held_out else "train"
-        for clip, reason in zip(seen, verdicts, strict=True)
+        None if reason else "validation" if source in held_out else "train"
+        for source, reason in zip(seen.sources, verdicts, strict=True)
     ]
     return Judgement(verdicts, splits, (*absolute, *relative))
 
@@ -312,58 +332,48 @@ def _is_open(reasons: np.ndarray) -> np.ndarray:
     return np.array([reason is None for reason in reasons.tolist()], bool)
 
 
-def _reject_equal(reasons: np.ndarray, clips: Sequence[_Seen]) -> None:
+def _reject_equal(reasons: np.ndarray, clip_ids: Sequence[str]) -> None:
     seen: set[str] = set()
     for place in np.flatnonzero(_is_open(reasons)).tolist():
-        clip_id = clips[place].clip_id
+        clip_id = clip_ids[place]
         if clip_id in seen:
             reasons[place] = RejectReason.DUPLICATE
         seen.add(clip_id)
 
 
-def _seen(clip: Clip, *, with_hash: bool) -> _Seen:
-    return _Seen(
-        clip_id=clip.clip_id,
-        source_sha256=sys.intern(clip.source_sha256),  # the clips of a source share it
-        start_s=clip.start_s,
-        end_s=clip.end_s,
-        num_px=clip.info.width_px * clip.info.height_px,
-        duration_s=clip.info.duration_s,
-        perceptual_hash=clip.scores.perceptual_hash if with_hash else None,
-        frame_hashes=(clip.scores.frame_hashes or b"") if with_hash else b"",
-    )
-
-
-def _preference(clip: _Seen) -> tuple[int, float, str]:
-    """Return a key that puts the clip first that is kept of near-duplicates."""
-    return -clip.num_px, -clip.duration_s, clip.clip_id
-
-
 def _joined_sources(
-    clips: Sequence[_Seen], clusters: np.ndarray, max_distance: int | None
+    clips: _Seen, places: Sequence[int], clusters: np.ndarray, max_distance: int | None
 ) -> list[set[str]]:
     """Return the sources in groups: joined are those with clips in one cluster or one footage."""
-    names = sorted({clip.source_sha256 for clip in clips})
+    names = sorted({clips.sources[place] for place in places})
     number_of = {name: number for number, name in enumerate(names)}
-    numbers = np.array([number_of[clip.source_sha256] for clip in clips], np.int64)
+    numbers = np.array([number_of[clips.sources[place]] for place in places], np.int64)
     num_clusters = int(clusters.max(initial=-1)) + 1
     edges = np.stack([numbers, len(names) + clusters], axis=1)
     groups = join(edges, len(names) + num_clusters)[: len(names)]
     if max_distance is not None:
-        groups = join_by_footage(_frames_of(clips, numbers), groups, max_distance)
+        frames = _frames_of(clips, places, numbers)
+        clips.frame_hashes.clear()
+        groups = join_by_footage(frames, groups, max_distance)
     joined: dict[int, set[str]] = defaultdict(set)
     for name, group in zip(names, groups.tolist(), strict=True):
         joined[group].add(name)
     return list(joined.values())
 
 
-def _frames_of(clips: Sequence[_Seen], numbers: np.ndarray) -> ClipFrames:
+def _frames_of(clips: _Seen, places: Sequence[int], numbers: np.ndarray) -> ClipFrames:
     """Return the frames of clips, sorted by the number of their source, by start, by their id."""
-    starts = np.array([clip.start_s for clip in clips])
-    order = np.lexsort((np.array([clip.clip_id for clip in clips]), starts, numbers)).tolist()
+    starts = np.array([clips.starts_s[place] for place in places])
+    clip_ids = np.array([clips.clip_ids[place] for place in places])
+    order = np.lexsort((clip_ids, starts, numbers)).tolist()
     return lay_out(
-        ClipHashes(numbers[place], item.start_s, item.end_s, item.frame_hashes)
-        for place, item in ((place, clips[place]) for place in order)
+        ClipHashes(
+            numbers[number],
+            clips.starts_s[place],
+            clips.ends_s[place],
+            bytes(clips.frame_hashes[clips.first_bytes[place] : clips.first_bytes[place + 1]]),
+        )
+        for number, place in ((number, places[number]) for number in order)
     )
 
 
