@@ -6,7 +6,7 @@ The library and its command line know no MLflow and no Prefect, so `ursa.cli.bac
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -24,8 +24,8 @@ def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
         name: Name of the registered model.
 
     Returns:
-        Of each version, aliases, `loss` in nats, whether the gate holds, what was decided last, and
-        when it was made, seconds since 1970.
+        Of each version, aliases, `loss` in nats, whether the gate holds, what was decided last,
+        which of its sources are to be left, and when it was made, seconds since 1970.
 
     Raises:
         ServiceError: If the server does not answer.
@@ -43,6 +43,7 @@ def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
                 "gate_passed": item.tags.get("ursa.gate_passed") == "true",
                 "loss": json.loads(item.tags.get("ursa.metrics", "{}")).get("eval/loss"),
                 "decision": item.tags.get("ursa.decision", ""),
+                "takedown": item.tags.get(releases.TAKEDOWN_TAG, ""),
                 "made_s": (item.creation_timestamp or 0) / 1000,
             }
             for item in sorted(found, key=lambda item: int(item.version), reverse=True)
@@ -139,6 +140,36 @@ def schedule(
     return switch(prefect_url, active=active, parameters=parameters)
 
 
+def flag_versions(
+    *, tracking_uri: str, directories: Sequence[str], text: str
+) -> list[dict[str, Any]]:
+    """Mark the versions of some models: a source that they were made of is to be left.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        directories: Of the exported models.
+        text: Which source, and why.
+
+    Returns:
+        Name, number and aliases of each version.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    flagged = []
+    with tracking.service(tracking_uri) as client:
+        for item in client.search_model_versions():
+            if item.tags.get("ursa.model_directory") not in directories:
+                continue
+            before = item.tags.get(releases.TAKEDOWN_TAG, "").splitlines()
+            lines = "\n".join(dict.fromkeys((*before, printable(text))))
+            client.set_model_version_tag(item.name, item.version, releases.TAKEDOWN_TAG, lines)
+            found = releases.aliases(client, item.name).items()
+            aliases = sorted(alias for alias, number in found if number == str(item.version))
+            flagged.append({"name": item.name, "version": str(item.version), "aliases": aliases})
+    return flagged
+
+
 def run_schedule(*, prefect_url: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """See `tasks.schedules.run_once`.
 
@@ -167,6 +198,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "rollback": rollback,
     "schedule": schedule,
     "run-schedule": run_schedule,
+    "flag-versions": flag_versions,
     "doctor": doctor,
 }
 

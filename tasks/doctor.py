@@ -104,7 +104,7 @@ class Patient(NamedTuple):
             everything = list(client.search_model_versions())
             models = {
                 model.model_id: model
-                for model in client.search_logged_models([experiment.experiment_id])
+                for model in tracking.logged_models(client, experiment.experiment_id)
                 if "ursa.registration_key" in model.tags
             }
             used = {tracking.logged_model_id(version) for version in everything}

@@ -155,11 +155,14 @@ def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
             registry = releases.Registry(client, name, context.data_uri, "")
             earlier = earlier_champions(releases.decisions_of(registry), found.version)
         found = tracking.registered_version(uri, name, earlier[0]) if earlier else None
-    if found is None or found.tags.get("ursa.registration_key") in {None, model.content_key}:
+    if found is None or found.tags.get("ursa.registration_key") == model.content_key:
         return None
+    number = found.version
+    start = () if context.start is None else tracking.trained_on(uri, context.start.model_uri)
+    champion = tracking.trained_on(uri, f"{tracking.REGISTRY_SCHEME}{name}/{number}")
     return Champion(
-        version=found.version,
-        model_key=found.tags["ursa.registration_key"],
-        tokens_uri=found.tags.get("ursa.tokens"),
-        open=functools.partial(tracking.model_files, uri, name, found.version),
+        version=number,
+        model_key=found.tags.get("ursa.registration_key"),
+        tokens_uris=tuple(dict.fromkeys((*champion, *start))),
+        open=functools.partial(tracking.model_files, uri, name, number),
     )

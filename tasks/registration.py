@@ -18,6 +18,8 @@ from ursa.texts import markdown_code, markdown_text
 
 CARD = "model_card.md"
 REPORT = "report.html"
+IS_NEW_TAG = "ursa.is_new"
+"""Tag of a run that was finished: whether it made a version."""
 RECORDS = {
     "data set version": "ursa.dataset_version",
     "clips": "ursa.clips",
@@ -30,7 +32,7 @@ RECORDS = {
 
 @step(run_name="look for a registered version")
 def find_version(context: RunContext) -> ModelVersion | None:
-    """Return the version that this run has registered before, if it is whole.
+    """Return the version that this run has registered before, if the run was finished.
 
     Args:
         context: The run.
@@ -41,12 +43,15 @@ def find_version(context: RunContext) -> ModelVersion | None:
     Raises:
         ServiceError: If the tracking server does not answer.
     """
-    return tracking.find_version(
+    found = tracking.find_version(
         context.run.tracking_uri,
         context.config.release.model_name,
-        "ursa.run_fingerprint",
+        tracking.FINGERPRINT_TAG,
         context.release_fingerprint,
     )
+    # card and report come after the registration: what a kill has left is finished
+    is_finished = found is not None and IS_NEW_TAG in tracking.run_tags(context.run)
+    return found if is_finished else None
 
 
 @step(run_name="register model")
@@ -75,8 +80,8 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
         context.config,
         {
             # a run that lacks files only for now is not found again: the next one looks at them
-            "ursa.run_fingerprint": (
-                "unfinished" if lacks_for_now(trained) else context.release_fingerprint
+            tracking.FINGERPRINT_TAG: (
+                tracking.UNFINISHED if lacks_for_now(trained) else context.release_fingerprint
             ),
             "ursa.source_uri": context.source_uri,
             "ursa.source_fingerprint": context.source_fingerprint,
@@ -299,8 +304,8 @@ def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion
     }
     if version.is_new:  # made by this flow run and this code
         tags |= {**reports.flow_run_tags(), **tracking.source_version()}
-    if version.is_new or "ursa.is_new" not in tracking.run_tags(context.run):
-        tags["ursa.is_new"] = str(version.is_new).lower()
+    if version.is_new or IS_NEW_TAG not in tracking.run_tags(context.run):
+        tags[IS_NEW_TAG] = str(version.is_new).lower()
         tags[tracking.NOTE] = run_note(context, version)
     tracking.tag_run(context.run, tags)
     reports.model_version(version, url)

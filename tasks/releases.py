@@ -6,6 +6,7 @@ known, and the next decision, or `ursa doctor --fix`, finishes it. The client is
 `tasks.tracking.service`.
 """
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ursa.artifacts import EvalReport
@@ -13,8 +14,10 @@ from ursa.config import fingerprint
 from ursa.decisions import (
     Decision,
     Event,
+    OvertakenError,
     earlier_champions,
     list_decisions,
+    newest_number,
     record_decision,
 )
 from ursa.errors import ConfigError
@@ -26,6 +29,8 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 WHOLE_TAG = "ursa.aliased"
 """Of a version that was registered to the end."""
+TAKEDOWN_TAG = "ursa.takedown"
+"""Of a version: sources that it was made of and that were taken down since, one a line."""
 LAST_TAG = "ursa.last_decision"
 _SHOWN_CHARACTERS = 4000
 _NO_REASON = "no reason was given"
@@ -90,17 +95,22 @@ def decide_by_gate(registry: Registry, version: str, report: EvalReport) -> Deci
         ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    settle(registry)
     failed = "; ".join(report.failed_gates)
-    obstacle = _obstacle(registry, version, report) if report.gate_passed else failed
-    event: Event = "refused" if obstacle else "promoted"
-    reason = obstacle or "the gate holds"
-    if event == "promoted" and report.comparison is not None:
-        from ursa.gate import comparison_text  # noqa: PLC0415  (torch: seconds)
-
-        reason = f"{reason}; {comparison_text(report.comparison)}"
     key = fingerprint("gate", _made_ms(registry), version, report.fingerprint)
-    return _decide(registry, event, version, reason, report_uri=report.manifest_uri, key=key)
+    while True:
+        # before the champion is looked at: one that another run makes meanwhile is a new obstacle
+        after = newest_number(registry.root_uri, registry.name)
+        settle(registry)
+        obstacle = _obstacle(registry, version, report) if report.gate_passed else failed
+        event: Event = "refused" if obstacle else "promoted"
+        reason = obstacle or "the gate holds"
+        if event == "promoted" and report.comparison is not None:
+            from ursa.gate import comparison_text  # noqa: PLC0415  (torch: seconds)
+
+            reason = f"{reason}; {comparison_text(report.comparison)}"
+        uri = report.manifest_uri
+        with contextlib.suppress(OvertakenError):
+            return _decide(registry, event, version, reason, report_uri=uri, key=key, after=after)
 
 
 def _obstacle(registry: Registry, version: str, report: EvalReport) -> str | None:
@@ -111,6 +121,9 @@ def _obstacle(registry: Registry, version: str, report: EvalReport) -> str | Non
             by = f"{decision.decided_by} rolled it back ({decision.reason})"
             return f"the gate holds, but {by}; {all_the_same}"
     champion = aliases(registry.client, registry.name).get(CHAMPION)
+    tags = registry.client.get_model_version(registry.name, version).tags
+    if taken := tags.get(TAKEDOWN_TAG):
+        return f"the gate holds, but it was made of what is taken down ({taken}); {all_the_same}"
     compared = report.comparison.champion_version if report.comparison else None
     if champion in {None, version, compared}:
         return None
@@ -155,6 +168,11 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
         raise ConfigError(
             f"the gate refused version {version}: {tags.get('ursa.failed_gates')}; say why it is "
             "to be champion all the same: --reason"
+        )
+    if not (reason or "").strip() and tags.get(TAKEDOWN_TAG):
+        raise ConfigError(
+            f"version {version} was made of what is taken down ({tags[TAKEDOWN_TAG]}); say why it "
+            "is to be champion all the same: --reason"
         )
     return _decide(registry, "promoted", version, (reason or "").strip() or _NO_REASON)
 
@@ -326,23 +344,25 @@ def _decide(
     champion: str | None = None,
     report_uri: str | None = None,
     key: str | None = None,
+    after: int | None = None,
 ) -> Decision:
-    """Put a decision on record and carry it out."""
+    """Put a decision on record, unless there is one since `after`, and carry it out."""
     before = aliases(registry.client, registry.name).get(CHAMPION)
-    after = {"promoted": version, "refused": before}.get(event, champion)
+    then = {"promoted": version, "refused": before}.get(event, champion)
     decision = record_decision(
         registry.root_uri,
         registry.name,
         event,
         registry_made_ms=_made_ms(registry),
         version=version,
-        champion=after,
+        champion=then,
         champion_before=before,
         previous_uri=_tags(registry).get(LAST_TAG),
         reason=reason,
         decided_by=registry.decided_by,
         report_uri=report_uri,
         key=key,
+        after=after,
     )
     if decision in pending_decisions(registry):  # not one that was made and carried out before
         _carry_out(registry, decision)

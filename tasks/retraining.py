@@ -4,7 +4,6 @@ from tasks import reports, tracking
 from tasks.context import (
     PreparedData,
     RunContext,
-    SourceListing,
     Start,
     TrainedModel,
     code_fingerprint,
@@ -18,7 +17,8 @@ from ursa import ingestion, storage
 from ursa.artifacts import ClipSelection, TokenDatasets, TokenizerRef
 from ursa.config import FrozenModel, Preset, RunConfig, fingerprint
 from ursa.drift import Drift, measure_drift
-from ursa.errors import ManifestError
+from ursa.errors import ManifestError, ShardFormatError
+from ursa.sources.committed import SourceListing, load_listing
 
 NETWORK_TAG = "ursa.network"
 """Tag of a version: `network_fingerprint`."""
@@ -80,11 +80,14 @@ def look_for_new_data(
         announce("no version of %s yet: all stages are trained", name)
         return NewData()
     listing = list_source(source_uri, config, settings)
-    if newest.get("ursa.source_fingerprint") == listing.fingerprint:
+    newest = tracking.newest_version_tags(tracking_uri, name, source_uri=listing.source_uri)
+    # files that could not be read for now may be read today: their clips decide
+    lacks_files = newest.get(tracking.FINGERPRINT_TAG) == tracking.UNFINISHED
+    if newest.get("ursa.source_fingerprint") == listing.fingerprint and not lacks_files:
         return NewData(refusal=f"no new data at {listing.source_uri}")
     count = _num_new(listing, newest, settings)
     wanted = config.retraining.min_new_files
-    if count < wanted:
+    if count < wanted and not lacks_files:
         return NewData(
             refusal=f"{count} files of new content at {listing.source_uri}, "
             f"retraining.min_new_files is {wanted}"
@@ -110,8 +113,11 @@ def _num_new(listing: SourceListing, newest: dict[str, str], settings: RuntimeSe
     """
     uri = sources_uri(newest.get("ursa.source_fingerprint", ""), settings)
     try:
-        before = storage.load_record(uri, SourceListing)
-    except ManifestError:  # damaged, or of an older schema: what was there is not known
+        before = load_listing(uri)
+    except (
+        ManifestError,
+        ShardFormatError,
+    ):  # damaged, or of an older schema: what was there is not known
         before = None
     if before is None or before.source_uri != listing.source_uri:
         return len(_contents(listing))
@@ -285,4 +291,4 @@ def started_from(context: RunContext, trained: TrainedModel) -> dict[str, str]:
     stage = trained.request.config.stages.async_finetune
     if start is None or stage.init_from != start.directory_uri:
         return {}
-    return {"ursa.started_from": start.model_uri}
+    return {tracking.STARTED_FROM_TAG: start.model_uri}

@@ -55,6 +55,12 @@ METRICS_PER_BATCH = 1000
 FIRST_TAGS = ("prefect.", "mlflow.source.")
 """Tags that say who made a run: a finished run keeps them."""
 REGISTRY_SCHEME = "models:/"
+FINGERPRINT_TAG = "ursa.run_fingerprint"
+"""Tag of a version by which the run that made it finds it again."""
+UNFINISHED = "unfinished"
+"""Stands in that tag where files were missing only for now, so that the next run looks again."""
+STARTED_FROM_TAG = "ursa.started_from"
+"""Tag of a version: the version that a retraining went on from."""
 NOTE = "mlflow.note.content"
 """Tag with what MLflow shows as the description of a run, in Markdown."""
 
@@ -838,12 +844,15 @@ def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVer
         return _version_record(client.get_model_version(name, found[-1].version), is_new=False)
 
 
-def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
+def newest_version_tags(
+    tracking_uri: str, name: str, *, source_uri: str | None = None
+) -> dict[str, str]:
     """Return the tags of the newest version of a model; empty when there is none.
 
     Args:
         tracking_uri: Address of the tracking server.
         name: Name of the registered model.
+        source_uri: Only versions that were trained on this source count.
 
     Raises:
         ServiceError: If the server does not answer.
@@ -853,6 +862,7 @@ def newest_version_tags(tracking_uri: str, name: str) -> dict[str, str]:
             item
             for item in client.search_model_versions(f"name = '{name}'")
             if "ursa.aliased" in item.tags  # others were left by a run that was killed
+            and source_uri in {None, item.tags.get("ursa.source_uri")}
         ]
         newest = max(found, key=lambda item: int(item.version), default=None)
         return dict(newest.tags) if newest else {}
@@ -934,6 +944,31 @@ def registered_version(tracking_uri: str, name: str, version: str) -> Registered
             if str(item.version) == version:
                 return RegisteredVersion(name, version, dict(item.tags))
     return None
+
+
+def trained_on(tracking_uri: str, model_uri: str) -> tuple[str | None, ...]:
+    """Return the token data sets of a version and of those that it went on from, the last first.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        model_uri: `models:/<name>/<version>`.
+
+    Returns:
+        Their manifests; None for a version that is gone or says nothing.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    found: list[str | None] = []
+    seen: set[str] = set()
+    while model_uri and model_uri not in seen:
+        seen.add(model_uri)
+        name, _, number = model_uri.removeprefix(REGISTRY_SCHEME).rpartition("/")
+        version = registered_version(tracking_uri, name, number)
+        tags = {} if version is None else version.tags
+        found.append(tags.get("ursa.tokens"))
+        model_uri = tags.get(STARTED_FROM_TAG, "")
+    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -1030,7 +1065,8 @@ def register_version(
         elif known.get("ursa.gate_passed") == "false":
             # other gates may hold now; a version that passed before keeps what a person made of it
             releases.decide_by_gate(registry, str(versions[-1].version), report)
-        for tag, value in all_tags.items():  # a version found again has the newest lineage
+        # a version found again has the newest lineage; what the next run finds it by comes last
+        for tag, value in sorted(all_tags.items(), key=lambda item: item[0] == FINGERPRINT_TAG):
             client.set_model_version_tag(name, versions[-1].version, tag, value)
         return _version_record(client.get_model_version(name, versions[-1].version), is_new=is_new)
 
@@ -1112,12 +1148,29 @@ def _version_record(item: Any, *, is_new: bool) -> ModelVersion:
 def _remove_leftovers(client: "MlflowClient", experiment_id: str, name: str, key: str) -> None:
     """Delete models that an interrupted registration has left without a version."""
     used = {logged_model_id(version) for version in client.search_model_versions()}
-    for left in client.search_logged_models(
-        [experiment_id], filter_string=f"tags.`ursa.registration_key` = '{key}'"
-    ):
+    for left in logged_models(client, experiment_id, f"tags.`ursa.registration_key` = '{key}'"):
         # the same weights may be on their way, or registered, under another name
         if left.name == name and left.model_id not in used:
             client.delete_logged_model(left.model_id)
+
+
+def logged_models(
+    client: "MlflowClient", experiment_id: str, query: str | None = None
+) -> Iterator[Any]:
+    """Yield all logged models of an experiment: a search returns a hundred at most.
+
+    Args:
+        client: MLflow's client.
+        experiment_id: The experiment.
+        query: Which ones, in MLflow's words; None yields all.
+    """
+    page: str | None = None
+    while True:
+        found = client.search_logged_models([experiment_id], query, page_token=page)
+        yield from found
+        page = found.token
+        if not page:
+            return
 
 
 def logged_model_id(version: Any) -> str:

@@ -5,7 +5,7 @@ codes: losses over the codes of another visual tokenizer mean other things.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -38,14 +38,16 @@ class Champion(NamedTuple):
 
     Attributes:
         version: Its number in the registry.
-        model_key: `ExportedModel.content_key` of its files.
-        tokens_uri: Manifest of the token data sets that it was trained on; None if unknown.
+        model_key: `ExportedModel.content_key` of its files; None if others have registered it.
+        tokens_uris: Manifests of the token data sets that it, the model that is compared and those
+            that they went on from were trained on, the own ones of that model left out; None among
+            them is an unknown one.
         open: Yields its model directory, which is downloaded if it must be measured.
     """
 
     version: str
-    model_key: str
-    tokens_uri: str | None
+    model_key: str | None
+    tokens_uris: tuple[str | None, ...]
     open: Callable[[], AbstractContextManager[Path]]
 
 
@@ -165,6 +167,8 @@ def compare_with(
         ShardFormatError: If a shard is missing or damaged.
         StorageError: If the store refuses or does not answer.
     """
+    if champion.model_key is None:
+        return not_compared(champion.version, "it was not registered by this pipeline")
     if scores is None:
         return not_compared(champion.version, "there is no finite held-out loss")
     theirs = place.find(champion.model_key)
@@ -188,7 +192,7 @@ def compare_with(
         scores,
         theirs,
         champion_version=champion.version,
-        known_sources=_trained_sources(champion.tokens_uri),
+        known_sources=_trained_sources(champion.tokens_uris),
         config=place.config.release,
     )
 
@@ -243,16 +247,17 @@ def _other_tokens(
     return None
 
 
-def _trained_sources(tokens_uri: str | None) -> set[str] | None:
-    """Return the sources that a model was trained on; None if its data are gone."""
-    if tokens_uri is None:
-        return None
-    try:
-        datasets = storage.load_record(tokens_uri, TokenDatasets)
-        if datasets is None:
+def _trained_sources(tokens_uris: Iterable[str | None]) -> set[str] | None:
+    """Return the sources that models were trained on; None if some of their data are gone."""
+    sources: set[str] = set()
+    for uri in tokens_uris:
+        try:
+            datasets = None if uri is None else storage.load_record(uri, TokenDatasets)
+            if datasets is None:
+                return None
+            parts = [part for part in datasets.parts() if part.split == "train"]
+            sources |= set().union(*(source_ids(part) for part in parts))
+        except DataError as error:
+            logger.warning("what the champion was trained on cannot be read: %s", error)
             return None
-        parts = [part for part in datasets.parts() if part.split == "train"]
-        return set().union(*(source_ids(part) for part in parts))
-    except DataError as error:
-        logger.warning("what the champion was trained on cannot be read: %s", error)
-        return None
+    return sources

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from ursa import storage
 from ursa.config import FrozenModel
-from ursa.errors import ManifestError
+from ursa.errors import ManifestError, UrsaError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ def who(flow_run_id: str | None = None) -> str:
     return f"flow run {flow_run_id} of {name}" if flow_run_id else name
 
 
+class OvertakenError(UrsaError):
+    """Another decision was committed since the newest one that was looked at."""
+
+
 def record_decision(  # noqa: PLR0913  (the fields of the record)
     root_uri: str,
     model_name: str,
@@ -79,6 +83,7 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
     decided_by: str,
     report_uri: str | None = None,
     key: str | None = None,
+    after: int | None = None,
 ) -> Decision:
     """Commit the next decision about a model, unless the same was committed before.
 
@@ -95,11 +100,13 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
         decided_by: See `who`.
         report_uri: The evaluation that decided, if one did.
         key: The same decision has the same key; None is a new one.
+        after: Number of the newest decision that was looked at; None commits after any.
 
     Returns:
         The decision that stands, with its number and time.
 
     Raises:
+        OvertakenError: If there is a decision since `after`.
         ManifestError: If another run takes the number with a damaged record.
         StorageError: If the store refuses or does not answer.
     """
@@ -111,6 +118,8 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
             if decision.key == key:
                 return decision
         number = max(numbers, default=0) + 1
+        if after is not None and number > after + 1:
+            raise OvertakenError(f"decision {number - 1} about {model_name} came since {after}")
         decision = Decision(
             record_uri=_record_uri(root_uri, model_name, number),
             number=number,
@@ -130,6 +139,19 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
         if storage.commit_record(decision.record_uri, decision).key == key:
             return decision
         # another decision has taken the number
+
+
+def newest_number(root_uri: str, model_name: str) -> int:
+    """Return the number of the newest decision about a model, 0 without one.
+
+    Args:
+        root_uri: The data root.
+        model_name: The registered model.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    return max(_numbers(root_uri, model_name), default=0)
 
 
 def list_decisions(root_uri: str, model_name: str) -> list[Decision]:

@@ -192,6 +192,11 @@ def failed_gates(
                 f"loss at t={t:g} is {loss:.3f}, not below the unigram's "
                 f"{metrics['eval/unigram_loss']:.3f}"
             )
+    failed += [
+        f"{metric} is not finite"
+        for metric, budget in config.release.budgets.items()
+        if budget is not None and not np.isfinite(metrics.get(f"eval/{metric}", 0.0))
+    ]
     if comparison is None:
         return tuple(failed)
     is_needed = comparison.refuses or config.release.require_comparison

@@ -230,6 +230,126 @@ def test_promotion_refusal_and_rollback_are_on_record(made: Any, tmp_path: Path)
     ]
 
 
+def with_release(opened: Releases, **changes: Any) -> Releases:
+    """The same registry, for runs of another configuration."""
+    context = opened.context
+    release = context.config.release.model_copy(update=changes)
+    config = context.config.model_copy(update={"release": release})
+    key = f"{context.fingerprint}{sorted(changes)}"
+    changed = context.model_copy(update={"config": config, "fingerprint": key})
+    return opened._replace(context=changed)
+
+
+def test_of_two_registrations_at_once_the_second_is_told_of_the_first(
+    made: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    opened = made("at-once")
+    opened.release(noisy_model(opened.worse, tmp_path / "first", scale=0.3))
+    better, worse = (
+        evaluation.evaluate_model.fn(opened.context, opened.trained, model)
+        for model in (opened.good, opened.worse)
+    )
+    assert better.gate_passed
+    assert worse.gate_passed
+    obstacle, calls = releases._obstacle, []
+
+    def slow(registry: Any, version: str, report: EvalReport) -> str | None:
+        found = obstacle(registry, version, report)
+        calls.append(report.model.content_key)
+        if len(calls) == 1:
+            registration.register_model.fn(opened.context, opened.trained, better)
+        return found
+
+    monkeypatch.setattr(releases, "_obstacle", slow)
+    version = registration.register_model.fn(opened.context, opened.trained, worse)
+    champion = opened.client.get_model_version(opened.name, str(opened.champion))
+    assert champion.tags["ursa.registration_key"] == opened.good.content_key
+    assert version.alias != "champion"
+    last = list_decisions(opened.root, opened.name)[-1]
+    assert (last.event, last.champion) == ("refused", opened.champion)
+    assert "became champion meanwhile" in last.reason
+
+
+def test_a_kill_while_a_version_is_described_anew_is_made_good(made: Any, monkeypatch: Any) -> None:
+    opened = made("described")
+    opened.release(opened.good)
+    refused, _ = opened.release(opened.worse)
+    assert not refused.gate_passed
+    loose = with_release(opened, budgets={"loss": 9.0})
+    set_tag = MlflowClient.set_model_version_tag
+
+    def killed(self: Any, name: str, version: str, key: str, value: Any) -> None:
+        set_tag(self, name, version, key, value)
+        if key == "ursa.preset":  # some are written, others are not
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_model_version_tag", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loose.release(loose.worse)
+    tracking.tag_run(loose.context.run, {registration.IS_NEW_TAG: "true"})
+    assert registration.find_version.fn(loose.context) is None
+    loose.release(loose.worse)
+    tags = opened.client.get_model_version(opened.name, "2").tags
+    assert (tags["ursa.gate_passed"], tags["ursa.failed_gates"]) == ("true", "")
+    found = registration.find_version.fn(loose.context)
+    assert found is not None
+    assert (found.version, found.alias) == ("2", "champion")
+
+
+def test_a_run_that_was_not_finished_is_no_version_to_find(made: Any) -> None:
+    """Card and report come after the registration."""
+    opened = made("unfinished")
+    opened.release(opened.good)
+    assert registration.find_version.fn(opened.context) is None
+    tracking.tag_run(opened.context.run, {registration.IS_NEW_TAG: "true"})
+    assert registration.find_version.fn(opened.context) is not None
+
+
+def test_a_champion_that_others_registered(made: Any) -> None:
+    for name, is_required in (("foreign-required", True), ("foreign", False)):
+        opened = with_release(made(name), require_comparison=is_required)
+        opened.client.create_registered_model(opened.name)
+        opened.client.create_model_version(opened.name, "/somewhere")
+        opened.client.set_registered_model_alias(opened.name, "champion", "1")
+        report, _ = opened.release(opened.good)
+        assert report.comparison is not None
+        assert report.comparison.problem == "it was not registered by this pipeline"
+        assert opened.champion == ("1" if is_required else "2")
+
+
+def test_a_champion_under_another_number_is_the_same(made: Any, tmp_path: Path) -> None:
+    opened = made("renumbered")
+    opened.release(opened.worse)
+    evaluation.evaluate_model.fn(opened.context, opened.trained, opened.good)
+    opened.client.delete_registered_model(opened.name)
+    opened.release(noisy_model(opened.worse, tmp_path / "bad", scale=0.3))
+    opened.release(opened.worse)
+    assert opened.champion == "2"
+    report, version = opened.release(opened.good)
+    assert report.comparison is not None
+    assert (report.comparison.champion_version, version.alias) == ("2", "champion")
+
+
+def test_versions_of_what_is_taken_down_are_marked(made: Any) -> None:
+    opened = made("taken")
+    for model in (opened.worse, opened.good):
+        opened.release(model)
+    found = commands.flag_versions(
+        tracking_uri=opened.uri,
+        directories=[opened.worse.directory_uri],
+        text="file:///v/a.mp4: on request",
+    )
+    assert {"name": "taken", "version": "1", "aliases": []} in found
+    assert ("taken", "2") not in {(item["name"], item["version"]) for item in found}
+    listed = opened.ursa("list")
+    assert "TAKEN DOWN: file:///v/a.mp4: on request" in listed.stdout, listed.stderr
+    done = opened.ursa("promote", "1")
+    assert "version 1 was made of what is taken down" in done.stderr
+    assert opened.champion == "2"
+    assert "champion is version 1" in opened.ursa("promote", "1", "--reason", "a test").stdout
+
+
 def test_a_decision_that_a_kill_interrupted_is_finished_once(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

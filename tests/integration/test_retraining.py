@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks.context import SourceListing, list_source, start_run
+from tasks import tracking
+from tasks.context import list_source, start_run
 from tasks.options import ConfigOverrides
 from tasks.retraining import NETWORK_TAG, NewData, compare_new_clips, look_for_new_data
 from tasks.settings import RuntimeSettings
@@ -15,6 +16,7 @@ from tests import factories, media
 from ursa import storage
 from ursa.artifacts import ClipSelection, VideoInfo
 from ursa.config import load_config
+from ursa.sources.committed import SourceListing, commit_listing
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow warns about its own imports
 
@@ -55,11 +57,12 @@ def register(client: MlflowClient, source: Path, **tags: str) -> str:
     """Register a version of what is at the source now; return its number."""
     settings = RuntimeSettings.from_env()
     listing: SourceListing = list_source(str(source), load_config("tiny"), settings)
-    storage.commit_record(listing.manifest_uri, listing)
+    commit_listing(listing)
     if not client.search_registered_models():
         client.create_registered_model("ursa")
     values = {
         "ursa.aliased": "true",
+        "ursa.source_uri": listing.source_uri,
         "ursa.source_fingerprint": listing.fingerprint,
         "ursa.model_directory": "/models/one",
         "ursa.tokens": "/tokens/one.json",
@@ -83,6 +86,23 @@ def test_without_a_version_all_stages_are_trained(client, source):
 def test_the_same_files_are_nothing_new(client, source):
     register(client, source)
     assert look(source).refusal == f"no new data at {source}"
+
+
+def test_files_that_could_not_be_read_the_last_time_are_looked_at_again(client, source):
+    register(client, source, **{tracking.FINGERPRINT_TAG: tracking.UNFINISHED})
+    assert look(source).refusal is None
+
+
+def test_sources_that_feed_one_model_do_not_make_each_other_new(client, source, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    add(other, "x")
+    for folder in (source, other):
+        register(client, folder)
+    for folder in (source, other):
+        assert "no new data at" in (look(folder).refusal or "")
+    add(other, "z")
+    assert look(other).refusal is None
 
 
 def test_content_counts_not_names(client, source):

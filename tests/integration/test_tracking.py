@@ -1,5 +1,6 @@
 """Runs, metrics and the registry in a real MLflow store (SQLite and a local folder)."""
 
+import functools
 import io
 import time
 from collections.abc import Iterator
@@ -219,6 +220,17 @@ def test_a_picture_of_a_step_is_logged_once(uri: str) -> None:
 def test_unreachable_server_is_named() -> None:
     with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:9 .*make up"):
         tracking.check_service("http://127.0.0.1:9", timeout_s=1)
+
+
+def test_all_logged_models_are_found(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    experiment_id = client.create_experiment("pages")
+    made = {client.create_logged_model(experiment_id, f"m{i}").model_id for i in range(3)}
+    search = MlflowClient.search_logged_models
+    of_one = functools.partialmethod(search, max_results=1)
+    monkeypatch.setattr(MlflowClient, "search_logged_models", of_one)
+    assert len(client.search_logged_models([experiment_id])) == 1
+    assert {item.model_id for item in tracking.logged_models(client, experiment_id)} == made
 
 
 def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> None:

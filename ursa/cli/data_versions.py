@@ -78,18 +78,26 @@ def changes(
     print(f"version {version.number}: {num_other} files differ, {num_same} do not")
 
 
-def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None:
+def uses(
+    what: str, root: str | None = None, *, flag: str | None = None, as_json: AsJson = False
+) -> None:
     """Name the data set versions and models that a file is in, whatever it was called.
 
     Models that began with the weights of such a model are named too.
 
     Exit status 1 if it is in none. Example: ursa data uses videos/tree_hand.mp4 .ursa/data
 
+    Example: ursa data uses videos/tree_hand.mp4 --flag "taken down on request"
+
     Args:
         what: The file: a path, its URI in the source, or its sha256.
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
+        flag: Why the registered versions of these models are to be marked (tag ursa.takedown): they
+            then become champion by hand and with a reason only.
         as_json: Print JSON.
     """
+    if flag is not None and not flag.strip():
+        raise ConfigError("--flag: say why, such as --flag 'taken down on request'")
     from ursa.artifacts import ExportedModel
     from ursa.data.versions import find_uses
     from ursa.inspection.root import MODELS, good_records, models_of
@@ -116,7 +124,18 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
         )
     if as_json:
         print(json.dumps(rows, indent=1))
-    for row in rows if not as_json else ():
+    else:
+        _print_uses(rows)
+    if not rows:
+        if not as_json:
+            print_lines(f"no version holds {names[0]}")
+        sys.exit(1)
+    if flag is not None:
+        _flag_versions(rows, f"{names[0]}: {flag.strip()}", quiet=as_json)
+
+
+def _print_uses(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
         print_lines(
             f"version {row['version']} of {row['source']}",
             f"  {row['file']}: {row['status']}, {row['clips']} clips",
@@ -125,10 +144,24 @@ def uses(what: str, root: str | None = None, *, as_json: AsJson = False) -> None
             print_lines(f"  model {model}")
         for model in row["descendants"]:
             print_lines(f"  model {model}, whose weights began with those of a model above")
-    if not rows:
-        if not as_json:
-            print_lines(f"no version holds {names[0]}")
-        sys.exit(1)
+
+
+def _flag_versions(rows: list[dict[str, Any]], text: str, *, quiet: bool) -> None:
+    """Mark the registered versions of all models of some uses."""
+    from ursa.cli.backstage import call_tasks
+    from ursa.cli.models import check_answers, registry_uri
+
+    uri = registry_uri()
+    check_answers(uri)
+    directories = {name for row in rows for name in (*row["models"], *row["descendants"])}
+    found = call_tasks(
+        "flag-versions", tracking_uri=uri, directories=sorted(directories), text=text
+    )
+    for item in found if not quiet else ():
+        known_as = f" ({', '.join(item['aliases'])})" if item["aliases"] else ""
+        print_lines(f"flagged {item['name']} version {item['version']}{known_as}")
+    if not found and not quiet:
+        print("no version of these models is registered")
 
 
 def _listed_names(what: str) -> list[str]:

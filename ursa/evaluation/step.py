@@ -74,7 +74,8 @@ def evaluate(
         datasets.fingerprint,
         config.evaluation,
         config.release,
-        None if champion is None else champion.model_key,
+        # the same model may be another version of another registry
+        None if champion is None else (champion.model_key, champion.version),
         config.seed,
     )
     folder_uri = storage.join(output_uri, "evaluations", print_[:32])

@@ -40,13 +40,13 @@ def opened():
     return []
 
 
-def champion_of(model, opened, *, tokens_uri=None):
+def champion_of(model, opened, *, tokens_uris=(None,)):
     @contextlib.contextmanager
     def open_directory():
         opened.append(model.directory_uri)
         yield Path(model.directory_uri)
 
-    return Champion("3", model.content_key, tokens_uri, open_directory)
+    return Champion("3", model.content_key, tokens_uris, open_directory)
 
 
 def scored(place):
@@ -111,12 +111,22 @@ def test_a_champion_that_knows_the_samples_is_not_compared(model, data, opened, 
     storage.commit_record(uri, data.datasets)
     place = ScoresPlace(model, data.datasets, CONFIG, str(tmp_path))
     pipeline, scores = scored(place)
-    champion = champion_of(model, opened, tokens_uri=uri)
+    champion = champion_of(model, opened, tokens_uris=(uri,))
     comparison = compare_with(champion, pipeline, scores, place)
     assert "trained on all 4 sources" in (comparison.problem or "")
     assert comparison.refuses
-    gone = champion._replace(tokens_uri=str(tmp_path / "gone.json"))
+    gone = champion._replace(tokens_uris=(str(tmp_path / "gone.json"), uri))
     assert compare_with(gone, pipeline, scores, place).num_known_sources is None
+
+
+def test_a_champion_of_others_is_not_compared(model, data, opened, tmp_path):
+    place = ScoresPlace(model, data.datasets, CONFIG, str(tmp_path))
+    pipeline, scores = scored(place)
+    foreign = champion_of(model, opened)._replace(model_key=None)
+    comparison = compare_with(foreign, pipeline, scores, place)
+    assert comparison.problem == "it was not registered by this pipeline"
+    assert not comparison.refuses  # `release.require_comparison` decides
+    assert opened == []
 
 
 def test_a_champion_that_cannot_be_read_is_named(model, data, opened, tmp_path):

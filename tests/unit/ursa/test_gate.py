@@ -98,6 +98,14 @@ def test_gate_names_what_failed(metrics, message):
     assert any(message in reason for reason in failed_gates(metrics, None, CONFIG))
 
 
+def test_every_metric_that_is_judged_must_be_finite():
+    metrics = measured() | {"eval/i2v_loss": float("nan")}
+    release = CONFIG.release.model_copy(update={"budgets": {"i2v_loss": 0.1, "loss": None}})
+    judged = CONFIG.model_copy(update={"release": release})
+    assert failed_gates(metrics, None, judged) == ("i2v_loss is not finite",)
+    assert failed_gates(measured(), None, judged) == ()
+
+
 def test_unigram_counts_from_its_time_on():
     reasons = failed_gates(measured(loss=3.0), None, CONFIG)
     assert not any("t=0 " in reason for reason in reasons)
