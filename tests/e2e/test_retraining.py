@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,14 @@ import pytest
 
 from tests import running_services
 from tests.running_services import ROOT, TINY, Running, changed, run_arguments, versions
+from ursa.data.versions import DatasetVersion, find_uses, read_changes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NAME = "retrained"
-FIRST, NEW = ("tree_hand.mp4", "cardboard_box.mp4"), ("city_night.mp4",)
+FIRST = ("tree_hand.mp4", "cardboard_box.mp4")
+NEW = ("black_bottle.mp4", "bbb_stretch.mp4", "city_night.mp4")
+UNDER_WAY = {"SCHEDULED", "PENDING", "RUNNING", "CANCELLING"}
 OVERRIDES = changed(
     {
         "release": {"model_name": NAME},
@@ -39,11 +46,48 @@ def add(source: Path, *names: str) -> None:
         shutil.copy(ROOT / "tests" / "data" / "videos" / name, source)
 
 
+def set_up_schedule(services: Running, source: Path) -> None:
+    """Give the scheduled deployment the source and configuration of this test."""
+    name = f"{services.prefect_url}/api/deployments/name/ursa/scheduled-retraining"
+    parameters = {"source_uri": str(source), "preset": "tiny", "overrides": OVERRIDES}
+    call = urllib.request.Request(
+        f"{services.prefect_url}/api/deployments/{services.ask(name)['id']}",
+        data=json.dumps({"parameters": {**parameters, "only_new": True}}).encode(),
+        headers={"Content-Type": "application/json"},
+        method="PATCH",
+    )
+    urllib.request.urlopen(call, timeout=20).close()
+
+
+def fire_event(services: Running, limit_s: float = 400) -> dict[str, Any]:
+    """Say that there are new videos; return the run that this has started, when it has ended."""
+    query = {"deployments": {"name": {"any_": ["scheduled-retraining"]}}, "sort": "START_TIME_DESC"}
+    runs = f"{services.prefect_url}/api/flow_runs/filter"
+    before = {item["id"] for item in services.ask(runs, query)}
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "prefect", "event", "emit", "ursa.data.new"),
+            *("--resource-id", "ursa.source.videos"),
+        ],
+        env={**services.environment, "PREFECT_API_URL": f"{services.prefect_url}/api"},
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        for item in services.ask(runs, query):
+            if item["id"] not in before and item["state"]["type"] not in UNDER_WAY:
+                return dict(item)
+        time.sleep(1)
+    raise AssertionError("the event has started no run that ended")
+
+
 def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     services, source = running_services.start(), tmp_path / "videos"
     source.mkdir()
     add(source, *FIRST)
-    run(services, source)
+    whole = run(services, source)
     (first,) = versions(services, NAME)
     services.ask(
         f"{services.mlflow_url}/api/2.0/mlflow/registered-models/alias",
@@ -61,18 +105,27 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     assert (again["state"]["name"], again["state"]["message"]) == ("NoNewData", state["message"])
     assert again["total_run_time"] < 10, "the clips were known"
 
-    state = run(services, source, "--param only_new=true")["state"]
+    set_up_schedule(services, source)
+    begun = fire_event(services)
+    state = begun["state"]
     assert (state["type"], state["name"]) == ("COMPLETED", "Completed")
+    # three stages and two files then, one stage and three files (whose clips are there) now
+    assert begun["total_run_time"] < 1.5 * whole["total_run_time"]
     newest = max(versions(services, NAME), key=lambda item: int(item["version"]))
     tags = {item["key"]: item["value"] for item in newest["tags"]}
     assert tags["ursa.started_from"] == f"models:/{NAME}/{first['version']}"
     version = json.loads(Path(tags["ursa.dataset_version"]).read_text())["record"]
-    assert {kind: count for kind, count in version["changes"].items() if count} == {"added": 1}
+    assert {kind: count for kind, count in version["changes"].items() if count} == {"added": 3}
+    found = DatasetVersion.model_validate(version)
+    assert {Path(item.source_uri).name for item in read_changes(found)} == set(NEW)
+    for name in NEW:
+        (use,) = find_uses(str(services.folder / "data"), (source / name).as_uri())
+        assert use[0].manifest_uri == tags["ursa.dataset_version"]
     checkpoint = Path(tags["ursa.checkpoint"])
     assert checkpoint.parents[1].name == "async_finetune"
     assert checkpoint.name.startswith("step-00000002"), "as many steps as `retraining` says"
 
-    again = run(services, source, "--param only_new=true")
+    again = fire_event(services)
     state = again["state"]
     assert (state["name"], state["message"]) == ("NoNewData", f"no new data at {source}")
     assert again["total_run_time"] < 10
