@@ -95,7 +95,8 @@ def test_whole_run_on_s3(services: Running, bucket: Bucket, tmp_path: Path) -> N
     assert lineage["ursa.source_uri"] == "s3://ursa/videos"
     assert lineage["ursa.tokens"].startswith("s3://ursa/data/tokens/")
     funnel = services.artifacts()["data-funnel"]["data"]
-    assert "s3://ursa/videos/deep er/not a video.mp4" in funnel
+    # a backslash keeps Markdown from making a link of it
+    assert "s3://ursa/videos/deep er/not a video.mp4" in funnel.replace("\\", "")
     # nothing but the bucket holds data
     assert (sorted(local.rglob("*")) if local.exists() else []) == before
     objects = bucket.objects()
