@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -99,7 +101,23 @@ class Running(NamedTuple):
         return {item["key"]: item for item in found if item["key"]}
 
 
+BUSY = 503
+"""What Prefect answers while its database is locked, with nothing done; its client repeats it."""
+
+
 def ask(url: str, body: Any = None) -> Any:
+    """Send a GET or a POST, again for some seconds while the service says that it is busy."""
+    for pause_s in (0.5, 1.0, 2.0, 4.0):
+        try:
+            return ask_once(url, body)
+        except urllib.error.HTTPError as error:
+            if error.code != BUSY:
+                raise
+        time.sleep(pause_s)
+    return ask_once(url, body)
+
+
+def ask_once(url: str, body: Any = None) -> Any:
     call = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
