@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from tests import running_services
-from tests.running_services import ROOT, TINY, Running, changed, run_arguments, versions
+from tests.documented_names import MEANS, documented, documented_metrics, metric_names
+from tests.running_services import (
+    ROOT,
+    TINY,
+    Running,
+    changed,
+    mlflow_runs,
+    run_arguments,
+    versions,
+)
+from tests.running_services import tags as run_tags
 from ursa.data.versions import DatasetVersion, find_uses, read_changes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -83,6 +93,23 @@ def fire_event(services: Running, limit_s: float = 400) -> dict[str, Any]:
     raise AssertionError("the event has started no run that ended")
 
 
+def check_names(services: Running, flow_run_id: str, version: dict[str, Any]) -> None:
+    """Fail unless what a retraining with a champion leaves is documented, and what is is there."""
+    query = f"tags.`prefect.last_flow_run_id` = '{flow_run_id}'"
+    runs = {run_tags(item)["ursa.stage"]: item for item in mlflow_runs(services, query)}
+    found = metric_names(runs)
+    assert not documented_metrics().unknown(found)
+    assert {"drift/sharpness", "drift/caption_words"} <= found
+    of_champion = {f"eval/{one}_{mean}" for one in ("champion", "vs_champion") for mean in MEANS}
+    assert of_champion <= found
+    of_runs = {tag for run in runs.values() for tag in run_tags(run)}
+    assert not documented("Tags of runs").unknown(of_runs)
+    of_version = {tag["key"] for tag in version["tags"]}
+    documented("Tags of a version").check(of_version)
+    assert "ursa.started_from" in of_version
+    assert not documented("Prefect artifacts").unknown(set(services.artifacts()))
+
+
 def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     services, source = running_services.start(), tmp_path / "videos"
     source.mkdir()
@@ -124,6 +151,8 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     checkpoint = Path(tags["ursa.checkpoint"])
     assert checkpoint.parents[1].name == "async_finetune"
     assert checkpoint.name.startswith("step-00000002"), "as many steps as `retraining` says"
+
+    check_names(services, begun["id"], newest)
 
     again = fire_event(services)
     state = again["state"]

@@ -7,80 +7,22 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.running_services import ROOT, STAGES, Finished, mlflow_runs, tags, versions
+from tests.documented_names import (
+    Documented,
+    documented,
+    documented_metrics,
+    expressions,
+    metric_names,
+    section,
+)
+from tests.running_services import Finished, mlflow_runs, tags, versions
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-PAGE = ROOT / "docs" / "tracking.md"
-EVALUATION = ROOT / "docs" / "evaluation.md"
-MEANS = ("loss", "accuracy", "i2v_loss", "i2v_accuracy", "async_loss", "async_accuracy")
-PLACEHOLDERS = {
-    "stage": STAGES,
-    "mean": MEANS,
-    "split": ("train", "validation"),
-}
-NUMBERS = {
-    "t": r"0\.\d+",
-    "frame": r"\d+",
-    "step": r"\d+",
-    "number": r"\d+",
-    "clip": r"[\w-]+",
-    "scorer": r"[a-z-]+",
-    "score": r"[\d.]+",
-    "N": r"\d+",
-    "measure": r"[\w./-]+",
-}
-
-
-class Documented(NamedTuple):
-    """Names of a section, as expressions: of every run, and of some."""
-
-    always: tuple[str, ...]
-    sometimes: tuple[str, ...]
-
-    def check(self, found: set[str]) -> None:
-        """Fail unless these names, and no others, were found."""
-        known = (*self.always, *self.sometimes)
-        unknown = {name for name in found if not any(re.fullmatch(one, name) for one in known)}
-        assert not unknown, f"without a row in {PAGE}"
-        gone = [one for one in self.always if not any(re.fullmatch(one, name) for name in found)]
-        assert not gone, f"in {PAGE}, but the run has none"
-
-
-def section(title: str, page: Path = PAGE) -> str:
-    text = page.read_text("utf-8")
-    return re.split(r"^## ", text.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
-
-
-def expressions(name: str) -> list[str]:
-    """Return the names that a name with placeholders stands for, as regular expressions."""
-    for key, values in PLACEHOLDERS.items():
-        if f"<{key}>" in name:
-            return [
-                one for value in values for one in expressions(name.replace(f"<{key}>", value, 1))
-            ]
-    parts = re.split(r"<(\w+)>", name)
-    return ["".join(NUMBERS[p] if i % 2 else re.escape(p) for i, p in enumerate(parts))]
-
-
-def names(text: str, column: int = 1) -> tuple[str, ...]:
-    """Return the names in one column of all tables of a text."""
-    cells = [line.split("|")[column] for line in text.splitlines() if line.startswith("| ")]
-    found = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
-    assert len(found) == len(set(found)), "a name has two rows"
-    return tuple(one for name in found for one in expressions(name))
-
-
-def documented(title: str) -> Documented:
-    always, _, sometimes = section(title).partition("Only in some runs:")
-    beside = re.findall("`([^`]+)`", sometimes.splitlines()[0]) if sometimes else []
-    more = [one for name in beside for one in expressions(name)]
-    return Documented(names(always), (*names(sometimes), *more))
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +59,7 @@ def test_artifact_keys_are_documented(finished: Finished) -> None:
 
 
 def test_metrics_are_documented(runs: dict[str, dict[str, Any]]) -> None:
-    found = {item["key"] for run in runs.values() for item in run["data"].get("metrics", [])}
-    always, sometimes = documented("Metrics")
-    measured = [f"eval/{one}" for one in names(section("Metrics", EVALUATION))]
-    ends = [f"{one}_(low|high)" for one in measured]
-    Documented((*always, *measured), (*sometimes, *ends)).check(found)
+    documented_metrics().check(metric_names(runs))
 
 
 def test_parameters_are_those_of_the_configuration(

@@ -58,9 +58,9 @@ def test_commands_hide_in_no_other_block():
 
 
 def test_blocks_are_run_somewhere():
-    """Most of them, and each of a tutorial but those of services that are not there."""
+    """All but two; a new one that is not is to be counted here."""
     left_out = [block.name for block in CODE if block.mark.startswith("not run")]
-    assert len(left_out) < 0.4 * len(CODE), left_out
+    assert len(left_out) == 2, left_out  # Docker, and the benchmarks' own programs
     assert not [name for name in left_out if name.startswith("docs/tutorials/")]
 
 
