@@ -83,7 +83,8 @@ def uses(
 ) -> None:
     """Name the data set versions and models that a file is in, whatever it was called.
 
-    Models that began with the weights of such a model are named too.
+    Models that began with the weights of such a model are named too, and those that have a
+    tokenizer which was fitted with the file.
 
     Exit status 1 if it is in none. Example: ursa data uses videos/tree_hand.mp4 .ursa/data
 
@@ -98,30 +99,9 @@ def uses(
     """
     if flag is not None and not flag.strip():
         raise ConfigError("--flag: say why, such as --flag 'taken down on request'")
-    from ursa.artifacts import ExportedModel
-    from ursa.data.versions import find_uses
-    from ursa.inspection.root import MODELS, good_records, models_of
-
     data_uri = root_uri(root)
     names = _listed_names(what)
-    found = find_uses(data_uri, *names)
-    models = good_records(data_uri, MODELS, ExportedModel) if found else []
-    rows: list[dict[str, Any]] = []
-    for version, row in found:
-        trained, descendants = models_of(models, version.tokens_uri)
-        rows.append(
-            {
-                "version": version.number,
-                "source": version.source_uri,
-                "manifest": version.manifest_uri,
-                "file": row["source_uri"],
-                "content": row["content"],
-                "status": row["status"],
-                "clips": row["num_clips"],
-                "models": [model.directory_uri for model in trained],
-                "descendants": [model.directory_uri for model in descendants],
-            }
-        )
+    rows = _rows_of_uses(data_uri, names)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -134,12 +114,48 @@ def uses(
         _flag_versions(rows, f"{names[0]}: {flag.strip()}", quiet=as_json)
 
 
+def _rows_of_uses(data_uri: str, names: list[str]) -> list[dict[str, Any]]:
+    """Describe the versions that hold a file, then others whose tokenizers were fitted with it."""
+    from ursa.artifacts import ExportedModel
+    from ursa.data.versions import find_fitted_uses, find_uses
+    from ursa.inspection.root import MODELS, good_records, models_of
+
+    found = find_uses(data_uri, *names)
+    if not found:
+        return []
+    nothing = {"source_uri": None, "content": None, "status": None, "num_clips": 0}
+    holders = [version for version, file in found if file["num_clips"]]
+    uses: list[tuple[DatasetVersion, dict[str, Any], tuple[str, ...]]]
+    uses = [(version, file, ()) for version, file in found]
+    uses += [(version, nothing, kinds) for version, kinds in find_fitted_uses(data_uri, holders)]
+    models = good_records(data_uri, MODELS, ExportedModel)
+    rows = []
+    for version, file, tokenizers in uses:
+        trained, descendants = models_of(models, version.tokens_uri)
+        rows.append(
+            {
+                "version": version.number,
+                "source": version.source_uri,
+                "manifest": version.manifest_uri,
+                "file": file["source_uri"],
+                "content": file["content"],
+                "status": file["status"],
+                "clips": file["num_clips"],
+                "tokenizers": list(tokenizers),
+                "models": [model.directory_uri for model in trained],
+                "descendants": [model.directory_uri for model in descendants],
+            }
+        )
+    return rows
+
+
 def _print_uses(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        print_lines(
-            f"version {row['version']} of {row['source']}",
-            f"  {row['file']}: {row['status']}, {row['clips']} clips",
-        )
+        if row["tokenizers"]:
+            how = f"not in it, but fitted with it: tokenizers ({', '.join(row['tokenizers'])})"
+        else:
+            how = f"{row['file']}: {row['status']}, {row['clips']} clips"
+        print_lines(f"version {row['version']} of {row['source']}", f"  {how}")
         for model in row["models"]:
             print_lines(f"  model {model}")
         for model in row["descendants"]:

@@ -669,6 +669,55 @@ def find_uses(root_uri: str, *what: str) -> list[tuple[DatasetVersion, dict[str,
     ]
 
 
+def find_fitted_uses(
+    root_uri: str, holders: Iterable[DatasetVersion]
+) -> list[tuple[DatasetVersion, tuple[str, ...]]]:
+    """Return the versions whose tokenizers were fitted with the clips of other versions.
+
+    A tokenizer is kept while the data grow (`find_kept_tokenizer`), or taken from a directory, so a
+    version may have one that was fitted with a file which it does not hold itself.
+
+    Args:
+        root_uri: The data root.
+        holders: Versions that hold a file.
+
+    Returns:
+        Other versions, by source and number, and which of "visual" and "text" it is.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    versions = list_versions(root_uri)
+    holding = {version.manifest_uri for version in holders}
+    seen: set[tuple[str, Any]] = set()
+    fitted = set()
+    for version in versions:
+        for kind, content in _tokenizer_contents(version).items():
+            # the oldest of a source that has it was made for it
+            is_first = (version.source_uri, content) not in seen
+            seen.add((version.source_uri, content))
+            is_own = version.config[f"{kind}_tokenizer"].get("directory_uri") is None
+            if is_first and is_own and version.manifest_uri in holding:
+                fitted.add(content)
+    found = []
+    for version in versions:
+        contents = _tokenizer_contents(version)
+        kinds = tuple(kind for kind, content in contents.items() if content in fitted)
+        if kinds and version.manifest_uri not in holding:
+            found.append((version, kinds))
+    return found
+
+
+def _tokenizer_contents(version: DatasetVersion) -> dict[str, frozenset[tuple[str, str]]]:
+    """Return by kind what tells a tokenizer from others, wherever it lies."""
+    tokenizers = {"visual": version.visual_tokenizer, "text": version.text_tokenizer}
+    return {
+        # records of older releases have no hashes
+        kind: frozenset((item.sha256 or {"fingerprint": item.fingerprint}).items())
+        for kind, item in tokenizers.items()
+    }
+
+
 def _contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     # what a manifest names but nobody found is no file
     missing = FailureReason.MISSING

@@ -27,6 +27,7 @@ from ursa.data.versions import (
     FileChange,
     commit_version,
     compare_files,
+    find_fitted_uses,
     find_kept_tokenizer,
     find_uses,
     iter_ancestors,
@@ -194,12 +195,17 @@ class Ledger:
             update={"clips": selection.clips.model_copy(update=changes), "fingerprint": print_}
         )
 
-    def commit(self, clips, source_uri="/videos"):
-        tokenizers = (self._data.visual_tokenizer, self.text_tokenizer)
+    def commit(self, clips, source_uri="/videos", visual=None, config=CONFIG):
+        tokenizers = (visual or self._data.visual_tokenizer, self.text_tokenizer)
         selection = self.select(clips, source_uri)
         return commit_version(
-            self.uri, CONFIG, selection, tokenizers, self._data.datasets, code={"ursa": "test"}
+            self.uri, config, selection, tokenizers, self._data.datasets, code={"ursa": "test"}
         )
+
+    def visual(self, name):
+        """A visual tokenizer of a content of its own."""
+        changes = {"sha256": {"model.safetensors": name}, "fingerprint": name}
+        return self._data.visual_tokenizer.model_copy(update=changes)
 
     def grow(self, count):
         """Versions of one file, two files, and so on."""
@@ -470,6 +476,35 @@ def test_a_file_that_no_version_holds_is_not_found(ledger, capsys, asked):
         main(["data", "uses", asked, ledger.uri])
     assert stopped.value.code == 1
     assert "no version holds" in capsys.readouterr().out
+
+
+def test_versions_with_a_tokenizer_that_was_fitted_with_a_file_are_listed(ledger, capsys):
+    fitted = ledger.visual("fitted")
+    one = ledger.commit([clip("a")], visual=ledger.visual("before"))
+    two = ledger.commit([clip("a"), clip("b")], visual=fitted)
+    kept = ledger.commit([clip("a"), clip("c")], visual=fitted)
+    refitted = ledger.commit([clip("a"), clip("d")], visual=ledger.visual("refitted"))
+    # of another source, from the directory of a model of the first
+    kinds = ("visual_tokenizer", "text_tokenizer")
+    taken = factories.tiny_config({kind: {"directory_uri": f"/models/{kind}"} for kind in kinds})
+    borrowed = ledger.commit([clip("x")], "/other", fitted, taken)
+    assert find_fitted_uses(ledger.uri, [two]) == [(borrowed, ("visual",)), (kept, ("visual",))]
+    # the one text tokenizer of all of them was made for the first
+    by_text = [(version, ("text",)) for version in (borrowed, two, kept, refitted)]
+    assert find_fitted_uses(ledger.uri, [one]) == by_text
+    for holder in (kept, refitted, borrowed):
+        assert find_fitted_uses(ledger.uri, [holder]) == []
+
+    with pytest.raises(SystemExit):
+        main(["data", "uses", "/videos/b.mp4", ledger.uri])
+    assert capsys.readouterr().out.splitlines() == [
+        f"version 2 of {two.source_uri}",
+        "  file:///videos/b.mp4: ok, 1 clips",
+        f"version 1 of {borrowed.source_uri}",
+        "  not in it, but fitted with it: tokenizers (visual)",
+        f"version 3 of {two.source_uri}",
+        "  not in it, but fitted with it: tokenizers (visual)",
+    ]
 
 
 def test_models_that_began_with_one_that_saw_a_file_are_listed(
