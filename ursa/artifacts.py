@@ -502,7 +502,7 @@ class ExportedModel(FrozenModel):
         return fingerprint(self.sha256)
 
 
-BootstrapUnit = Literal["source", "prompt", "clip", "sample"]
+BootstrapUnit = Literal["source", "prompt", "clip", "span", "sample"]
 """What `ursa.bootstrap` may draw as a whole."""
 
 
@@ -514,6 +514,9 @@ class HeldOutScores(FrozenModel):
     sample_ids: tuple[str, ...]
     clip_ids: tuple[str, ...] = Field(description="of the same samples")
     source_ids: tuple[str, ...] = Field(description="likewise: sha256 of the source")
+    span_ids: tuple[str, ...] = Field(
+        default=(), description="likewise: `ursa.bootstrap.footage_spans`; not in old records"
+    )
     grids: tuple[LossGrid, ...] = Field(description="`sample_loss` and so on in the same order")
 
 

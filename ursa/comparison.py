@@ -20,7 +20,8 @@ from ursa.artifacts import (
     LossGrid,
     TokenDatasets,
 )
-from ursa.config import RunConfig, fingerprint
+from ursa.bootstrap import footage_spans
+from ursa.config import RunConfig, TokenizationConfig, fingerprint
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples, source_ids
 from ursa.diffusion.path import MetricPath, MixturePath
@@ -75,7 +76,7 @@ class ScoresPlace(NamedTuple):
         evaluation = self.config.evaluation
         files = self.model.sha256.items()
         print_ = fingerprint(
-            "held-out-scores",
+            "held-out-scores-2",  # with spans
             SCHEMA_VERSION,
             model_key,
             self.datasets.video_validation.fingerprint,
@@ -136,6 +137,7 @@ class ScoresPlace(NamedTuple):
             sample_ids=tuple(held_out.sample_ids),
             clip_ids=tuple(held_out.clip_ids),
             source_ids=tuple(held_out.source_ids),
+            span_ids=held_out_spans(held_out, self.config.tokenization),
             grids=grids,
         )
         try:
@@ -143,6 +145,17 @@ class ScoresPlace(NamedTuple):
         except ManifestError as error:  # they are no less true for it
             logger.warning("%s; delete it, and the next run writes it again", error)
             return scores
+
+
+def held_out_spans(samples: TokenSamples, config: TokenizationConfig) -> tuple[str, ...]:
+    """Return the stretch of footage of each sample.
+
+    Args:
+        samples: Held-out windows.
+        config: Rate and length of the windows.
+    """
+    window_s = config.num_frames / config.fps
+    return footage_spans(samples.clip_ids, samples.starts_s, window_s=window_s)
 
 
 def compare_with(

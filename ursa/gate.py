@@ -20,7 +20,7 @@ from ursa.artifacts import (
     MetricChange,
     MetricInterval,
 )
-from ursa.bootstrap import MIN_UNITS, Units, choose_units, mean_interval
+from ursa.bootstrap import MIN_SPANS, MIN_UNITS, Units, choose_units, mean_interval
 from ursa.config import HeldOutMetric, ReleaseConfig, RunConfig
 from ursa.training.validation import SETTING_PREFIX, comparable
 
@@ -41,7 +41,7 @@ def metric_intervals(scores: HeldOutScores) -> tuple[MetricInterval, ...]:
     Returns:
         One interval a metric; none of too few samples.
     """
-    units = choose_units(scores.source_ids, scores.clip_ids, scores.sample_ids)
+    units = choose_units(scores.source_ids, scores.clip_ids, scores.span_ids)
     if units is None:
         return ()
     found = []
@@ -90,8 +90,9 @@ def compare(
     def chosen(names: tuple[str, ...]) -> list[str]:
         return [name for name, is_kept in zip(names, kept, strict=True) if is_kept]
 
-    samples = chosen(challenger.sample_ids)
-    units = choose_units(chosen(challenger.source_ids), chosen(challenger.clip_ids), samples)
+    units = choose_units(
+        chosen(challenger.source_ids), chosen(challenger.clip_ids), chosen(challenger.span_ids)
+    )
     changes = []
     for grid in challenger.grids:
         for other in champion.grids:
@@ -105,7 +106,7 @@ def compare(
         refuses=not changes,
         unit=None if units is None else units.kind,
         num_units=0 if units is None else units.num_units,
-        num_samples=len(samples),
+        num_samples=int(kept.sum()),
         num_known_sources=num_known,
         changes=tuple(changes),
     )
@@ -206,8 +207,9 @@ def failed_gates(
     if judged and comparison.unit is None:
         failed.append(
             f"{comparison.num_samples} held-out samples are too few to compare with champion "
-            f"version {comparison.champion_version}, at least {MIN_UNITS} are needed: add videos, "
-            "raise selection.validation_fraction or evaluation.max_samples"
+            f"version {comparison.champion_version}, at least {MIN_UNITS} are needed, of "
+            f"{MIN_SPANS} stretches of footage that share no frames: add videos, raise "
+            "selection.validation_fraction or evaluation.max_samples"
         )
     else:
         failed += [reason for change in judged if (reason := _refusal(change, comparison))]
@@ -294,6 +296,6 @@ def _spread(change: MetricChange) -> str:
 
 def _ground(comparison: Comparison) -> str:
     text = f"{comparison.num_samples} samples"
-    if comparison.unit in {"source", "clip"}:
+    if comparison.unit in {"source", "clip", "span"}:
         text += f" of {comparison.num_units} {comparison.unit}s"
     return text

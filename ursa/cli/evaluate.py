@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,9 +74,11 @@ def evaluate(
     version = choose_version(
         list_versions(root_uri(root)), data_version, source, option="--data-version"
     )
-    from ursa.evaluation.models import measure_model, open_model, version_config
+    from ursa.evaluation.models import conditions_of, measure_model, open_model, version_config
 
     config = version_config(version, preset, parse_changes(changes))
+    if other is not None:
+        check_conditions(other, conditions_of(version.visual_tokenizer, config))
     check_device(device)
     with model_directory(model) as directory:
         # a path would lose a slash of s3://
@@ -129,6 +131,28 @@ def _read(path: Path) -> "ModelMeasurements":
         ) from error
 
 
+def check_conditions(other: "ModelMeasurements", conditions: Mapping[str, str]) -> None:
+    """Refuse measurements that were made otherwise than those to come.
+
+    Args:
+        other: Of another model.
+        conditions: As `ursa.evaluation.models.conditions_of` returns them.
+
+    Raises:
+        ConfigError: If they differ.
+    """
+    unlike = [
+        f"{name} is {value} here and {other.conditions.get(name, 'unknown')} there"
+        for name, value in conditions.items()
+        if other.conditions.get(name) != value
+    ]
+    if unlike:
+        raise ConfigError(
+            f"--against: {other.model} was measured otherwise, and nothing can be compared: "
+            f"{'; '.join(unlike)}; measure both on one data set version with the same settings"
+        )
+
+
 def print_measures(found: "Measurements") -> None:
     """Print values, intervals and what they are over.
 
@@ -152,8 +176,8 @@ def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -
     rows = differences(found.measurements, other.measurements)
     if not rows:
         raise ConfigError(
-            f"{other.model} was measured on other data ({other.data_version_uri}) or with another "
-            "seed: nothing can be compared"
+            f"--against: {other.model} was measured on other clips ({other.data_version_uri}): "
+            "nothing can be compared; give --data-version"
         )
     print_lines("", f"{found.model} less {other.model}, case by case")
     for row in rows:

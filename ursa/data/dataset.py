@@ -173,6 +173,7 @@ class TokenSamples:
         sample_ids: Names of the samples, ascending in data sets of at most one block.
         clip_ids: The clip of each sample.
         source_ids: sha256 of the source of each sample.
+        starts_s: Where each sample begins in its clip, seconds.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class TokenSamples:
         self.sample_ids: list[str] = columns["sample_id"].to_pylist()
         self.clip_ids: list[str] = columns["clip_id"].to_pylist()
         self.source_ids: list[str] = columns["source_sha256"].to_pylist()
+        self.starts_s: list[float] = columns["start_s"].to_pylist()
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -243,7 +245,7 @@ def _read_rows(
     tables = iter_shards(
         [shard for shard, _ in wanted],
         codebook_size=dataset.codebook_size,
-        columns=["visual_ids", "clip_id", "source_sha256", *BATCH_COLUMNS],
+        columns=["visual_ids", "clip_id", "source_sha256", "start_s", *BATCH_COLUMNS],
     )
     ids, parts = [], []
     for (shard, rows), table in zip(wanted, tables, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ursa.artifacts import CheckpointRef, LossGrid, Measurements, TokenDatasets
-from ursa.comparison import measure
+from ursa.comparison import held_out_spans, measure
 from ursa.config import RunConfig
 from ursa.data.addresses import address_seed
 from ursa.data.dataset import TokenSamples, code_counts
@@ -105,7 +105,11 @@ def held_out_measurements(
     group = group_cases(
         "held_out_tokens",
         samples.sample_ids,
-        (("source", samples.source_ids), ("clip", samples.clip_ids)),
+        (
+            ("source", samples.source_ids),
+            ("clip", samples.clip_ids),
+            ("span", held_out_spans(samples, config.tokenization)),
+        ),
     )
     measures = []
     for grid in finite:

@@ -85,9 +85,11 @@ def group_cases(
     Args:
         name: Of the group.
         cases: Names of the cases.
-        levels: As `ursa.bootstrap.largest_units` takes them, without the cases themselves.
+        levels: As `ursa.bootstrap.largest_units` takes them, without the cases themselves: where
+            these share footage, their spans are the last level.
     """
-    units = largest_units((*levels, ("sample", cases)))
+    shares_footage = any(kind == "span" for kind, _ in levels)
+    units = largest_units(levels if shares_footage else (*levels, ("sample", cases)))
     return MeasuredCases(
         name=name,
         cases=tuple(cases),

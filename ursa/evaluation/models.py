@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import Field
 
 from ursa import storage
 from ursa.artifacts import (
@@ -15,8 +16,17 @@ from ursa.artifacts import (
     Measurements,
     StageRequest,
     TokenDatasets,
+    TokenizerRef,
 )
-from ursa.config import STAGES, FrozenModel, Preset, RunConfig, StageName, load_config
+from ursa.config import (
+    STAGES,
+    FrozenModel,
+    Preset,
+    RunConfig,
+    StageName,
+    fingerprint,
+    load_config,
+)
 from ursa.data.clips import read_selection
 from ursa.data.versions import DatasetVersion
 from ursa.errors import ConfigError, ManifestError
@@ -38,25 +48,53 @@ class ModelMeasurements(FrozenModel):
 
     model: str
     data_version_uri: str
+    conditions: dict[str, str] = Field(
+        default_factory=dict,
+        description="what must be the same where two are compared: seed, times, codes; not in "
+        "files of older releases",
+    )
     metrics: dict[str, float]
     measurements: Measurements
     not_measured: tuple[str, ...]
 
 
-def report_measurements(report: EvalReport, data_version_uri: str) -> ModelMeasurements:
+def report_measurements(
+    report: EvalReport, data_version_uri: str, codes: TokenizerRef, config: RunConfig
+) -> ModelMeasurements:
     """Return what a flow has measured, as `ursa evaluate --against` reads it.
 
     Args:
         report: The evaluation.
         data_version_uri: Manifest of the data set version.
+        codes: Its visual tokenizer.
+        config: The run.
     """
     return ModelMeasurements(
         model=report.model.directory_uri,
         data_version_uri=data_version_uri,
+        conditions=conditions_of(codes, config),
         metrics=report.metrics,
         measurements=report.measurements,
         not_measured=(),
     )
+
+
+def conditions_of(codes: TokenizerRef, config: RunConfig) -> dict[str, str]:
+    """Return what must be the same where two models are compared, beside the cases.
+
+    Args:
+        codes: The visual tokenizer of the data.
+        config: The run.
+    """
+    samples, evaluation = config.tokenization, config.evaluation
+    return {
+        "seed": str(config.seed),
+        "evaluation.timesteps": ", ".join(f"{t:g}" for t in evaluation.timesteps),
+        "evaluation.clips.max_train_windows": str(evaluation.clips.max_train_windows),
+        "frames": f"{samples.num_frames} of {samples.height_px} x {samples.width_px} px at "
+        f"{samples.fps:g} /s",
+        "visual tokenizer of the data": fingerprint(codes.sha256 or codes.fingerprint)[:12],
+    }
 
 
 def version_config(
@@ -172,6 +210,7 @@ def measure_model(
     return ModelMeasurements(
         model=name,
         data_version_uri=version.manifest_uri,
+        conditions=conditions_of(version.visual_tokenizer, config),
         metrics=metrics | measurement_metrics(measurements),
         measurements=measurements,
         not_measured=tuple(missing),

@@ -32,6 +32,9 @@ from ursa.video.reader import ClipReader
 
 logger = logging.getLogger(__name__)
 
+EVALUATION_VERSION = 2
+"""Counts up when the same model is measured or judged otherwise: it is then measured again."""
+
 
 def evaluate(
     model: ExportedModel,
@@ -69,6 +72,7 @@ def evaluate(
     """
     print_ = fingerprint(
         "evaluation",
+        EVALUATION_VERSION,
         SCHEMA_VERSION,
         model.fingerprint,
         datasets.fingerprint,

@@ -10,8 +10,8 @@ from ursa.config import RunConfig
 from ursa.data.dataset import code_counts
 from ursa.data.units import SPLITS
 from ursa.evaluation.clips import psnr, ssim
-from ursa.evaluation.measures import group_cases, join, mean_measure, plain_measure
-from ursa.evaluation.windows import iter_windows
+from ursa.evaluation.measures import join, mean_measure, plain_measure
+from ursa.evaluation.windows import group_windows, iter_windows
 from ursa.generation import UrsaPipeline
 from ursa.video.decode import ReadFrames, read_frames_at
 
@@ -54,14 +54,7 @@ def _measure_split(
     windows = list(iter_windows(selected, split, config, read, limit=_WINDOWS))
     if not windows:
         return Measurements()
-    group = group_cases(
-        f"windows_{split}",
-        [window.name for window in windows],
-        (
-            ("source", [window.source_id for window in windows]),
-            ("clip", [window.clip_id for window in windows]),
-        ),
-    )
+    group = group_windows(f"windows_{split}", windows, config.tokenization)
     logger.info("reconstruction of %d %s windows", len(windows), split)
     real = np.stack([window.frames for window in windows])
     size = config.evaluation.batch_size

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ursa.artifacts import SelectedClip, Split
-from ursa.config import RunConfig
+from ursa.artifacts import MeasuredCases, SelectedClip, Split
+from ursa.bootstrap import footage_spans
+from ursa.config import RunConfig, TokenizationConfig
 from ursa.data.clips import clip_windows, local_clip
 from ursa.data.dataset import spread
 from ursa.errors import VideoDecodeError
+from ursa.evaluation.measures import group_cases
 from ursa.video.decode import FrameSize, ReadFrames
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ class Window(NamedTuple):
     Attributes:
         name: Clip and start.
         clip_id: The clip.
+        start_s: Where it begins in the clip, seconds.
         source_id: sha256 of its source.
         caption: What is said of it.
         frames: uint8 (F, H, W, 3).
@@ -30,6 +33,7 @@ class Window(NamedTuple):
 
     name: str
     clip_id: str
+    start_s: float
     source_id: str
     caption: str
     frames: np.ndarray
@@ -77,10 +81,36 @@ def iter_windows(
             yield Window(
                 name=f"{item.clip.clip_id}@{start_s:.3f}",
                 clip_id=item.clip.clip_id,
+                start_s=start_s,
                 source_id=item.clip.source_sha256,
                 caption=item.clip.caption or "",
                 frames=frames[np.searchsorted(wanted, indices)],
             )
+
+
+def group_windows(
+    name: str, windows: Sequence[Window], config: TokenizationConfig
+) -> MeasuredCases:
+    """Return windows as cases of metrics.
+
+    Args:
+        name: Of the group.
+        windows: The windows.
+        config: Their rate and length.
+    """
+    clips = [window.clip_id for window in windows]
+    spans = footage_spans(
+        clips, [window.start_s for window in windows], window_s=config.num_frames / config.fps
+    )
+    return group_cases(
+        name,
+        [window.name for window in windows],
+        (
+            ("source", [window.source_id for window in windows]),
+            ("clip", clips),
+            ("span", spans),
+        ),
+    )
 
 
 def read_window(

@@ -92,6 +92,16 @@ def test_a_directory_and_its_checkpoint_measure_the_same(trained, tmp_path, caps
     assert (one.model, one.not_measured) == (trained.model.directory_uri, ())
     assert one.metrics["eval/loss"] > 0
 
+    # other noise is another experiment; that is said before anything is measured
+    assert run(*second, "--against", str(files[0]), "--set=seed=7", *trained.changes) == 1
+    said = capsys.readouterr().err
+    assert "drawing" not in said
+    assert f"seed is 7 here and {one.conditions['seed']} there; measure both" in said
+    unknown = tmp_path / "older.json"
+    unknown.write_text(one.model_copy(update={"conditions": {}}).model_dump_json())
+    assert run(*second, "--against", str(unknown), *trained.changes) == 1
+    assert "visual tokenizer of the data is" in capsys.readouterr().err
+
 
 def test_losses_over_other_codes_are_left_out(trained, tmp_path, capsys):
     other = tmp_path / "other"

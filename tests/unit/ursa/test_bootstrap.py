@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ursa.bootstrap import MIN_UNITS, Units, choose_units, mean_interval
+from ursa.bootstrap import MIN_UNITS, Units, choose_units, footage_spans, mean_interval
 
 
 def units_of(counts: list[int]) -> Units:
@@ -54,7 +54,7 @@ def test_interval_is_repeatable_and_moves_with_the_values():
 
 @pytest.mark.parametrize(
     ("num_sources", "num_clips", "num_samples", "expected"),
-    [(8, 8, 16, "source"), (7, 8, 16, "clip"), (1, 2, 8, "sample"), (1, 2, 7, None)],
+    [(8, 8, 16, "source"), (7, 8, 16, "clip"), (1, 2, 8, "span"), (1, 2, 7, None)],
 )
 def test_the_largest_units_of_which_there_are_enough(num_sources, num_clips, num_samples, expected):
     names = [
@@ -64,3 +64,29 @@ def test_the_largest_units_of_which_there_are_enough(num_sources, num_clips, num
     found = choose_units(*names)
     assert (found and found.kind) == expected
     assert found is None or found.num_units >= MIN_UNITS
+
+
+def test_windows_that_share_footage_are_drawn_by_stretches():
+    """As the preset tiny holds them out: 38 windows of nine frames, one frame apart."""
+    random = np.random.default_rng(0)
+    clips, starts = ["a"] * 38, [place / 8 for place in range(38)]
+    names = footage_spans(clips, starts, window_s=9 / 8)
+    assert [names.count(f"a+{number}") for number in range(5)] == [9, 9, 9, 9, 2]
+    spans = choose_units(clips, clips, names)
+    assert spans is not None
+    assert (spans.kind, spans.num_units) == ("span", 5)
+    alone = Units("sample", tuple(map(str, range(38))))
+    held = {"span": 0, "sample": 0}
+    for _ in range(200):
+        # half of what a window differs by is of its frames
+        frames = np.convolve(random.normal(size=46), np.ones(9) / 3, "valid")
+        values = frames + random.normal(size=38)
+        for units in (spans, alone):
+            low, high = mean_interval(values, units)
+            held[units.kind] += low <= 0 <= high
+    assert held["sample"] < 130 < 160 < held["span"]
+
+
+def test_stretches_begin_anew_in_every_clip_and_where_windows_are_apart():
+    clips, starts = ["b", "a", "a", "a", "a"], [0.5, 2.0, 0.0, 0.9, 1.0]
+    assert footage_spans(clips, starts, window_s=1.0) == ("b+0", "a+2", "a+0", "a+0", "a+1")

@@ -64,7 +64,7 @@ def test_a_damaged_model_is_refused_and_the_champion_measured_once(model, data, 
     pipeline, scores = scored(place)
     champion = champion_of(model, opened)
     comparison = compare_with(champion, pipeline, scores, place)
-    assert (comparison.problem, comparison.unit, comparison.num_samples) == (None, "sample", 12)
+    assert (comparison.problem, comparison.unit, comparison.num_samples) == (None, "span", 12)
     loss = next(change for change in comparison.changes if change.metric == "loss")
     assert loss.low > CONFIG.release.budgets["loss"]
     metrics = {f"eval/loss_t{t:g}": 0.0 for t in CONFIG.evaluation.timesteps}

@@ -50,6 +50,7 @@ def scores_of(loss, *, accuracy=None, per_source=1, names="s"):
         sample_ids=tuple(f"{names}{i}" for i in range(count)),
         clip_ids=tuple(f"c{i // per_source}" for i in range(count)),
         source_ids=tuple(f"v{i // per_source}" for i in range(count)),
+        span_ids=tuple(f"c{i // per_source}+{i % per_source}" for i in range(count)),
         grids=(grid_of(loss, accuracy),),
     )
 
@@ -160,6 +161,21 @@ def test_too_few_samples_are_no_proof():
     assert (few.unit, few.changes[0].low) == (None, None)
     (reason,) = failed_gates(measured(), few, CONFIG)
     assert "7 held-out samples are too few" in reason
+
+
+def test_many_windows_of_little_footage_are_no_proof():
+    """Of 16 windows, one frame apart, that share their frames, two do not."""
+    windows = scores_of(EASE[:16] - 1.0, per_source=16)
+    spans = {"span_ids": tuple(f"c0+{i // 8}" for i in range(16))}
+    challenger = windows.model_copy(update=spans)
+    champion = scores_of(EASE[:16], per_source=16).model_copy(update=spans)
+    little = compared(challenger, champion)
+    assert (little.unit, little.num_units) == (None, 0)
+    (reason,) = failed_gates(measured(), little, CONFIG)
+    assert "of 4 stretches of footage that share no frames" in reason
+    enough = compared(windows, scores_of(EASE[:16], per_source=16))
+    assert (enough.unit, enough.num_units) == ("span", 16)
+    assert "on 16 samples of 16 spans" in comparison_text(enough)
 
 
 def test_what_the_champion_was_trained_on_is_left_out():

@@ -31,7 +31,7 @@ def test_at_most_32_windows_of_a_split_from_one_reading(exported_model, tmp_path
     assert names == ["tokenizer_psnr_train", "tokenizer_ssim_train"]
     assert len(asked) == 1
     assert len(found.cases[0].cases) == 32
-    assert found.cases[0].unit == "sample"
+    assert found.cases[0].unit == "span"
     chosen = list(iter_windows(selected, "train", config, read, limit=5))
     starts = {f"{clip.clip_id}@{start:.3f}": indices for start, indices in windows.items()}
     size = (config.tokenization.height_px, config.tokenization.width_px)
