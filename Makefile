@@ -44,7 +44,8 @@ up: setup ## start the services (Prefect, MLflow, worker) without running
 down: ## stop the services that this checkout has started
 	@if test -x $(BIN)/python; then $(SERVICES) down; fi
 
-status: setup ## say which services are up
+status: ## say which services are up
+	@test -x $(BIN)/python || { echo "nothing is set up yet; Try: make run"; exit 1; }
 	@$(SERVICES) status
 
 deploy: setup ## deploy prefect.yaml again

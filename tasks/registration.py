@@ -270,14 +270,14 @@ def run_note(context: RunContext, version: ModelVersion) -> str:
 
 def _title(context: RunContext, version: ModelVersion) -> str:
     """Return what came of a run in one line: a refusal must not look like a success."""
+    done = f"registered {version.name} version {version.version}"
     if not version.is_new:
-        return f"nothing changed: version {version.version} is up to date"
-    registered = f"registered {version.name} version {version.version}"
+        done = f"nothing changed: version {version.version} is up to date"
     found = tracking.registered_version(context.run.tracking_uri, version.name, version.version)
     tags = {} if found is None else found.tags
     if tags.get("ursa.gate_passed") == "false":
-        return f"{registered}, which the gate refused: {tags.get('ursa.failed_gates', '')}"
-    return f"{registered} as {version.alias}" if version.alias else registered
+        return f"{done}, which the gate refused: {tags.get('ursa.failed_gates', '')}"
+    return f"{done} as {version.alias}" if version.alias and version.is_new else done
 
 
 def finish_run(context: RunContext, version: ModelVersion) -> State[ModelVersion]:

@@ -115,7 +115,7 @@ def _publish_card(context: RunContext, version: DatasetVersion) -> None:
         tracking.tag_run(run, {"ursa.dataset_version": version.manifest_uri})
     reports.link(
         "data-card",
-        tracking.artifact_url(run, f"{CARD_FOLDER}/{CARD}"),
+        run.page(f"{CARD_FOLDER}/{CARD}"),
         f"data card of version {version.number}",
         "Funnel, scores, sizes, captions and examples of the clips.",
     )

@@ -42,6 +42,7 @@ LOG_STARTS: dict[str, int] = {}
 """Where the output of a service that this process has started begins in its log."""
 NOISE = re.compile(
     r"AwaitingConcurrencySlot|Aborted submission|Worker .* submitting flow run"
+    r"|^\s*non-pending state"  # the rest of the second, where a line is too long
     r"|prefect\.(flow-run\.heartbeat|artifact\.updated|artifact-collection\.)"
 )
 """What is said several times a second while a run waits, and all the time while it works."""
@@ -718,12 +719,24 @@ def follow(command: list[str]) -> tuple[int, str | None]:
     except KeyboardInterrupt:
         child.wait()
         if run_id:
-            say(f"the run goes on; stop it with: make down, or prefect flow-run cancel {run_id}")
+            say(f"\n{leave(run_id)}")
         raise
     finally:
         if watcher is not None:
             watcher.terminate()
             watcher.wait()
+
+
+def leave(run_id: str) -> str:
+    """Cancel a run that nobody watches any more and that has not begun; say what becomes of it."""
+    prefect, _, _ = services()
+    address = f"{prefect.url}/api/flow_runs/{run_id}"
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):
+        if request(address)["state"]["type"] in ("SCHEDULED", "PENDING"):
+            state = {"type": "CANCELLED", "message": "it was left before it began"}
+            request(f"{address}/set_state", {"state": state})
+            return "the run had not begun, and is cancelled"
+    return f"the run goes on; stop it with: make down, or prefect flow-run cancel {run_id}"
 
 
 def guard(run_id: str, pid: int) -> int:

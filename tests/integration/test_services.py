@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,6 +87,37 @@ def test_port_of_another_process_is_named(tmp_path: Path, variable: str) -> None
     assert marked(tmp_path) == []
 
 
+def script() -> Any:
+    """Import the script, which is in no package."""
+    found = importlib.util.spec_from_file_location("services", SCRIPT)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_a_run_that_is_left_before_it_begins_is_cancelled(
+    services: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ctrl-C does: a run that has begun goes on."""
+    for name, value in services.environment.items():
+        monkeypatch.setenv(name, value)
+    module, api = script(), f"{services.prefect_url}/api"
+    deployment = services.ask(f"{api}/deployments/name/ursa/full-training")["id"]
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    waits = {"type": "SCHEDULED", "state_details": {"scheduled_time": later}}
+    made = services.ask(f"{api}/deployments/{deployment}/create_flow_run", {"state": waits})
+    address = f"{api}/flow_runs/{made['id']}"
+    begun = {"state": {"type": "RUNNING"}, "force": True}
+    services.ask(f"{address}/set_state", begun)
+    assert module.leave(made["id"]).startswith("the run goes on; stop it with: make down")
+    assert services.ask(address)["state"]["type"] == "RUNNING"
+    services.ask(f"{address}/set_state", {"state": waits, "force": True})
+    assert module.leave(made["id"]) == "the run had not begun, and is cancelled"
+    assert services.ask(address)["state"]["type"] == "CANCELLED"
+
+
 @pytest.mark.parametrize(
     ("state", "begins", "holds"),
     [
@@ -106,12 +139,7 @@ def test_port_of_another_process_is_named(tmp_path: Path, variable: str) -> None
 def test_a_run_that_has_not_completed_is_told_apart(
     state: dict[str, str], begins: str, holds: str
 ) -> None:
-    found = importlib.util.spec_from_file_location("services", SCRIPT)
-    assert found is not None
-    assert found.loader is not None
-    script = importlib.util.module_from_spec(found)
-    found.loader.exec_module(script)
-    first, second = script.why_not_completed({"state": state}, "http://page").strip().splitlines()
+    first, second = script().why_not_completed({"state": state}, "http://page").strip().splitlines()
     assert first.startswith(begins)
     assert second.startswith("Try: ")
     assert holds in second

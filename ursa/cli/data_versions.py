@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ursa.cli.data import AsJson, root_uri
@@ -108,7 +109,8 @@ def uses(
         _print_uses(rows)
     if not rows:
         if not as_json:
-            print_lines(f"no version holds {names[0]}")
+            is_here = "://" in what or len(what) == 64 or Path(what.split("#")[0]).exists()
+            print_lines(f"no version holds {names[0]}" + ("" if is_here else ", nor is it there"))
         sys.exit(1)
     if flag is not None:
         _flag_versions(rows, f"{names[0]}: {flag.strip()}", quiet=as_json)
@@ -182,8 +184,6 @@ def _flag_versions(rows: list[dict[str, Any]], text: str, *, quiet: bool) -> Non
 
 def _listed_names(what: str) -> list[str]:
     """Return how a file may be listed that a person names: its URI, or that of a tar's member."""
-    from pathlib import Path
-
     from ursa.sources.names import member_uri
     from ursa.storage import absolute_uri
 
