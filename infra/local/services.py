@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -784,7 +785,8 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     say(f"Prefect run     {page}")
     view = "?workflowType=machine_learning"  # not the menu for language-model applications
     say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}{view}")
-    say(f"Model version   {tracking}/#/models/{name}/versions/{version}{view}")
+    shown = f"{tracking}/#/models/{urllib.parse.quote(name, safe='')}/versions/{version}{view}"
+    say(f"Model version   {shown}")
     say(f"                models:/{name}/{version} is models:/{name}@{tags.get('ursa.alias', '?')}")
     if sample := tags.get("ursa.sample"):
         say(f"Generated clip  {sample}")
