@@ -34,6 +34,7 @@ STATE = Path(os.environ.get("URSA_STATE_DIR") or ROOT / ".ursa").resolve()
 BIN = Path(sys.executable).parent
 POOL = "ursa"
 DEPLOYMENT = "ursa/full-training"
+RETRAINING = "ursa/scheduled-retraining"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 MARK = "URSA_SERVICES"
 START_LIMIT_S = 180.0
@@ -449,6 +450,7 @@ def deploy(prefect: Service) -> None:
     # the file says off; what somebody has switched on stays on
     for address in before.keys() & schedules(prefect).keys():
         request(f"{prefect.url}/api/{address}", before[address], method="PATCH")
+    spread_parameters(prefect)
     set_automations(prefect)
     (STATE / "run" / "deployed").write_text(digest)
 
@@ -477,6 +479,19 @@ def schedules(prefect: Service) -> dict[str, dict[str, Any]]:
         for item in found
         for schedule in item["schedules"]
     }
+
+
+def spread_parameters(prefect: Service) -> None:
+    """Let the retraining itself have what `ursa schedule on` has given its schedule, as before.
+
+    The schedule of the file has a slug. What somebody has made in Prefect is a matter of its own.
+    """
+    found = request(f"{prefect.url}/api/deployments/name/{RETRAINING}")
+    for item in found["schedules"]:
+        if item["slug"] and item["parameters"]:
+            parameters = {**found["parameters"], **item["parameters"]}
+            address = f"{prefect.url}/api/deployments/{found['id']}"
+            request(address, {"parameters": parameters}, method="PATCH")
 
 
 def flow_process_ids() -> set[str]:
