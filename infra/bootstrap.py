@@ -30,6 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 DEPLOYMENTS = ROOT / "prefect.yaml"
+RETRAINING = "ursa/scheduled-retraining"
 PREFECT = str(Path(sys.executable).parent / "prefect")
 
 
@@ -124,13 +125,23 @@ def schedules() -> dict[tuple[Any, Any], tuple[bool, dict[str, Any]]]:
 
 
 def restore(before: dict[tuple[Any, Any], tuple[bool, dict[str, Any]]]) -> None:
-    """Leave schedules as somebody has switched them: the file says off."""
+    """Leave schedules as somebody has switched them: the file says off.
+
+    The retraining itself gets what `ursa schedule on` has given its schedule, as before. The
+    schedule of the file has a slug; what somebody has made in Prefect is a matter of its own.
+    """
     from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.client.schemas.actions import DeploymentUpdate  # noqa: PLC0415
 
     with get_client(sync_client=True) as client:
         for own in before.keys() & schedules().keys():
             active, parameters = before[own]
             client.update_deployment_schedule(*own, active=active, parameters=parameters)
+        retraining = client.read_deployment_by_name(RETRAINING)
+        for item in retraining.schedules:
+            if item.slug and item.parameters:
+                wanted = {**retraining.parameters, **item.parameters}
+                client.update_deployment(retraining.id, DeploymentUpdate(parameters=wanted))
 
 
 def automations(block_id: str | None) -> list[dict[str, Any]]:

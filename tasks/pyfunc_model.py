@@ -82,7 +82,8 @@ class UrsaModel(PythonModel):
             MP4 files as base64 texts, one a prompt.
 
         Raises:
-            ConfigError: If a parameter does not fit, a prompt is too long or there are too many.
+            ConfigError: If a parameter does not fit, a prompt is no text or too long, or there are
+                too many.
         """
         import torch  # noqa: PLC0415
 
@@ -92,7 +93,15 @@ class UrsaModel(PythonModel):
 
         given = {k: v for k, v in (params or {}).items() if v is not None and v != NOT_GIVEN}
         seed = int(given.pop("seed", 0))
-        prompts = [str(value) for value in model_input["prompt"]]
+        prompts = list(model_input["prompt"])
+        for number, prompt in enumerate(prompts, 1):
+            # MLflow lets null pass for a text, as None or as a number that is none
+            if not isinstance(prompt, str):
+                raise ConfigError(
+                    f"prompt {number} of {len(prompts)} is null or no text ({prompt!r}); "
+                    'give a text, "" for none'
+                )
+        prompts = [str(prompt) for prompt in prompts]  # of numpy's kind, if they are of an array
         if len(prompts) > MAX_PROMPTS:
             raise ConfigError(
                 f"expected at most {MAX_PROMPTS} prompts a call, got {len(prompts):,}"

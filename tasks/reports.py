@@ -228,7 +228,8 @@ def link(key: str, url: str, text: str, description: str) -> None:
     """
     if in_flow_run():
         with _courtesy():
-            create_link_artifact(url, link_text=text, key=key, description=description)
+            shown = markdown_text(text)  # Prefect writes it into Markdown as it is
+            create_link_artifact(url, link_text=shown, key=key, description=description)
 
 
 def drift(measured: Drift, least: float | None) -> None:
@@ -468,7 +469,7 @@ def run_summary(title: str, rows: Sequence[tuple[str, str]]) -> None:
         title: Headline, and description of the artifact.
         rows: Name, any text, and value in Markdown.
     """
-    lines = [f"# {title}", "", "| | |", "|---|---|"]
+    lines = [f"# {markdown_text(title)}", "", "| | |", "|---|---|"]
     lines += [f"| {markdown_text(key)} | {value} |" for key, value in rows]
     markdown("run-summary", "\n".join(lines), title)
 

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from urllib.parse import quote
 
 import psutil
 
@@ -93,9 +94,9 @@ class TrackedRun(FrozenModel):
         Args:
             artifact_path: Path of the artifact inside the run; nothing is the run itself.
         """
-        shown = f"/artifacts/{artifact_path}" if artifact_path else ""
-        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}{shown}"
-        return f"{self.tracking_uri}{page}?{TRAINING_VIEW}"
+        shown = ("artifacts", *artifact_path.split("/")) if artifact_path else ()
+        parts = ("experiments", self.experiment_id, "runs", self.run_id, *shown)
+        return _page(self.tracking_uri, *parts)
 
 
 class RegisteredVersion(NamedTuple):
@@ -609,7 +610,7 @@ def artifact_url(run: TrackedRun, path: str) -> str:
         run: The run.
         path: Path of the artifact inside the run.
     """
-    return f"{run.tracking_uri}/get-artifact?path={path}&run_uuid={run.run_id}"
+    return f"{run.tracking_uri}/get-artifact?path={quote(path)}&run_uuid={run.run_id}"
 
 
 def version_page(tracking_uri: str, version: ModelVersion) -> str:
@@ -619,8 +620,13 @@ def version_page(tracking_uri: str, version: ModelVersion) -> str:
         tracking_uri: Address of the tracking server.
         version: The version.
     """
-    page = f"/#/models/{version.name}/versions/{version.version}"
-    return f"{tracking_uri}{page}?{TRAINING_VIEW}"
+    return _page(tracking_uri, "models", version.name, "versions", version.version)
+
+
+def _page(tracking_uri: str, *parts: str) -> str:
+    """Return the address of a page; names may hold spaces, parentheses, # and ?."""
+    path = "/".join(quote(part, safe="") for part in parts)
+    return f"{tracking_uri}/#/{path}?{TRAINING_VIEW}"
 
 
 class MetricSink:

@@ -15,7 +15,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "infra/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 MARK = re.compile(r"<!-- (run: pipeline|run: stand-ins|not run: \S.*) -->")
 
 

@@ -40,8 +40,11 @@ HeldOutMetric = Literal[
 _ITEMS_AT_ONCE = 1024
 """Means over held-out samples: one t for all frames, a t of its own for each, first frame given."""
 
-MODEL_NAME_PATTERN = r"""^[^/:.%"']+$"""
-"""Names of registered models: MLflow takes no others, and cannot search for quotes."""
+MODEL_NAME_PATTERN = r"""^[^/:.%"'?@\\]+$"""
+"""Names of registered models: MLflow takes no others, or does not find what it has taken.
+
+It cannot search for quotes and backslashes, and reads ? and @ in models:/NAME as ends of the name.
+"""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -730,7 +733,7 @@ class ReleaseConfig(ConfigSection):
 
     model_name: str = Field(
         pattern=MODEL_NAME_PATTERN,
-        description="name in the registry; MLflow takes none with / : . % or quotes",
+        description="name in the registry; MLflow takes none with / : . % ? @ \\ or quotes",
     )
     gate_min_timestep: Fraction = Field(description="from this t on, loss must beat the unigram")
     budgets: dict[HeldOutMetric, Annotated[float, Field(ge=0)] | None] = Field(

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ STATE = Path(os.environ.get("URSA_STATE_DIR") or ROOT / ".ursa").resolve()
 BIN = Path(sys.executable).parent
 POOL = "ursa"
 DEPLOYMENT = "ursa/full-training"
+RETRAINING = "ursa/scheduled-retraining"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 MARK = "URSA_SERVICES"
 START_LIMIT_S = 180.0
@@ -449,6 +451,7 @@ def deploy(prefect: Service) -> None:
     # the file says off; what somebody has switched on stays on
     for address in before.keys() & schedules(prefect).keys():
         request(f"{prefect.url}/api/{address}", before[address], method="PATCH")
+    spread_parameters(prefect)
     set_automations(prefect)
     (STATE / "run" / "deployed").write_text(digest)
 
@@ -477,6 +480,19 @@ def schedules(prefect: Service) -> dict[str, dict[str, Any]]:
         for item in found
         for schedule in item["schedules"]
     }
+
+
+def spread_parameters(prefect: Service) -> None:
+    """Let the retraining itself have what `ursa schedule on` has given its schedule, as before.
+
+    The schedule of the file has a slug. What somebody has made in Prefect is a matter of its own.
+    """
+    found = request(f"{prefect.url}/api/deployments/name/{RETRAINING}")
+    for item in found["schedules"]:
+        if item["slug"] and item["parameters"]:
+            parameters = {**found["parameters"], **item["parameters"]}
+            address = f"{prefect.url}/api/deployments/{found['id']}"
+            request(address, {"parameters": parameters}, method="PATCH")
 
 
 def flow_process_ids() -> set[str]:
@@ -797,7 +813,8 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     say(f"Prefect run     {page}")
     view = "?workflowType=machine_learning"  # not the menu for language-model applications
     say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}{view}")
-    say(f"Model version   {tracking}/#/models/{name}/versions/{version}{view}")
+    shown = f"{tracking}/#/models/{urllib.parse.quote(name, safe='')}/versions/{version}{view}"
+    say(f"Model version   {shown}")
     say(f"                models:/{name}/{version} is models:/{name}@{tags.get('ursa.alias', '?')}")
     if sample := tags.get("ursa.sample"):
         say(f"Generated clip  {sample}")

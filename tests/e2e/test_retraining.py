@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,26 @@ def add(source: Path, *names: str) -> None:
 
 
 def set_up_schedule(services: Running, source: Path) -> None:
-    """Give the scheduled deployment the source and configuration of this test."""
-    name = f"{services.prefect_url}/api/deployments/name/ursa/scheduled-retraining"
-    parameters = {"source_uri": str(source), "preset": "tiny", "overrides": OVERRIDES}
-    call = urllib.request.Request(
-        f"{services.prefect_url}/api/deployments/{services.ask(name)['id']}",
-        data=json.dumps({"parameters": {**parameters, "only_new": True}}).encode(),
-        headers={"Content-Type": "application/json"},
-        method="PATCH",
+    """Switch the schedule on for the source, with the configuration of this test."""
+    changes = [word for change in changes_of(OVERRIDES) for word in ("--set", change)]
+    ursa = [sys.executable, "-c", "from ursa.cli import main; main()"]
+    done = subprocess.run(
+        [*ursa, "schedule", "on", "--source", str(source), "--preset", "tiny", *changes],
+        env={**services.environment, "PREFECT_API_URL": f"{services.prefect_url}/api"},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    urllib.request.urlopen(call, timeout=20).close()
+    assert done.returncode == 0, done.stderr
+
+
+def changes_of(values: dict[str, Any], section: str = "") -> Iterator[str]:
+    """Yield nested values as `--set` takes them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from changes_of(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}={json.dumps(value)}"
 
 
 def fire_event(services: Running, limit_s: float = 400) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +207,20 @@ def zombie_automation(services: Running) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.slow
-def test_schedule_and_automation_stay_on_or_off_when_deployed_again(services: Running) -> None:
+def test_schedule_and_automation_stay_on_or_off_when_deployed_again(
+    services: Running, deployment: dict[str, Any]
+) -> None:
+    assert not deployment["schedules"][0]["active"]
+    (services.folder / "clips").mkdir(exist_ok=True)
     assert schedule(services, "show").stdout.startswith("off: cron 0 3 * * 1 UTC\n")
-    done = schedule(services, "on", "--source", "clips", "--json")
+    options = ("--source", "clips", "--set", "retraining.max_steps=2")
+    done = schedule(services, "on", *options, "--json")
     assert done.returncode == 0, done.stderr
     found, source = json.loads(done.stdout), str(services.folder / "clips")
     assert found["active"]
-    assert found["parameters"] == {"source_uri": source, "preset": "tiny", "only_new": True}
+    given = {"source_uri": source, "overrides": {"retraining": {"max_steps": 2}}}
+    wanted = {"preset": "tiny", "only_new": True, **given}
+    assert found["parameters"] == found["event_parameters"] == wanted
 
     automation, address = zombie_automation(services)
     assert automation["enabled"]
@@ -221,8 +230,12 @@ def test_schedule_and_automation_stay_on_or_off_when_deployed_again(services: Ru
     after, _ = zombie_automation(services)
     assert (after["id"], after["enabled"]) == (automation["id"], False), "somebody has paused it"
     httpx.patch(address, json={"enabled": True}).raise_for_status()
-    (after,) = retraining(services)["schedules"]
-    assert (after["active"], after["parameters"]) == (True, {"source_uri": source})
+    kept = retraining(services)
+    assert kept["parameters"] == wanted, "what the event starts"
+    assert (kept["schedules"][0]["active"], kept["schedules"][0]["parameters"]) == (True, given)
+
+    restored = deploy_by_bootstrap(services)
+    assert (restored["parameters"], restored["schedules"][0]["active"]) == (wanted, True)
 
     done = schedule(services, "off")
     assert done.returncode == 0, done.stderr
@@ -230,10 +243,138 @@ def test_schedule_and_automation_stay_on_or_off_when_deployed_again(services: Ru
     assert not retraining(services)["schedules"][0]["active"]
 
 
-def test_a_mistake_about_the_schedule_is_one_line(services: Running, tmp_path: Path) -> None:
-    done = schedule(services, "run", "--preset", "tinny")
+def deploy_by_bootstrap(services: Running) -> dict[str, Any]:
+    """Deploy as in a deployment past one machine; return what the retraining is then."""
+    code = "from infra.bootstrap import deploy, deployments; deploy(deployments(None, None))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**services.environment, "PREFECT_API_URL": f"{services.prefect_url}/api"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return retraining(services)
+
+
+@pytest.fixture
+def deployment(services: Running) -> Iterator[dict[str, Any]]:
+    """The deployment; afterwards it is as it was, for what else runs on these services."""
+    before = retraining(services)
+    yield before
+    address = f"{services.prefect_url}/api/deployments/{before['id']}"
+    httpx.patch(address, json={"parameters": before["parameters"]}).raise_for_status()
+    (weekly,) = before["schedules"]
+    change = {"active": False, "parameters": weekly["parameters"]}
+    httpx.patch(f"{address}/schedules/{weekly['id']}", json=change).raise_for_status()
+
+
+def test_event_and_run_use_what_the_schedule_was_given(
+    services: Running, deployment: dict[str, Any], tmp_path: Path
+) -> None:
+    api = f"{services.prefect_url}/api"
+    done = schedule(services, "on", "--source", str(tmp_path), "--preset", "small")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"     {tmp_path} with preset small; " in done.stdout
+    assert done.stdout.count("\n") == 2
+    # what the server starts for the event and `ursa schedule run` has the deployment's parameters
+    started = services.ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {})
+    assert (started["parameters"]["source_uri"], started["parameters"]["preset"]) == (
+        str(tmp_path),
+        "small",
+    )
+    httpx.delete(f"{api}/flow_runs/{started['id']}").raise_for_status()
+
+    # somebody edits the schedule in Prefect: that is said, and mended by `on`
+    (weekly,) = deployment["schedules"]
+    address = f"{api}/deployments/{deployment['id']}/schedules/{weekly['id']}"
+    httpx.patch(address, json={"parameters": {"preset": "tiny"}}).raise_for_status()
+    shown = schedule(services, "show").stdout
+    assert f"     {tmp_path} with preset tiny; " in shown
+    assert f"but the event and `ursa schedule run`: {tmp_path} with preset small; " in shown
+    assert "but the event" not in schedule(services, "on").stdout
+    assert retraining(services)["parameters"]["preset"] == "tiny"
+
+    # changed values are those of the last call that names some, and none with a preset alone
+    for options, overrides in (
+        (("--set", "seed=3"), {"seed": 3}),
+        ((), {"seed": 3}),
+        (("--set", "retraining.max_steps=2"), {"retraining": {"max_steps": 2}}),
+        (("--preset", "tiny"), None),
+    ):
+        done = schedule(services, "on", *options)
+        assert done.returncode == 0, done.stderr
+        assert retraining(services)["parameters"]["overrides"] == overrides
+    assert f"     {tmp_path} with preset tiny; " in done.stdout
+
+
+def test_only_runs_of_the_schedule_are_its_next_ones(
+    services: Running, deployment: dict[str, Any]
+) -> None:
+    """One by hand or of the event may wait: for a worker, or for its time."""
+    api = f"{services.prefect_url}/api"
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    body = {"state": later}
+    waiting = services.ask(f"{api}/deployments/{deployment['id']}/create_flow_run", body)
+    try:
+        assert schedule(services, "off").stdout.splitlines()[0] == "off: cron 0 3 * * 1 UTC"
+        schedule(services, "on")
+        deadline = time.monotonic() + 100
+        while (due := json.loads(schedule(services, "show", "--json").stdout)["next"]) is None:
+            assert time.monotonic() < deadline, "the server has planned no run"
+            time.sleep(2)
+        assert not due.startswith("2099")
+    finally:
+        httpx.delete(f"{api}/flow_runs/{waiting['id']}").raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["on", "--source", "gone"], "--source gone does not exist (/"),
+        (["run", "--source", "gone"], "--source gone does not exist (/"),
+        (["on", "--source", "ftp://host/x"], "--source 'ftp://host/x' is no source; give a"),
+        (["on", "--source", "https://a:b@host/x"], "an address on https://host holds"),
+        (["on", "--preset", "tinny"], "preset must be one of tiny, small, got 'tinny'"),
+        (["run", "--preset", "tinny"], "preset must be one of tiny, small, got 'tinny'"),
+        (["on", "--set", "retraining.max_stepz=2"], "max_stepz: "),
+        (
+            ["on", "--set", "retraining.max_steps=-2"],
+            "retraining.max_steps: Input should be greater",
+        ),
+    ],
+)
+def test_what_every_run_would_refuse_is_refused_at_once(
+    services: Running,
+    deployment: dict[str, Any],
+    options: list[str],
+    message: str,
+) -> None:
+    runs = {"deployments": {"id": {"any_": [deployment["id"]]}}}
+    before = services.ask(f"{services.prefect_url}/api/flow_runs/count", runs)
+    done = schedule(services, *options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "'tinny' is not one of" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    after = retraining(services)
+    assert after["parameters"] == deployment["parameters"]
+    assert after["schedules"][0]["active"] == deployment["schedules"][0]["active"]
+    assert services.ask(f"{services.prefect_url}/api/flow_runs/count", runs) == before
+
+
+def test_a_source_that_only_workers_see_is_taken_with_a_warning(
+    services: Running, deployment: dict[str, Any]
+) -> None:
+    done = schedule(services, "on", "--source", "file:///on/the/workers", "--json")
+    assert done.returncode == 0, done.stderr
+    warning = "warning: /on/the/workers is not on this machine; workers must find it\n"
+    assert done.stderr == warning
+    assert retraining(services)["parameters"]["source_uri"] == "/on/the/workers"
+
+
+def test_a_mistake_about_the_schedule_is_one_line(services: Running) -> None:
     for url, words in (
         (f"http://127.0.0.1:{running_services.free_port()}", "no Prefect server answers at"),
         (services.mlflow_url, "Prefect at"),  # a server of another kind

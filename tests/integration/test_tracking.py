@@ -5,16 +5,19 @@ import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 import pytest
+from markdown_it import MarkdownIt
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from tasks import tracking
+from tasks import registration, tracking
+from tasks.context import RunContext
 from tasks.tracking import MetricSink, TrackedRun
 from ursa import storage
-from ursa.artifacts import CheckpointRef, EvalReport, ExportedModel
+from ursa.artifacts import CheckpointRef, EvalReport, ExportedModel, ModelVersion
 from ursa.config import load_config
 from ursa.errors import RegistrationError, ServiceError
 from ursa.gate import not_compared
@@ -87,6 +90,36 @@ def register(run: TrackedRun, report: EvalReport) -> tracking.ModelVersion:
     return tracking.register_version(
         run, report, load_config("tiny"), tags, root_uri=root_uri, decided_by="a test"
     )
+
+
+@pytest.mark.parametrize("name", ["my model (1)#x", "a&b+c;d", "[a](b) <c>", "\u00fc"])
+def test_links_of_a_run_lead_to_its_version_whatever_its_name(
+    uri: str, tmp_path: Path, name: str
+) -> None:
+    run = open_run(uri, f"print of {name}", {})
+    version = ModelVersion(
+        name=name, version="3", run_id=run.run_id, model_uri="", alias=None, is_new=True
+    )
+    context = RunContext(
+        source_uri="videos",
+        data_uri=str(tmp_path),
+        preset="tiny",
+        config=load_config("tiny"),
+        sources_uri="",
+        source_fingerprint="s",
+        start=None,
+        fingerprint=name,
+        run=run,
+    )
+    note = MarkdownIt("commonmark").parse(registration.run_note(context, version))
+    first = note[1].children
+    assert first is not None
+    assert [part.type for part in first[:3]] == ["link_open", "text", "link_close"]
+    assert first[1].content == f"{name} version 3"
+    address = urlsplit(str(first[0].attrGet("href")))
+    # what MLflow's pages make of it: the path of the fragment, its parts decoded
+    path = address.fragment.partition("?")[0].split("/")
+    assert [unquote(part) for part in path] == ["", "models", name, "versions", "3"]
 
 
 def test_same_fingerprint_is_the_same_run(uri: str) -> None:

@@ -1,9 +1,9 @@
 """`ursa benchmark`: samples as public benchmarks expect them, and what they have found."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from ursa.cli.data import AsJson
 from ursa.cli.lines import print_lines
@@ -26,7 +26,7 @@ def draw(
     prompts: Path,
     out: Path,
     images: Path | None = None,
-    count: int | None = None,
+    count: Annotated[int | None, Parameter(name=("--samples", "--count"))] = None,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
@@ -40,9 +40,11 @@ def draw(
         model: As in `ursa generate`.
         layout: The benchmark.
         prompts: File of its own repository, see docs/evaluation.md.
-        out: Directory; samples go to its `samples`, their seeds to `seeds.jsonl`.
+        out: Directory; samples go to its `samples`, their seeds to `seeds.jsonl`, what they are of
+            to `draw.json`. One that holds samples of another model, seed or size is refused.
         images: First frames, of vbench-i2v.
-        count: Samples of each prompt; what the benchmark asks for if left out.
+        count: Of each prompt; what the benchmark asks for if left out: 5 clips (25 of prompts that
+            VBench lists for temporal_flickering) or 4 pictures.
         height: Pixels; the model's own if left out.
         width: Pixels.
         seed: Decides the seeds of all samples.
@@ -52,18 +54,30 @@ def draw(
         UrsaError: If a file cannot be read or an argument does not fit.
     """
     if count is not None and count < 1:
-        raise ConfigError(f"--count must be at least 1, got {count}")
-    from ursa.evaluation.benchmarks import draw_layout, read_prompts
+        raise ConfigError(f"--samples must be at least 1, got {count}")
+    from ursa.evaluation.benchmarks import NamedModel, draw_layout, hash_model, read_prompts
     from ursa.generation import UrsaPipeline
+    from ursa.generation.files import find_directory
 
     asked = read_prompts(layout, prompts, images)
     check_device(device)
-    with model_directory(model) as directory:
+    with model_directory(model) as named:
+        directory = find_directory(named)
+        identity = NamedModel(model, hash_model(directory))
         pipeline = UrsaPipeline.from_pretrained(directory, device=device)
     pipeline.set_progress_bar_config(disable=True)
     defaults = pipeline.defaults
     size = (height or defaults.height, width or defaults.width)
-    done = draw_layout(pipeline, layout, asked, out, seed=seed, count=count, size=size)
+    done = draw_layout(
+        pipeline,
+        layout,
+        asked,
+        out,
+        model=identity,
+        seed=seed,
+        count=count,
+        size=size,
+    )
     for number, path in enumerate(done, 1):
         print_lines(f"{number} of {len(asked)}  {path}")
 

@@ -144,7 +144,9 @@ def _registry(name: str) -> str:
     from ursa.config import MODEL_NAME_PATTERN
 
     if not re.fullmatch(MODEL_NAME_PATTERN, name):
-        raise ConfigError(f"--name {name!r}: MLflow takes no name with / : . % or quotes, nor none")
+        raise ConfigError(
+            f"--name {name!r}: MLflow takes no name with / : . % ? @ \\ or quotes, nor none"
+        )
     uri = registry_uri()
     check_answers(uri)
     return uri

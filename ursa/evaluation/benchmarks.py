@@ -9,6 +9,7 @@ References:
     2403.05135, github.com/TencentQQGYLab/ELLA.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
+from ursa import storage
 from ursa.artifacts import Measure, Measurements
+from ursa.config import FrozenModel
 from ursa.data.addresses import address_seed
 from ursa.errors import ConfigError
 from ursa.evaluation.measures import group_cases, mean_measure, plain_measure, statistic_measure
@@ -31,10 +35,17 @@ from ursa.video.encode import write_video
 Layout = Literal["vbench", "vbench-i2v", "geneval", "dpg"]
 SAMPLES_PER_PROMPT: Mapping[Layout, int] = {"vbench": 5, "vbench-i2v": 5, "geneval": 4, "dpg": 4}
 """As the benchmarks ask for them."""
+FLICKERING = "temporal_flickering"
+"""VBench's dimension that is measured on clips without motion alone, which a filter picks out."""
+FLICKERING_SAMPLES = 25
+"""Of its prompts, so that enough are left after the filter (VBench's prompts/README.md)."""
 SEEDS_FILE = "seeds.jsonl"
+RECORD_FILE = "draw.json"
+"""What the samples are of; a draw that would mix them with others is refused."""
 SAMPLES_FOLDER = "samples"
 """The benchmarks read every file of a folder, so nothing else lies there."""
 
+_PICTURES = frozenset({"geneval", "dpg"})
 _MAX_NAME_BYTES = 240
 _DPG_SIDE = 2
 _DPG_LINE = re.compile(r"(.+\.png), (?:[\d.e-]+, )+([\d.e-]+)")
@@ -50,12 +61,57 @@ class Asked(NamedTuple):
         prompt: Prompt.
         image: First frame, if it is given.
         metadata: Line that goes beside the samples.
+        samples: How many of them the list asks for; None is what the benchmark asks for.
     """
 
     name: str
     prompt: str
     image: Path | None = None
     metadata: str | None = None
+    samples: int | None = None
+
+
+class NamedModel(NamedTuple):
+    """A model as it was named, and what it is.
+
+    Attributes:
+        name: Directory or URI.
+        sha256: Of its files, see `hash_model`.
+    """
+
+    name: str
+    sha256: str
+
+
+class DrawRecord(FrozenModel):
+    """What the samples of a folder are of.
+
+    Attributes:
+        model: As it was named; the same files may have other names.
+        model_sha256: Of the files of the model, see `hash_model`.
+        layout: The benchmark.
+        prompts_sha256: Of the prompts that were read, with their first frames.
+        seed: Decides the seeds of all samples.
+        height: Pixels.
+        width: Pixels.
+        num_frames: Frames of a sample.
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Of the sampler.
+    """
+
+    model: str
+    model_sha256: str
+    layout: Layout
+    prompts_sha256: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+
+
+_SAID_AS = {"model_sha256": "the model", "prompts_sha256": "the prompts or first frames"}
 
 
 def read_prompts(layout: Layout, prompts: Path, images: Path | None = None) -> list[Asked]:
@@ -91,6 +147,8 @@ def read_prompts(layout: Layout, prompts: Path, images: Path | None = None) -> l
     for asked in found:
         _check_name(asked)
         known.setdefault(asked.name, asked)
+        if asked.samples is not None:  # in VBench's list a prompt may stand for two dimensions
+            known[asked.name] = known[asked.name]._replace(samples=asked.samples)
     return list(known.values())
 
 
@@ -101,7 +159,9 @@ def _iter_prompts(layout: Layout, prompts: Path, images: Path | None) -> Iterato
         return
     text = prompts.read_text("utf-8")
     if layout == "vbench" and prompts.suffix != ".json":
-        yield from (Asked(line.strip(), line.strip()) for line in text.splitlines() if line.strip())
+        number = FLICKERING_SAMPLES if prompts.stem == FLICKERING else None
+        for line in filter(None, map(str.strip, text.splitlines())):
+            yield Asked(line, line, samples=number)
     elif layout == "geneval":
         lines = [line for line in text.splitlines() if line.strip()]
         for number, line in enumerate(lines):
@@ -113,7 +173,9 @@ def _iter_prompts(layout: Layout, prompts: Path, images: Path | None) -> Iterato
             if images is not None and not is_file_name(item["image_name"]):
                 raise ConfigError(f"--prompts: {item['image_name']!r} is no name of an image")
             image = None if images is None else images / item["image_name"]
-            yield Asked(item["prompt_en"], item["prompt_en"], image)
+            flickers = layout == "vbench" and FLICKERING in item.get("dimension", ())
+            number = FLICKERING_SAMPLES if flickers else None
+            yield Asked(item["prompt_en"], item["prompt_en"], image, samples=number)
 
 
 def _check_name(asked: Asked) -> None:
@@ -125,12 +187,34 @@ def _check_name(asked: Asked) -> None:
         raise ConfigError(f"--images: there is no file {asked.image}")
 
 
+def hash_model(directory: Path) -> str:
+    """Return a hash of the files of a model, which is the same wherever they lie.
+
+    Args:
+        directory: A model directory; hidden files and texts for readers are left out.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        StorageError: If a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not is_hidden and path.suffix != ".md":
+            digest.update(f"{name.as_posix()}\0{storage.sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def draw_layout(
     pipeline: UrsaPipeline,
     layout: Layout,
     asked: Sequence[Asked],
     folder: Path,
     *,
+    model: NamedModel,
     seed: int = 0,
     count: int | None = None,
     size: tuple[int, int] | None = None,
@@ -138,45 +222,113 @@ def draw_layout(
     """Draw samples where the benchmark looks for them; those that are there stay.
 
     Every sample has a seed of its own, from `seed`, prompt and number; all are in `seeds.jsonl`.
+    `draw.json` says what the samples are of: a folder that holds others is not touched. Only the
+    number of samples may be another one.
 
     Args:
         pipeline: The model.
         layout: The benchmark.
         asked: Prompts.
         folder: Made if missing; samples go below its `samples`.
+        model: What the pipeline was read from.
         seed: Decides all seeds.
-        count: Samples of each prompt; None is what the benchmark asks for.
+        count: Samples of each prompt; None is what the list or the benchmark asks for.
         size: Height and width, pixels; the model's own if None. "dpg" wants squares.
 
     Yields:
         Files and folders as they are finished: one a prompt.
 
     Raises:
-        ConfigError: If an image cannot be read, a size does not fit, or "dpg" is given another
-            number than 4.
+        ConfigError: If an image cannot be read, a size does not fit, "dpg" is given another
+            number than 4, or the folder holds samples of another model, seed or the like.
     """
+    defaults = pipeline.defaults
+    height, width = size or (defaults.height, defaults.width)
     number = SAMPLES_PER_PROMPT[layout] if count is None else count
-    height, width = size or (pipeline.defaults.height, pipeline.defaults.width)
     if layout == "dpg" and (number != _DPG_SIDE**2 or height != width):
         raise ConfigError(
             f"DPG-Bench reads four square pictures of a prompt, got {number} of {height} x {width}"
         )
     samples = folder / SAMPLES_FOLDER
-    samples.mkdir(parents=True, exist_ok=True)
+    record = DrawRecord(
+        model=model.name,
+        model_sha256=model.sha256,
+        layout=layout,
+        prompts_sha256=_hash_asked(asked),
+        seed=seed,
+        height=height,
+        width=width,
+        num_frames=1 if layout in _PICTURES else defaults.num_frames,
+        num_inference_steps=defaults.num_inference_steps,
+        guidance_scale=defaults.guidance_scale,
+    )
+    _commit_record(folder, record)
+    samples.mkdir(exist_ok=True)
+    numbers = {item.name: count or item.samples or SAMPLES_PER_PROMPT[layout] for item in asked}
     seeds = {
         (item.name, place): address_seed(seed, layout, item.name, str(place))
         for item in asked
-        for place in range(number)
+        for place in range(numbers[item.name])
     }
-    lines = [json.dumps({"name": n, "index": i, "seed": s}) for (n, i), s in seeds.items()]
-    (folder / SEEDS_FILE).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    _write_seeds(folder, seeds)
     for item in asked:
-        missing = _missing(layout, samples, item, number)
+        missing = _missing(layout, samples, item, numbers[item.name])
         frames = {
             place: _draw(pipeline, layout, item, seeds[item.name, place], (height, width))
             for place in missing
         }
         yield _write(layout, samples, item, frames, fps=pipeline.defaults.fps)
+
+
+def _hash_asked(asked: Sequence[Asked]) -> str:
+    digest = hashlib.sha256()
+    for item in asked:
+        image = None if item.image is None else storage.sha256_file(item.image)
+        digest.update(f"{json.dumps([item.name, item.prompt, image, item.metadata])}\n".encode())
+    return digest.hexdigest()
+
+
+def _commit_record(folder: Path, record: DrawRecord) -> None:
+    """Write what the samples are to be of, or make sure that those that are there are of it.
+
+    Raises:
+        ConfigError: If they are not, or nothing says what they are of.
+        StorageError: If the folder cannot be written to.
+    """
+    path, advice = folder / RECORD_FILE, "give another --out, or remove that folder"
+    samples = folder / SAMPLES_FOLDER
+    if not path.exists() and samples.is_dir() and any(samples.iterdir()):
+        raise ConfigError(
+            f"{samples} holds samples, but no {RECORD_FILE} beside it says what they are of; "
+            f"{advice}"
+        )
+    text = record.model_dump_json(indent=1, ensure_ascii=True)
+    there = storage.put_if_absent(storage.absolute_uri(str(path)), f"{text}\n".encode())
+    try:
+        known = DrawRecord.model_validate_json(there)
+    except ValidationError as error:
+        raise ConfigError(f"{path} cannot be read, so nothing is added to it; {advice}") from error
+    wanted, found = record.model_dump(exclude={"model"}), known.model_dump(exclude={"model"})
+    if wanted == found:
+        return
+    differing = [
+        _SAID_AS.get(name, f"{name} ({found[name]}, now {value})")
+        for name, value in wanted.items()
+        if value != found[name]
+    ]
+    raise ConfigError(
+        f"{samples} holds samples of {known.model} that differ from these in "
+        f"{', '.join(differing)}; {advice}"
+    )
+
+
+def _write_seeds(folder: Path, seeds: Mapping[tuple[str, int], int]) -> None:
+    """Write the list of seeds; those of a draw of more samples before stay on it."""
+    path = folder / SEEDS_FILE
+    before = path.read_text("utf-8").splitlines() if path.exists() else []
+    lines = [json.dumps({"name": n, "index": i, "seed": s}) for (n, i), s in seeds.items()]
+    content = "".join(f"{line}\n" for line in dict.fromkeys((*lines, *before)))
+    storage.write_bytes(storage.absolute_uri(str(path)), content.encode())
 
 
 def _place(layout: Layout, samples: Path, item: Asked, number: int) -> Path:
@@ -205,7 +357,7 @@ def _draw(
         image=image,
         height=size[0],
         width=size[1],
-        num_frames=1 if layout in {"geneval", "dpg"} else None,
+        num_frames=1 if layout in _PICTURES else None,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
     ).frames[0]

@@ -174,6 +174,30 @@ def test_names_captions_and_reasons_stay_texts_in_all_artifacts(
             assert row.count("<td>") + row.count("<th>") in {2, 5}, row
 
 
+def test_a_link_and_a_headline_show_the_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect writes the text of a link into Markdown as it is."""
+    pages: list[str] = []
+    monkeypatch.setattr(reports, "in_flow_run", lambda: True)
+    monkeypatch.setattr(
+        reports,
+        "create_link_artifact",
+        lambda link, *, link_text, **_: pages.append(f"[{link_text}]({link})"),
+    )
+    monkeypatch.setattr(
+        reports, "create_markdown_artifact", lambda markdown, **_: pages.append(markdown)
+    )
+    name = "a] [model](http://evil) #x"
+    reports.link("model-version", "http://page", name, "")
+    reports.run_summary(name, [])
+    link, summary = (RENDER.parse(page) for page in pages)
+    assert link[1].children is not None
+    shown = [part.content for part in link[1].children if part.type == "text"]
+    assert ("".join(shown), link[1].children[0].attrGet("href")) == (name, "http://page")
+    assert summary[1].children is not None
+    assert "".join(part.content for part in summary[1].children) == name
+    assert all("link" not in part.type for part in summary[1].children)
+
+
 def test_lines_of_the_library_are_printable_in_the_log_of_a_run() -> None:
     stream = io.StringIO()
     places = [logging.getLogger(name) for name in ("ursa", "prefect.flow_runs")]

@@ -67,11 +67,11 @@ def test_a_reader_that_has_enough_is_no_error():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
-@pytest.mark.parametrize("name", ["x'y", "a/b", ""])
+@pytest.mark.parametrize("name", ["x'y", "a/b", "", "a?b", "a@b", "a\\"])
 def test_names_that_the_registry_cannot_hold_are_not_asked_for(capsys, name):
     with pytest.raises(SystemExit):
         main(["models", "list", "--name", name])
-    assert "MLflow takes no name with / : . % or quotes" in capsys.readouterr().err
+    assert "MLflow takes no name with / : . % ? @ \\ or quotes" in capsys.readouterr().err
 
 
 def test_a_directory_cannot_be_written(exported_model, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,10 +7,14 @@ from PIL import Image
 
 from tests import media
 from ursa.cli import main
+from ursa.data.addresses import address_seed
 from ursa.errors import ConfigError
 from ursa.evaluation.benchmarks import (
     SEEDS_FILE,
+    Asked,
+    NamedModel,
     draw_layout,
+    hash_model,
     read_prompts,
     read_results,
 )
@@ -33,6 +38,10 @@ def vbench_prompts(tmp_path):
     return path
 
 
+def draw(*arguments, model_sha256="m", **options):
+    return draw_layout(*arguments, model=NamedModel("models:/m/1", model_sha256), **options)
+
+
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -40,7 +49,7 @@ def files(folder):
 def test_vbench_finds_five_clips_of_each_prompt(pipeline, vbench_prompts, tmp_path):
     asked = read_prompts("vbench", vbench_prompts)
     out = tmp_path / "out"
-    assert len(list(draw_layout(pipeline, "vbench", asked, out))) == 2
+    assert len(list(draw(pipeline, "vbench", asked, out))) == 2
     names = [f"{prompt}-{index}.mp4" for prompt in PROMPTS for index in range(5)]
     assert files(out / "samples") == sorted(names)
     info = video_info(out / "samples" / names[0])
@@ -52,21 +61,112 @@ def test_vbench_finds_five_clips_of_each_prompt(pipeline, vbench_prompts, tmp_pa
 def test_a_stopped_run_goes_on_and_ends_the_same(pipeline, vbench_prompts, tmp_path):
     asked = read_prompts("vbench", vbench_prompts)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    list(draw_layout(pipeline, "vbench", asked, whole, count=2))
-    next(draw_layout(pipeline, "vbench", asked, stopped, count=2))
+    list(draw(pipeline, "vbench", asked, whole, count=2))
+    next(draw(pipeline, "vbench", asked, stopped, count=2))
     first = stopped / "samples" / f"{PROMPTS[0]}-0.mp4"
     written = first.stat().st_mtime_ns
-    list(draw_layout(pipeline, "vbench", asked, stopped, count=2))
+    list(draw(pipeline, "vbench", asked, stopped, count=2))
     assert first.stat().st_mtime_ns == written
     assert files(stopped) == files(whole)
     for name in files(whole):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_the_full_list_of_vbench_is_read_too(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "model_sha256", "said"),
+    [
+        ({"seed": 1}, "m", "seed (0, now 1);"),
+        ({"size": (16, 24)}, "m", "height (48, now 16), width (64, now 24);"),
+        ({}, "n", "in the model;"),
+        ({"asked": (Asked("a hen", "a hen"),)}, "m", "in the prompts or first frames;"),
+        ({"steps": 3}, "m", "num_inference_steps (2, now 3);"),
+    ],
+)
+def test_samples_of_two_draws_are_not_mixed(
+    exported_model, pipeline, tmp_path, changes, model_sha256, said
+):
+    changes = dict(changes)
+    steps, asked = changes.pop("steps", 2), changes.pop("asked", (Asked("a boat", "a boat"),))
+    other = UrsaPipeline.from_pretrained(exported_model.directory_uri)
+    other.set_progress_bar_config(disable=True)
+    out = tmp_path / "out"
+    first = {"count": 1, "size": (48, 64)}
+    other.defaults = pipeline.defaults.model_copy(update={"num_inference_steps": 2})
+    list(draw(other, "vbench", (Asked("a boat", "a boat"),), out, **first))
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    assert set(before) == {"draw.json", "samples/a boat-0.mp4", "seeds.jsonl"}
+    other.defaults = pipeline.defaults.model_copy(update={"num_inference_steps": steps})
+    with pytest.raises(ConfigError) as refused:
+        list(draw(other, "vbench", asked, out, model_sha256=model_sha256, **(first | changes)))
+    assert said in str(refused.value)
+    assert "give another --out" in str(refused.value)
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_a_draw_goes_on_with_more_or_fewer_samples(pipeline, tmp_path):
+    out, asked = tmp_path / "out", (Asked("a boat", "a boat"),)
+    seeds = []
+    for count in (1, 3, 2):
+        list(draw(pipeline, "vbench", asked, out, count=count))
+        lines = [json.loads(line) for line in (out / SEEDS_FILE).read_text().splitlines()]
+        seeds.append([(line["index"], line["seed"]) for line in lines])
+    assert len(files(out / "samples")) == 3
+    assert seeds[1] == seeds[2]
+    assert seeds[1][:1] == seeds[0]
+
+
+def test_samples_of_which_nothing_is_known_are_left_alone(pipeline, tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "a boat-0.mp4").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"no draw.json beside it says what they are of"):
+        list(draw(pipeline, "vbench", (Asked("a boat", "a boat"),), tmp_path, count=1))
+    (tmp_path / "draw.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"draw.json cannot be read"):
+        list(draw(pipeline, "vbench", (Asked("a boat", "a boat"),), tmp_path, count=1))
+    assert files(tmp_path) == ["draw.json", "samples/a boat-0.mp4"]
+
+
+def test_a_model_is_the_same_wherever_it_lies(exported_model, tmp_path):
+    from ursa import storage
+
+    copy = tmp_path / "copy"
+    shutil.copytree(storage.local_path(exported_model.directory_uri), copy)
+    before = hash_model(storage.local_path(exported_model.directory_uri))
+    (copy / "README.md").write_text("for readers")
+    assert hash_model(copy) == before
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\7")
+    assert hash_model(copy) != before
+
+
+def test_the_full_list_of_vbench_says_what_flickering_is_measured_on(pipeline, tmp_path):
+    """25 samples of a prompt, as few are left after its filter; the seeds stay what they are."""
     path = tmp_path / "VBench_full_info.json"
-    path.write_text(json.dumps([{"prompt_en": "a red bus", "dimension": ["color"]}]))
-    assert [asked.prompt for asked in read_prompts("vbench", path)] == ["a red bus"]
+    entries = [
+        {"prompt_en": "a red bus", "dimension": ["color"]},
+        {"prompt_en": "a stop sign", "dimension": ["temporal_flickering", "color"]},
+        {"prompt_en": "a stop sign", "dimension": ["color"]},
+    ]
+    path.write_text(json.dumps(entries))
+    asked = read_prompts("vbench", path)
+    assert [(item.prompt, item.samples) for item in asked] == [
+        ("a red bus", None),
+        ("a stop sign", 25),
+    ]
+    listed = tmp_path / "temporal_flickering.txt"
+    listed.write_text("a stop sign\n")
+    assert [item.samples for item in read_prompts("vbench", listed)] == [25]
+
+    list(draw(pipeline, "vbench", asked, tmp_path / "out", size=(16, 16)))
+    names = [f"a stop sign-{index}.mp4" for index in range(25)]
+    names += [f"a red bus-{index}.mp4" for index in range(5)]
+    assert files(tmp_path / "out" / "samples") == sorted(names)
+    lines = map(json.loads, (tmp_path / "out" / SEEDS_FILE).read_text().splitlines())
+    seeds = {(line["name"], line["index"]): line["seed"] for line in lines}
+    assert seeds["a stop sign", 4] == address_seed(0, "vbench", "a stop sign", "4")
+    assert len(set(seeds.values())) == 30
+    list(draw(pipeline, "vbench", asked, tmp_path / "few", count=1, size=(16, 16)))
+    assert files(tmp_path / "few" / "samples") == ["a red bus-0.mp4", "a stop sign-0.mp4"]
 
 
 def test_vbench_i2v_begins_with_its_images(pipeline, tmp_path):
@@ -79,7 +179,7 @@ def test_vbench_i2v_begins_with_its_images(pipeline, tmp_path):
     )
     (asked,) = read_prompts("vbench-i2v", path, images)
     assert asked.image == images / "a boat.jpg"
-    list(draw_layout(pipeline, "vbench-i2v", [asked], tmp_path / "out", count=1))
+    list(draw(pipeline, "vbench-i2v", [asked], tmp_path / "out", count=1))
     assert files(tmp_path / "out" / "samples") == ["a boat, camera pans left-0.mp4"]
     with pytest.raises(ConfigError, match="--images is for vbench-i2v"):
         read_prompts("vbench-i2v", path)
@@ -93,7 +193,7 @@ def test_geneval_finds_its_line_beside_four_pictures(pipeline, tmp_path):
     lines = [json.dumps({"tag": "single_object", "prompt": f"a photo of {x}"}) for x in "ab"]
     path.write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
-    list(draw_layout(pipeline, "geneval", read_prompts("geneval", path), out, size=(16, 24)))
+    list(draw(pipeline, "geneval", read_prompts("geneval", path), out, size=(16, 24)))
     pictures = [f"samples/{index:04d}.png" for index in range(4)]
     expected = [f"{place:05d}/{name}" for place in (0, 1) for name in ("metadata.jsonl", *pictures)]
     assert files(out / "samples") == expected
@@ -112,14 +212,14 @@ def test_dpg_finds_four_pictures_in_one(pipeline, tmp_path):
     listed.write_text(json.dumps([{"id": "12", "prompt": "A long and dense prompt."}]))
     assert read_prompts("dpg", listed) == asked
     out = tmp_path / "out"
-    list(draw_layout(pipeline, "dpg", asked, out, size=(16, 16)))
+    list(draw(pipeline, "dpg", asked, out, size=(16, 16)))
     assert files(out / "samples") == ["12.png"]
     with Image.open(out / "samples" / "12.png") as picture:
         assert picture.size == (32, 32)
         quarters = np.asarray(picture).reshape(2, 16, 2, 16, 3).transpose(0, 2, 1, 3, 4)
     assert len({quarter.tobytes() for quarter in quarters.reshape(4, -1)}) == 4
     with pytest.raises(ConfigError, match="four square pictures"):
-        list(draw_layout(pipeline, "dpg", asked, out, size=(16, 24)))
+        list(draw(pipeline, "dpg", asked, out, size=(16, 24)))
 
 
 @pytest.mark.parametrize(
@@ -215,10 +315,14 @@ def test_the_commands_draw_and_read(exported_model, tmp_path, capsys):
     drawing = ["draw", exported_model.directory_uri, "vbench", "--prompts", str(prompts)]
     assert run(*drawing, "--out", str(out), "--count", "1") == 0
     assert files(out / "samples") == ["a boat-0.mp4"]
+    assert run(*drawing, "--out", str(out), "--samples", "1", "--seed", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out}/samples holds samples of {exported_model.directory_uri} ")
+    assert "seed (0, now 1); give another --out" in line
     results = tmp_path / "ursa_eval_results.json"
     results.write_text(json.dumps({"color": [0.25, []]}))
     capsys.readouterr()
     assert run("read", str(results), "vbench") == 0
     assert "vbench_color" in capsys.readouterr().out
     assert run(*drawing, "--out", str(out), "--count", "0") == 1
-    assert "--count must be at least 1" in capsys.readouterr().err
+    assert "--samples must be at least 1" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import time
 import warnings
 import zlib
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -152,9 +152,11 @@ def test_the_model_in_mlflow_refuses_too(pipeline):
         (["x", "y" * 20_000], {}, "prompt must have at most 10,000 characters"),
         (["x"], {"num_frames": 10**9 + 1}, "GB in all"),
         (["x"], {"num_inference_steps": 10**9}, "at most 10,000"),
+        (["x", None], {}, "prompt 2 of 2 is null or no text"),
+        ([float("nan")], {}, "prompt 1 of 1 is null or no text"),
     ):
         with at_once(), pytest.raises(ConfigError, match=message):
-            model.predict(None, {"prompt": np.array(prompts)}, params)
+            model.predict(None, pd.DataFrame({"prompt": prompts}), params)
 
 
 def test_the_limits_are_far_from_what_is_asked_for(pipeline):
