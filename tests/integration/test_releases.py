@@ -406,7 +406,7 @@ def test_decisions_of_a_registry_that_is_gone_say_nothing_of_this_one(made: Any)
 
 def bare_registry(address: str, name: str, root: Path) -> releases.Registry:
     """A registered model for versions without files."""
-    client = MlflowClient(address)
+    client = MlflowClient(address, registry_uri=address)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     return releases.Registry(client, name, str(root), "a test")
