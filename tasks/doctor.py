@@ -1,7 +1,8 @@
 """`ursa doctor`: find what a kill has left in MLflow and Prefect, and mend it.
 
 What is under way is never touched: a tracking run names its process (`ursa.process`), and only one
-of this machine that is gone counts as dead.
+of this machine that is gone counts as dead. A flow run is dead if its tracking run says so, or if
+its server is that of `make up` here, whose runs are on this machine, and no process is its own.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from tasks.machine import (
     check_room,
     check_security,
     check_service,
-    is_remote_host,
+    is_embedded,
 )
 from tasks.processes import flow_run_ids, process_lives
 from ursa import storage
@@ -58,10 +59,14 @@ def examine(
     mlflow = check_service("mlflow", tracking_uri, "/health")
     prefect = check_service("prefect", prefect_url, "/api/health")
     found += [mlflow, prefect]
-    marks: dict[str, str] = {}
+    marks: dict[str, str] | None = None
     if mlflow.state != "wrong":
-        patient = Patient(tracking_uri, root_uri, fix, marks)
-        found += _safely("MLflow", patient.leftovers())
+        patient = Patient(tracking_uri, root_uri, fix, {})
+        try:
+            found += patient.leftovers()
+            marks = patient.marks
+        except UrsaError as error:
+            found.append(Finding("MLflow", "wrong", f"could not be looked at: {error}"))
     if prefect.state == "ok":
         found += _safely("Prefect", check_flow_runs(prefect_url, marks, fix=fix))
     if security:
@@ -108,26 +113,31 @@ class Patient(NamedTuple):
                 if "ursa.registration_key" in model.tags
             }
             used = {tracking.logged_model_id(version) for version in everything}
-            found += [
-                self._model(client, model)
-                for model_id, model in models.items()
-                if model_id not in used and model.source_run_id not in living
-            ]
+            # what cannot be read of one thing hides nothing of the others
+            for model_id, model in models.items():
+                if model_id not in used and model.source_run_id not in living:
+                    found += self._safely(self._model(client, model), f"model {model_id} ")
             versions = [item for item in everything if "ursa.registration_key" in item.tags]
             busy = {item.name for item in versions if item.run_id in living}
-            found += [
-                self._version(client, version, models.get(tracking.logged_model_id(version)))
-                for version in sorted(versions, key=lambda item: int(item.version))
-                if version.name not in busy and releases.WHOLE_TAG not in version.tags
-            ]
+            for version in sorted(versions, key=lambda item: int(item.version)):
+                if version.name not in busy and releases.WHOLE_TAG not in version.tags:
+                    model = models.get(tracking.logged_model_id(version))
+                    what = f"version {version.version} of {version.name} "
+                    found += self._safely(self._version(client, version, model), what)
             for name in sorted({item.name for item in versions} - busy):
                 registry = releases.Registry(client, name, self.root_uri, f"ursa doctor of {who()}")
                 look = itertools.chain(self._aliases(registry), self._decisions(registry))
-                # what cannot be read of one model hides nothing of the others
-                found += _safely("MLflow", look, f"{name} ")
+                found += self._safely(look, f"{name} ")
             yield from found
             if not any(item.state == "wrong" for item in found):
                 yield Finding("MLflow", "ok", "no run, model, version or alias is left over")
+
+    def _safely(self, findings: Iterable[Finding], what: str) -> Iterator[Finding]:
+        def with_named_errors() -> Iterator[Finding]:
+            with tracking.service(self.tracking_uri):
+                yield from findings
+
+        return _safely("MLflow", with_named_errors(), what)
 
     def _wrong(self, text: str, done: str) -> Finding:
         """Return a problem that can be mended, as mended if it is."""
@@ -158,18 +168,19 @@ class Patient(NamedTuple):
             where = f"its process {mark} is of another machine" if mark else "by what, no tag says"
             yield Finding("MLflow", "note", f"{text}; {where}, so it is left alone")
 
-    def _model(self, client: "MlflowClient", model: Any) -> Finding:
+    def _model(self, client: "MlflowClient", model: Any) -> Iterator[Finding]:
         """Delete a model that no version is of and no living run makes."""
         if self.fix:
             client.delete_logged_model(model.model_id)
         text = f"model {model.model_id} is {model.status} and no version is of it"
-        return self._wrong(text, "deleted; the next run registers it again")
+        yield self._wrong(text, "deleted; the next run registers it again")
 
-    def _version(self, client: "MlflowClient", version: Any, model: Any) -> Finding:
+    def _version(self, client: "MlflowClient", version: Any, model: Any) -> Iterator[Finding]:
         """Finish a version that has not got its aliases, or delete it if it is damaged."""
         text = f"version {version.version} of {version.name} is half registered"
         if not self.fix:
-            return self._wrong(text, "")
+            yield self._wrong(text, "")
+            return
         try:
             report = storage.load_record(version.tags.get("ursa.evaluation", ""), EvalReport)
             if report is None or model is None:
@@ -178,13 +189,15 @@ class Patient(NamedTuple):
             tracking.verify_files(self.tracking_uri, version.source, report.model)
         except (DataError, RegistrationError) as error:
             client.delete_model_version(version.name, str(version.version))
-            return self._wrong(text, f"{error}; deleted, the next run registers it again")
+            yield self._wrong(text, f"{error}; deleted, the next run registers it again")
+            return
         except UrsaError as error:
-            return Finding("MLflow", "wrong", f"{text} and could not be looked at: {error}")
+            yield Finding("MLflow", "wrong", f"{text} and could not be looked at: {error}")
+            return
         decided_by = f"ursa doctor of {who()}"
         registry = releases.Registry(client, version.name, self.root_uri, decided_by)
         releases.finish_version(registry, str(version.version), report)
-        return self._wrong(text, "its files are whole; finished")
+        yield self._wrong(text, "its files are whole; finished")
 
     def _aliases(self, registry: releases.Registry) -> Iterator[Finding]:
         """Take aliases off versions that are not whole."""
@@ -218,15 +231,31 @@ class Patient(NamedTuple):
         return self._wrong(text, f"moved to version {newest}")
 
     def _decisions(self, registry: releases.Registry) -> Iterator[Finding]:
-        """Carry out decisions that a kill interrupted, and note an alias that was moved."""
-        pending = releases.pending_decisions(registry)
-        if self.fix:
-            releases.settle(registry)
-        for decision in pending:
+        """Carry out decisions that a kill interrupted, restore a champion, note a moved alias."""
+        pending = {
+            decision.number: (decision, releases.void(registry, decision))
+            for decision in releases.pending_decisions(registry)
+            if decision.event != "voided"  # the next settles it; it changes nothing
+        }
+        done = releases.settle(registry) if self.fix else []
+        for decision, problem in pending.values():
             text = f"decision {decision.number} on {registry.name} ({decision.event} version "
             text += f"{decision.version}) was not carried out"
-            yield self._wrong(text, f"champion is version {decision.champion}")
+            if problem is None:
+                yield self._wrong(text, f"champion is version {decision.champion}")
+            else:
+                yield self._wrong(f"{text}: {problem}", "passed over, which is on record now")
         if pending and not self.fix:
+            return
+        for decision in done:
+            if decision.number not in pending:
+                text = f"champion of {registry.name}: {decision.reason}"
+                yield self._wrong(text, f"champion is version {decision.champion}")
+        lost = releases.lost_champion(registry)
+        if lost is not None:
+            gone, target = lost
+            text = f"champion of {registry.name}: version {gone} is not there any more, version "
+            yield self._wrong(f"{text}{target} was champion before it", "")
             return
         moved = releases.moved_alias(registry)
         if moved is not None:
@@ -264,28 +293,30 @@ def _missing(client: "MlflowClient", version: Any) -> str | None:
 
 
 def check_flow_runs(
-    prefect_url: str, marks: Mapping[str, str], *, fix: bool, min_age_s: float = MIN_AGE_S
+    prefect_url: str, marks: Mapping[str, str] | None, *, fix: bool, min_age_s: float = MIN_AGE_S
 ) -> Iterator[Finding]:
     """Look for flow runs that are said to be under way and have no process.
 
     Args:
         prefect_url: Address of the server.
-        marks: Of flow runs the mark of their process, where it is known.
+        marks: Of flow runs the mark of their process, where it is known; None if MLflow, which
+            has them, cannot be read.
         fix: Whether they are set to Crashed.
         min_age_s: Younger states are left alone, seconds.
 
     Yields:
-        One line a dead run, or one that there is none.
+        One line a dead run, or one that there is none, and one of each that may live elsewhere.
 
     Raises:
         HTTPError: If the server does not answer.
     """
-    living, is_local = flow_run_ids(), not is_remote_host(prefect_url)
+    living, is_local, known = flow_run_ids(), is_embedded(prefect_url), marks or {}
     headers = {}
     if key := os.environ.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     auth = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     found: list[Finding] = []
+    left: list[Finding] = []
     with httpx.Client(
         base_url=f"{prefect_url.rstrip('/')}/api",
         headers=headers,
@@ -298,10 +329,15 @@ def check_flow_runs(
         for run in sorted(runs, key=lambda item: item["parent_task_run_id"] is not None):
             if _age_s(run) < min_age_s:
                 continue
-            why = _death(client, run, living, marks, is_local=is_local)
+            why = _death(client, run, living, known, is_local=is_local)
+            text = f"flow run {run['name']} ({run['id']}) is {run['state']['name']}"
             if why is None:
+                if run["id"] not in living and not process_lives(known.get(run["id"])):
+                    unread = ", as MLflow cannot be read" if marks is None else ""
+                    text += f"; its process is not known here{unread}, so it is left alone"
+                    left.append(Finding("Prefect", "note", text))
                 continue
-            text = f"flow run {run['name']} ({run['id']}) is {run['state']['name']}: {why}"
+            text += f": {why}"
             if fix:
                 state = {"type": "CRASHED", "name": "Crashed", "message": f"ursa doctor: {why}"}
                 change = {"state": state, "force": True}
@@ -309,7 +345,7 @@ def check_flow_runs(
                 found.append(Finding("Prefect", "mended", f"{text}; crashed it"))
             else:
                 found.append(Finding("Prefect", "wrong", text, _FIX))
-    yield from found
+    yield from (*found, *left)
     if not found:
         yield Finding("Prefect", "ok", "no flow run is left over")
 
@@ -333,7 +369,7 @@ def _death(
         return None
     if run["id"] in marks:
         return "its process is gone" if process_lives(marks[run["id"]]) is False else None
-    # a server on the loopback address has workers on this machine alone
+    # the server of `make up` has workers on this machine alone
     if is_local and run["deployment_id"] is not None:
         return "it has no process on this machine"
     return None

@@ -9,7 +9,7 @@ from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from tasks.training import LOSS_PICTURE
 from ursa.artifacts import EvalReport, ExportedModel
-from ursa.decisions import earlier_champions
+from ursa.decisions import who
 
 if TYPE_CHECKING:
     from ursa.comparison import Champion
@@ -151,11 +151,16 @@ def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
     from ursa.comparison import Champion  # noqa: PLC0415  (torch: seconds)
 
     uri, name = context.run.tracking_uri, context.config.release.model_name
+    with tracking.service(uri) as client:
+        # a decision that a kill interrupted, a champion that was deleted: what is compared with
+        if client.search_registered_models(f"name = '{name}'"):
+            decided_by = who(reports.flow_run_tags().get("prefect.flow_run_id"))
+            releases.settle(releases.Registry(client, name, context.data_uri, decided_by))
     found = tracking.champion_version(uri, name)
     if found is not None and found.tags.get("ursa.registration_key") == model.content_key:
         with tracking.service(uri) as client:
             registry = releases.Registry(client, name, context.data_uri, "")
-            earlier = earlier_champions(releases.decisions_of(registry), found.version)
+            earlier = releases.former_champions(registry, found.version)
         found = tracking.registered_version(uri, name, earlier[0]) if earlier else None
     if found is None or found.tags.get("ursa.registration_key") == model.content_key:
         return None

@@ -173,6 +173,7 @@ class Listener(NamedTuple):
         process: Name and pid of its process, as far as they may be seen.
         command: Its command line.
         has_token: Whether the process of a Ray cluster demands a token.
+        is_embedded: Whether the process is one of `make up`.
     """
 
     host: str
@@ -180,6 +181,7 @@ class Listener(NamedTuple):
     process: str
     command: str
     has_token: bool
+    is_embedded: bool
 
     @property
     def is_loopback(self) -> bool:
@@ -199,16 +201,19 @@ def listeners() -> list[Listener]:
     for connection in connections:
         if connection.status != psutil.CONN_LISTEN or not connection.laddr:
             continue
-        name, command, has_token = "another process", "", False
+        name, command, has_token, is_embedded = "another process", "", False, False
         try:
             if connection.pid:
                 process = psutil.Process(connection.pid)
                 name = f"{process.name()} (pid {process.pid})"
                 command = " ".join(process.cmdline())
-                has_token = process.environ().get("RAY_AUTH_MODE", "").lower() == "token"
+                values = process.environ()
+                has_token = values.get("RAY_AUTH_MODE", "").lower() == "token"
+                is_embedded = "URSA_SERVICES" in values  # infra/local/services.py
         except psutil.Error:  # gone, or another user's
             pass
-        found.append(Listener(connection.laddr.ip, connection.laddr.port, name, command, has_token))
+        host, port = connection.laddr.ip, connection.laddr.port
+        found.append(Listener(host, port, name, command, has_token, is_embedded))
     return sorted(set(found), key=lambda item: (item.port, item.host))
 
 
@@ -321,6 +326,21 @@ def is_remote_host(url: str) -> bool:
     except OSError:
         return True
     return not all(ipaddress.ip_address(item.partition("%")[0]).is_loopback for item in found)
+
+
+def is_embedded(url: str) -> bool:
+    """Whether a server is one of `make up` on this machine, so that no other machine reaches it.
+
+    A loopback address alone says nothing: a container, or a cluster behind a forwarded port, has
+    one too.
+
+    Args:
+        url: Address of the server.
+    """
+    port = urlsplit(url).port
+    found = [item for item in listeners() if item.port == port]
+    is_own = bool(found) and all(item.is_loopback and item.is_embedded for item in found)
+    return is_own and not is_remote_host(url)
 
 
 def _known_secrets() -> Iterator[Finding]:

@@ -2,11 +2,15 @@
 
 A decision is committed in the data root first (`ursa.decisions`) and then carried out: the alias,
 and last the tag `ursa.last_decision` of the registered model. So whatever a kill has left undone is
-known, and the next decision, or `ursa doctor --fix`, finishes it. The client is MLflow's, from
+known, and the next decision, or `ursa doctor --fix`, finishes it. Numbers are not enough to know a
+version by: a registry that is restored from an older copy gives them again. A decision names the
+models too, and one whose model is gone is void. The client is MLflow's, from
 `tasks.tracking.service`.
 """
 
 import contextlib
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ursa.artifacts import EvalReport
@@ -19,6 +23,7 @@ from ursa.decisions import (
     list_decisions,
     newest_number,
     record_decision,
+    standing,
 )
 from ursa.errors import ConfigError
 
@@ -34,6 +39,8 @@ TAKEDOWN_TAG = "ursa.takedown"
 LAST_TAG = "ursa.last_decision"
 _SHOWN_CHARACTERS = 4000
 _NO_REASON = "no reason was given"
+_SKEW_S = 600.0
+"""Clocks of the registry and of those who decide differ by less."""
 
 
 class Registry(NamedTuple):
@@ -96,7 +103,9 @@ def decide_by_gate(registry: Registry, version: str, report: EvalReport) -> Deci
         StorageError: If the store refuses or does not answer.
     """
     failed = "; ".join(report.failed_gates)
-    key = fingerprint("gate", _made_ms(registry), version, report.fingerprint)
+    made_ms = registry.client.get_model_version(registry.name, version).creation_timestamp
+    # a number that is given again is another version
+    key = fingerprint("gate", _made_ms(registry), version, made_ms, report.fingerprint)
     while True:
         # before the champion is looked at: one that another run makes meanwhile is a new obstacle
         after = newest_number(registry.root_uri, registry.name)
@@ -116,19 +125,19 @@ def decide_by_gate(registry: Registry, version: str, report: EvalReport) -> Deci
 def _obstacle(registry: Registry, version: str, report: EvalReport) -> str | None:
     """Return why a version does not become champion although its gate holds."""
     all_the_same = f"`ursa models promote {version}` takes it all the same"
-    for decision in decisions_of(registry):
-        if decision.event == "rolled_back" and decision.version == version:
+    found = _by_number(registry)
+    for decision in standing(decisions_of(registry)):
+        was_left = decision.event == "rolled_back" and decision.version == version
+        if was_left and _is_same(decision, version, found):
             by = f"{decision.decided_by} rolled it back ({decision.reason})"
             return f"the gate holds, but {by}; {all_the_same}"
     champion = aliases(registry.client, registry.name).get(CHAMPION)
-    tags = registry.client.get_model_version(registry.name, version).tags
-    if taken := tags.get(TAKEDOWN_TAG):
+    if taken := found[version].tags.get(TAKEDOWN_TAG):
         return f"the gate holds, but it was made of what is taken down ({taken}); {all_the_same}"
     compared = report.comparison.champion_version if report.comparison else None
     if champion in {None, version, compared}:
         return None
-    found = registry.client.get_model_version(registry.name, str(champion))
-    if "ursa.registration_key" not in found.tags:
+    if champion not in found or "ursa.registration_key" not in found[champion].tags:
         return None  # not one that this pipeline could measure
     before = f"version {compared}" if compared else "none"
     return (
@@ -180,7 +189,8 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
 def rollback(registry: Registry, reason: str | None) -> Decision:
     """Make the version champion again that was it before.
 
-    A rollback that was interrupted is finished, and no second one made.
+    A rollback that was interrupted is finished, and no second one made. Where the champion was
+    deleted in MLflow, the one before it is restored.
 
     Args:
         registry: The registered model.
@@ -194,15 +204,15 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
         ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    finished = settle(registry)
+    finished = _finish(registry)
     if finished and finished[-1].event == "rolled_back":
         return finished[-1]
+    if (restored := restore_champion(registry, reason)) is not None:
+        return restored
     champion = aliases(registry.client, registry.name).get(CHAMPION)
     if champion is None:
         raise ConfigError(f"{registry.name} has no champion; `ursa models promote VERSION`")
-    versions = whole_versions(registry)
-    before = earlier_champions(decisions_of(registry), champion)
-    target = next((item for item in before if item in versions and item != champion), None)
+    target = _champion_before(registry, champion)
     if target is None:
         raise ConfigError(
             f"no champion before version {champion} is on record at {registry.root_uri}; name one "
@@ -214,22 +224,196 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
 
 
 def settle(registry: Registry) -> list[Decision]:
-    """Carry out the decisions on record that a kill has left undone.
+    """Carry out the decisions on record that a kill has left undone; restore a lost champion.
 
     Args:
         registry: The registered model.
 
     Returns:
-        These decisions, oldest first.
+        The decisions that were carried out, oldest first. Void ones are passed over, which is put
+        on record.
 
     Raises:
         ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    pending = pending_decisions(registry)
-    for decision in pending:
-        _carry_out(registry, decision)
-    return pending
+    finished = _finish(registry)
+    restored = restore_champion(registry)
+    return finished if restored is None else [*finished, restored]
+
+
+def _finish(registry: Registry) -> list[Decision]:
+    """Carry out what is pending, or void it."""
+    finished = []
+    # those of a registry that is restored from before its first decision come one after the other
+    while pending := pending_decisions(registry):
+        for decision in pending:
+            problem = void(registry, decision)
+            if problem is None:
+                _carry_out(registry, decision)
+                finished.append(decision)
+                continue
+            _put_void(registry, decision, problem)
+            registry.client.set_registered_model_tag(registry.name, LAST_TAG, decision.record_uri)
+    return [decision for decision in finished if decision.event != "voided"]
+
+
+def void(registry: Registry, decision: Decision) -> str | None:
+    """Return why a decision cannot be carried out: what it makes champion is gone.
+
+    Args:
+        registry: The registered model.
+        decision: One that was not carried out.
+
+    Returns:
+        What is wrong; None if nothing, or if the decision moves no alias.
+    """
+    if decision.event in {"refused", "voided"}:
+        return None
+    versions, number = _by_number(registry), decision.champion or decision.version
+    if _is_same(decision, number, versions):
+        return None
+    what = "is another model now" if number in versions else "is not there any more"
+    return f"version {number} {what}"
+
+
+def _put_void(registry: Registry, decision: Decision, problem: str) -> None:
+    now = aliases(registry.client, registry.name).get(CHAMPION)
+    event = decision.event.replace("_", " ")
+    record_decision(
+        registry.root_uri,
+        registry.name,
+        "voided",
+        registry_made_ms=decision.registry_made_ms,
+        version=decision.version,
+        champion=now,
+        champion_before=now,
+        previous_uri=_tags(registry).get(LAST_TAG),
+        reason=f"decision {decision.number} ({event} version {decision.version}) was not carried "
+        f"out: {problem}",
+        decided_by=registry.decided_by,
+        key=fingerprint("voided", decision.record_uri),
+        voids_uri=decision.record_uri,
+    )
+
+
+def restore_champion(registry: Registry, reason: str | None = None) -> Decision | None:
+    """Make the newest former champion champion again where the champion was deleted in MLflow.
+
+    Args:
+        registry: The registered model; nothing is pending.
+        reason: Why, beside that.
+
+    Returns:
+        The decision, carried out; None if no champion was lost, or none was before it.
+
+    Raises:
+        ManifestError: If a decision that another run writes is damaged.
+        StorageError: If the store refuses or does not answer.
+    """
+    while True:
+        after = newest_number(registry.root_uri, registry.name)
+        lost = lost_champion(registry)
+        if lost is None:
+            return None
+        gone, target = lost
+        words = f"version {gone}, the champion, is not there any more"
+        with contextlib.suppress(OvertakenError):
+            return _decide(
+                registry,
+                "rolled_back",
+                gone,
+                f"{words}; {reason.strip()}" if reason and reason.strip() else words,
+                champion=target,
+                key=fingerprint("lost", decisions_of(registry)[-1].record_uri),
+                after=after,
+            )
+
+
+def lost_champion(registry: Registry) -> tuple[str, str] | None:
+    """Return a champion that was deleted in MLflow, alias and all, and the one before it.
+
+    Args:
+        registry: The registered model; nothing is pending.
+
+    Returns:
+        Both; None if the champion is there, if a person took the alias off, or if no champion
+        before it is there.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    if CHAMPION in aliases(registry.client, registry.name):
+        return None
+    decisions = standing(decisions_of(registry))
+    gone = decisions[-1].champion if decisions else None
+    if gone is None or _is_same(decisions[-1], gone, _by_number(registry)):
+        return None
+    target = _champion_before(registry, None)
+    return None if target is None else (gone, target)
+
+
+def former_champions(registry: Registry, champion: str | None) -> list[str]:
+    """Return the versions that were champion before and are there, the one to go back to first.
+
+    Args:
+        registry: The registered model.
+        champion: Version that is champion now; None if there is none.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    versions = _by_number(registry)
+
+    def named(decision: Decision, number: str | None) -> str | None:
+        if number is None or _is_same(decision, number, versions):
+            return number
+        return f"{number} (gone)"  # not to be taken for the version that has its number now
+
+    decisions = [
+        decision.model_copy(
+            update={
+                "champion": named(decision, decision.champion),
+                "champion_before": named(decision, decision.champion_before),
+            }
+        )
+        for decision in standing(decisions_of(registry))
+    ]
+    found = earlier_champions(decisions, champion)
+    return [item for item in found if item in versions and item != champion]
+
+
+def _champion_before(registry: Registry, champion: str | None) -> str | None:
+    """Return the version to go back to."""
+    whole = whole_versions(registry)
+    return next((item for item in former_champions(registry, champion) if item in whole), None)
+
+
+def _by_number(registry: Registry) -> dict[str, Any]:
+    return {str(item.version): item for item in all_versions(registry)}
+
+
+def _model_of(version: Any) -> str:
+    """Return what a version has in common with no other model, whatever its number."""
+    made = f"made {version.creation_timestamp}"  # one that others registered
+    return str(version.tags.get("ursa.registration_key") or made)
+
+
+def _models(versions: Mapping[str, Any], numbers: Iterable[str | None]) -> dict[str, str]:
+    return {
+        number: _model_of(versions[number]) for number in numbers if number and number in versions
+    }
+
+
+def _is_same(decision: Decision, number: str, versions: Mapping[str, Any]) -> bool:
+    """Whether a version that a decision names is there and the same model."""
+    if number not in versions:
+        return False
+    if number in decision.models:
+        return decision.models[number] == _model_of(versions[number])
+    # a record of an older release: what was registered after it is not what it is about
+    decided_s = datetime.fromisoformat(decision.decided_at).timestamp()
+    return int(versions[number].creation_timestamp) / 1000 < decided_s + _SKEW_S
 
 
 def pending_decisions(registry: Registry) -> list[Decision]:
@@ -303,17 +487,21 @@ def record_move(registry: Registry) -> Decision | None:
     if moved is None:
         return None
     before, now = moved
+    version = now or before or ""
+    found = _by_number(registry)
+    gone = before is not None and before not in found
     decision = record_decision(
         registry.root_uri,
         registry.name,
         "moved",
         registry_made_ms=_made_ms(registry),
-        version=now or before or "",
+        version=version,
         champion=now,
         champion_before=before,
         previous_uri=_tags(registry).get(LAST_TAG),
-        reason="the alias was moved in MLflow",
+        reason="its version was deleted in MLflow" if gone else "the alias was moved in MLflow",
         decided_by="unknown",
+        models=_models(found, (version, before)),
     )
     _carry_out(registry, decision)
     return decision
@@ -331,8 +519,11 @@ def moved_alias(registry: Registry) -> tuple[str | None, str | None] | None:
     decisions = decisions_of(registry)
     if not decisions or _tags(registry).get(LAST_TAG) != decisions[-1].record_uri:
         return None
-    now = aliases(registry.client, registry.name).get(CHAMPION)
-    return None if now == decisions[-1].champion else (decisions[-1].champion, now)
+    carried_out = standing(decisions)
+    if not carried_out:
+        return None
+    now, before = aliases(registry.client, registry.name).get(CHAMPION), carried_out[-1].champion
+    return None if now == before else (before, now)
 
 
 def _decide(
@@ -349,6 +540,7 @@ def _decide(
     """Put a decision on record, unless there is one since `after`, and carry it out."""
     before = aliases(registry.client, registry.name).get(CHAMPION)
     then = {"promoted": version, "refused": before}.get(event, champion)
+    found = _by_number(registry)
     decision = record_decision(
         registry.root_uri,
         registry.name,
@@ -363,6 +555,7 @@ def _decide(
         report_uri=report_uri,
         key=key,
         after=after,
+        models=_models(found, (version, then, before)),
     )
     if decision in pending_decisions(registry):  # not one that was made and carried out before
         _carry_out(registry, decision)
@@ -372,12 +565,12 @@ def _decide(
 def _carry_out(registry: Registry, decision: Decision) -> None:
     client, name = registry.client, registry.name
     now = aliases(client, name).get(CHAMPION)
-    if decision.event != "refused" and now != decision.champion:
+    if decision.event not in {"refused", "voided"} and now != decision.champion:
         if decision.champion is None:
             client.delete_registered_model_alias(name, CHAMPION)
         else:
             client.set_registered_model_alias(name, CHAMPION, decision.champion)
-    if any(str(item.version) == decision.version for item in all_versions(registry)):
+    if decision.event != "voided" and _is_same(decision, decision.version, _by_number(registry)):
         words = f"{decision.event.replace('_', ' ')} by {decision.decided_by}: {decision.reason}"
         shown = words[:_SHOWN_CHARACTERS]
         client.set_model_version_tag(name, decision.version, "ursa.decision", shown)

@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from ursa.errors import ManifestError, UrsaError
 
 logger = logging.getLogger(__name__)
 
-Event = Literal["promoted", "refused", "rolled_back", "moved"]
+Event = Literal["promoted", "refused", "rolled_back", "moved", "voided"]
 
 
 class Decision(FrozenModel):
@@ -40,7 +40,10 @@ class Decision(FrozenModel):
         description="when the registered model was made, milliseconds since 1970: versions of "
         "another registry have nothing to do with those of this one"
     )
-    event: Event = Field(description="`moved`: the alias was moved without a decision")
+    event: Event = Field(
+        description="`moved`: the alias was moved without a decision; `voided`: a decision was not "
+        "carried out, as what it makes champion is gone or another model"
+    )
     version: str = Field(description="the version that was judged, or was left")
     champion: str | None = Field(description="version that is champion after it")
     champion_before: str | None
@@ -49,6 +52,12 @@ class Decision(FrozenModel):
     decided_at: str = Field(description="UTC, ISO 8601")
     report_uri: str | None = Field(description="the EvalReport that decided; None: a person did")
     key: str = Field(description="the same decision made again has the same")
+    models: Mapping[str, str] = Field(
+        default={},
+        description="what model each version named here is, by number: a registry that is restored "
+        "from a copy gives numbers again; empty in records of older releases",
+    )
+    voids_uri: str | None = Field(default=None, description="the decision that was voided")
 
 
 def who(flow_run_id: str | None = None) -> str:
@@ -84,6 +93,8 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
     report_uri: str | None = None,
     key: str | None = None,
     after: int | None = None,
+    models: Mapping[str, str] | None = None,
+    voids_uri: str | None = None,
 ) -> Decision:
     """Commit the next decision about a model, unless the same was committed before.
 
@@ -101,6 +112,8 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
         report_uri: The evaluation that decided, if one did.
         key: The same decision has the same key; None is a new one.
         after: Number of the newest decision that was looked at; None commits after any.
+        models: What model each version is, by number.
+        voids_uri: The decision that was not carried out, if this one says so.
 
     Returns:
         The decision that stands, with its number and time.
@@ -135,6 +148,8 @@ def record_decision(  # noqa: PLR0913  (the fields of the record)
             decided_at=datetime.now(UTC).isoformat(timespec="seconds"),
             report_uri=report_uri,
             key=key,
+            models=models or {},
+            voids_uri=voids_uri,
         )
         if storage.commit_record(decision.record_uri, decision).key == key:
             return decision
@@ -169,13 +184,23 @@ def list_decisions(root_uri: str, model_name: str) -> list[Decision]:
     return _readable(root_uri, model_name, _numbers(root_uri, model_name))
 
 
+def standing(decisions: Sequence[Decision]) -> list[Decision]:
+    """Return the decisions that were carried out or may be: without those that others void.
+
+    Args:
+        decisions: All of a model, oldest first.
+    """
+    voided = {decision.voids_uri for decision in decisions}
+    return [item for item in decisions if item.event != "voided" and item.record_uri not in voided]
+
+
 def earlier_champions(decisions: Sequence[Decision], champion: str | None) -> list[str]:
     """Return the versions that were champion before, the one to go back to first.
 
     A rollback takes the version that it left off the list, so that a second one goes back further.
 
     Args:
-        decisions: All of a model, oldest first.
+        decisions: All of a model that stand, oldest first.
         champion: Version that is champion now; None if there is none.
     """
     before: list[str] = []

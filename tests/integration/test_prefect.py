@@ -1,11 +1,17 @@
 """A real Prefect server and worker: deployments, refused parameters, errors of one line."""
 
+import contextlib
 import json
 import os
+import select
 import shutil
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +186,52 @@ def test_doctor_finds_and_ends_a_run_without_a_process(services: Running) -> Non
     )
     wrong = [item for item in json.loads(done.stdout) if item["state"] == "wrong"]
     assert (done.returncode, wrong) == (0, []), done.stderr
+
+
+def test_a_run_behind_a_forwarded_port_is_left_alone(services: Running) -> None:
+    """As of a container, or a cluster: the address is a loopback one, the process elsewhere."""
+    api = f"{services.prefect_url}/api"
+    deployment = services.ask(f"{api}/deployments/name/ursa/full-training")
+    run = services.ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {})
+    state = {"type": "RUNNING", "name": "Running"}
+    services.ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    try:
+        with forwarded(services.prefect_url) as address:
+            for marks, why in ((None, ", as MLflow cannot be read"), ({}, "")):
+                found = check_flow_runs(address, marks, fix=True, min_age_s=0.0)
+                (told,) = [item for item in found if run["id"] in item.text]
+                assert told.state == "note"
+                assert told.text.endswith(f"is not known here{why}, so it is left alone")
+        after = services.ask(f"{api}/flow_runs/{run['id']}")
+        assert after["state"]["type"] == "RUNNING"
+    finally:
+        state = {"type": "CRASHED", "name": "Crashed"}
+        services.ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+@contextlib.contextmanager
+def forwarded(url: str) -> Iterator[str]:
+    """Yield another loopback address of a server, as `kubectl port-forward` gives."""
+    target = urllib.parse.urlsplit(url)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((target.hostname or "", target.port or 0)) as there:
+                ends = {self.request: there, there: self.request}
+                while True:
+                    for end in select.select(list(ends), [], [])[0]:
+                        data = end.recv(1 << 16)
+                        if not data:
+                            return
+                        ends[end].sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
 
 
 def schedule(services: Running, *arguments: str) -> subprocess.CompletedProcess[str]:

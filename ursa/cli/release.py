@@ -108,7 +108,8 @@ def rollback(*, reason: str | None = None, name: str = _DEFAULT, root: str | Non
         name=name,
         reason=reason,
     )
-    print(f"champion is version {decision['champion']}, was {decision['champion_before']}")
+    before = decision["champion_before"] or f"{decision['version']}, which is gone"
+    print(f"champion is version {decision['champion']}, was {before}")
 
 
 @app.command
@@ -128,11 +129,13 @@ def history(*, name: str = _DEFAULT, root: str | None = None, as_json: AsJson = 
     if as_json:
         print(json.dumps([decision.model_dump(mode="json") for decision in found], indent=1))
         return
+    voided = {item.voids_uri: item.number for item in found}
     for item in found:
         what = item.event.replace("_", " ")
         champion = f"champion {item.champion_before or '-'} -> {item.champion or '-'}"
+        void = f"  VOID: {voided[item.record_uri]}" if item.record_uri in voided else ""
         print_lines(
-            f"{item.number:>4}  {item.decided_at}  {what} version {item.version}  {champion}"
+            f"{item.number:>4}  {item.decided_at}  {what} version {item.version}  {champion}{void}"
         )
         print_lines(f"      by {item.decided_by}: {item.reason}")
     if not found:
