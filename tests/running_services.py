@@ -86,9 +86,9 @@ class Running(NamedTuple):
         """Run the services script against these services."""
         return run_script(*arguments, environment={**self.environment, **variables})
 
-    def ask(self, url: str, body: Any = None) -> Any:
-        """Send a GET or a POST and return the decoded answer."""
-        return ask(url, body)
+    def ask(self, url: str, body: Any = None, method: str | None = None) -> Any:
+        """Send a GET, a POST or what else is named, and return the decoded answer."""
+        return ask(url, body, method)
 
     def flow_run(self, output: str) -> dict[str, Any]:
         """Return the flow run whose id is in the output of `prefect deployment run`."""
@@ -105,26 +105,27 @@ BUSY = 503
 """What Prefect answers while its database is locked, with nothing done; its client repeats it."""
 
 
-def ask(url: str, body: Any = None) -> Any:
-    """Send a GET or a POST, again for some seconds while the service says that it is busy."""
+def ask(url: str, body: Any = None, method: str | None = None) -> Any:
+    """Send a request, again for some seconds while the service says that it is busy."""
     for pause_s in (0.5, 1.0, 2.0, 4.0):
         try:
-            return ask_once(url, body)
+            return ask_once(url, body, method)
         except urllib.error.HTTPError as error:
             if error.code != BUSY:
                 raise
         time.sleep(pause_s)
-    return ask_once(url, body)
+    return ask_once(url, body, method)
 
 
-def ask_once(url: str, body: Any = None) -> Any:
+def ask_once(url: str, body: Any = None, method: str | None = None) -> Any:
     call = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
+        method=method,
     )
     with urllib.request.urlopen(call, timeout=20) as answer:
-        return json.loads(answer.read())
+        return json.loads(answer.read() or "null")
 
 
 def free_port() -> int:

@@ -316,10 +316,10 @@ def deployment(services: Running) -> Iterator[dict[str, Any]]:
     before = retraining(services)
     yield before
     address = f"{services.prefect_url}/api/deployments/{before['id']}"
-    httpx.patch(address, json={"parameters": before["parameters"]}).raise_for_status()
+    services.ask(address, {"parameters": before["parameters"]}, "PATCH")
     (weekly,) = before["schedules"]
     change = {"active": False, "parameters": weekly["parameters"]}
-    httpx.patch(f"{address}/schedules/{weekly['id']}", json=change).raise_for_status()
+    services.ask(f"{address}/schedules/{weekly['id']}", change, "PATCH")
 
 
 def test_event_and_run_use_what_the_schedule_was_given(
@@ -336,12 +336,12 @@ def test_event_and_run_use_what_the_schedule_was_given(
         str(tmp_path),
         "small",
     )
-    httpx.delete(f"{api}/flow_runs/{started['id']}").raise_for_status()
+    services.ask(f"{api}/flow_runs/{started['id']}", method="DELETE")
 
     # somebody edits the schedule in Prefect: that is said, and mended by `on`
     (weekly,) = deployment["schedules"]
     address = f"{api}/deployments/{deployment['id']}/schedules/{weekly['id']}"
-    httpx.patch(address, json={"parameters": {"preset": "tiny"}}).raise_for_status()
+    services.ask(address, {"parameters": {"preset": "tiny"}}, "PATCH")
     shown = schedule(services, "show").stdout
     assert f"     {tmp_path} with preset tiny; " in shown
     assert f"but the event and `ursa schedule run`: {tmp_path} with preset small; " in shown
@@ -376,9 +376,9 @@ def test_only_runs_of_the_schedule_are_its_next_ones(
         while (due := json.loads(schedule(services, "show", "--json").stdout)["next"]) is None:
             assert time.monotonic() < deadline, "the server has planned no run"
             time.sleep(2)
-        assert not due.startswith("2099")
+        assert due.partition("T")[0] < "2099"
     finally:
-        httpx.delete(f"{api}/flow_runs/{waiting['id']}").raise_for_status()
+        services.ask(f"{api}/flow_runs/{waiting['id']}", method="DELETE")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,10 @@ FLOORS = {
     "pillow": "11",
     "safetensors": "0.6",
 }
-CEILINGS = {"fastapi": "0.151"}  # with it Prefect's server does not start
+CEILINGS = {
+    "fastapi": "0.151",  # with it Prefect's server does not start
+    "sqlalchemy": "2.1",  # with it Prefect's server plans no run of a schedule
+}
 NOT_NEEDED = {"diffusers"}
 """Has holes below 0.38 and is no part of this project: whatever brings it must be that new."""
 MIN_FFMPEG = (8, 1)
