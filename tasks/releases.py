@@ -9,6 +9,7 @@ models too, and one whose model is gone is void. The client is MLflow's, from
 """
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,8 @@ from ursa.errors import ConfigError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+UNNAMED = "ursa"
+"""The registered model that `ursa models` means where no name is given."""
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 WHOLE_TAG = "ursa.aliased"
@@ -57,6 +60,17 @@ class Registry(NamedTuple):
     name: str
     root_uri: str
     decided_by: str
+
+
+def models_command(name: str, *words: str) -> str:
+    """Return a command of `ursa models`, as a person types it for this registered model.
+
+    Args:
+        name: Name of the registered model.
+        words: The command and what it is told.
+    """
+    option = [] if name == UNNAMED else ["--name", shlex.quote(name)]
+    return f"`{' '.join(['ursa models', *words, *option])}`"
 
 
 def aliases(client: "MlflowClient", name: str) -> dict[str, str]:
@@ -124,7 +138,7 @@ def decide_by_gate(registry: Registry, version: str, report: EvalReport) -> Deci
 
 def _obstacle(registry: Registry, version: str, report: EvalReport) -> str | None:
     """Return why a version does not become champion although its gate holds."""
-    all_the_same = f"`ursa models promote {version}` takes it all the same"
+    all_the_same = f"{models_command(registry.name, 'promote', version)} takes it all the same"
     found = _by_number(registry)
     for decision in standing(decisions_of(registry)):
         was_left = decision.event == "rolled_back" and decision.version == version
@@ -167,7 +181,7 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
     if version not in versions:
         raise ConfigError(
             f"{registry.name} has no whole version {version}; there are: "
-            f"{', '.join(versions) or 'none'} (`ursa models list`)"
+            f"{', '.join(versions) or 'none'} ({models_command(registry.name, 'list')})"
         )
     settle(registry)
     if aliases(registry.client, registry.name).get(CHAMPION) == version:
@@ -210,13 +224,14 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
     if (restored := restore_champion(registry, reason)) is not None:
         return restored
     champion = aliases(registry.client, registry.name).get(CHAMPION)
+    promote_one = models_command(registry.name, "promote", "VERSION")
     if champion is None:
-        raise ConfigError(f"{registry.name} has no champion; `ursa models promote VERSION`")
+        raise ConfigError(f"{registry.name} has no champion; {promote_one}")
     target = _champion_before(registry, champion)
     if target is None:
         raise ConfigError(
             f"no champion before version {champion} is on record at {registry.root_uri}; name one "
-            "with `ursa models promote VERSION`, or set URSA_DATA_URI to the data root of the runs"
+            f"with {promote_one}, or set URSA_DATA_URI to the data root of the runs"
         )
     return _decide(
         registry, "rolled_back", champion, (reason or "").strip() or _NO_REASON, champion=target

@@ -1000,7 +1000,7 @@ def model_files(tracking_uri: str, name: str, version: str) -> Iterator[Path]:
         if not found:
             raise RegistrationError(
                 f"{model_uri} holds no model directory: this pipeline did not register it, or its "
-                "files are gone; roll back with `ursa models rollback`"
+                f"files are gone; roll back with {releases.models_command(name, 'rollback')}"
             )
         yield found[0].parent
 

@@ -587,7 +587,8 @@ def test_an_alias_that_a_person_took_off_stays_off(address: str, tmp_path: Path)
         releases.promote(registry, add_version(registry, key), "a reason")
     registry.client.delete_registered_model_alias(registry.name, "champion")
     assert releases.settle(registry) == []
-    with pytest.raises(ConfigError, match="has no champion"):
+    command = "`ursa models promote VERSION --name taken-off`"  # what is said can be typed
+    with pytest.raises(ConfigError, match=f"taken-off has no champion; {command}"):
         releases.rollback(registry, None)
     assert releases.moved_alias(registry) == ("2", None)
     assert releases.record_move(registry) is not None
