@@ -9,7 +9,6 @@ from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
 from tasks.training import LOSS_PICTURE
 from ursa.artifacts import EvalReport, ExportedModel
-from ursa.decisions import who
 
 if TYPE_CHECKING:
     from ursa.comparison import Champion
@@ -151,12 +150,9 @@ def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
     from ursa.comparison import Champion  # noqa: PLC0415  (torch: seconds)
 
     uri, name = context.run.tracking_uri, context.config.release.model_name
-    with tracking.service(uri) as client:
-        # a decision that a kill interrupted, a champion that was deleted: what is compared with
-        if client.search_registered_models(f"name = '{name}'"):
-            decided_by = who(reports.flow_run_tags().get("prefect.flow_run_id"))
-            releases.settle(releases.Registry(client, name, context.data_uri, decided_by))
-    found = tracking.champion_version(uri, name)
+    found = tracking.champion_version(
+        uri, name, root_uri=context.data_uri, decided_by=reports.decided_by()
+    )
     if found is not None and found.tags.get("ursa.registration_key") == model.content_key:
         with tracking.service(uri) as client:
             registry = releases.Registry(client, name, context.data_uri, "")

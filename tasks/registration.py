@@ -13,7 +13,6 @@ from tasks.retraining import NETWORK_TAG, network_fingerprint, started_from
 from ursa import storage
 from ursa.artifacts import EvalReport, ModelVersion
 from ursa.data.versions import DatasetVersion
-from ursa.decisions import who
 from ursa.texts import markdown_code, markdown_text
 
 CARD = "model_card.md"
@@ -99,7 +98,7 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
             **tracking.source_version(),
         },
         root_uri=context.data_uri,
-        decided_by=who(reports.flow_run_tags().get("prefect.flow_run_id")),
+        decided_by=reports.decided_by(),
     )
     tracking.tag_run(context.run, sample_tags(context, report))
     _log_card(context, trained, report, version)

@@ -37,6 +37,7 @@ from ursa.artifacts import (
     TokenDatasets,
 )
 from ursa.data.versions import DatasetVersion, FileChange
+from ursa.decisions import who
 from ursa.drift import Drift
 from ursa.texts import markdown_code, markdown_text
 from ursa.video.selection import explain
@@ -85,6 +86,11 @@ def flow_run_tags() -> dict[str, str]:
     root = root_flow_run_id()
     base = str(runtime.flow_run.ui_url or "").rpartition("/")[0]
     return {"prefect.flow_run_id": str(root), "prefect.flow_run_url": f"{base}/{root}"}
+
+
+def decided_by() -> str:
+    """Return who decides about versions here: see `ursa.decisions.who`."""
+    return who(flow_run_tags().get("prefect.flow_run_id"))
 
 
 def start_progress(key: str, description: str) -> UUID | None:

@@ -54,9 +54,11 @@ def network_fingerprint(config: RunConfig, *tokenizers: TokenizerRef) -> str:
 def look_for_new_data(
     source_uri: str, preset: Preset, overrides: ConfigOverrides | None
 ) -> NewData:
-    """Compare the source with that of the newest version; nothing is written and no run opened.
+    """Compare the source with that of the newest version; no run is opened.
 
-    Content counts: a renamed file is not new, and one that is gone makes none.
+    Content counts: a renamed file is not new, and one that is gone makes none. Where there is
+    enough to train on, decisions that a kill interrupted are carried out first, so that the run
+    goes on from the champion.
 
     Args:
         source_uri: As `ursa.sources.listing.discover_videos` takes it.
@@ -69,6 +71,7 @@ def look_for_new_data(
     Raises:
         ConfigError: If the environment, a key or a value is refused.
         DataError: If the source does not exist or holds no video.
+        ManifestError: If a decision that another run writes is damaged.
         ServiceError: If the tracking server does not answer.
         StorageError: If the store cannot be used.
     """
@@ -93,7 +96,12 @@ def look_for_new_data(
             f"retraining.min_new_files is {wanted}"
         )
     announce("%d files of new content at %s", count, listing.source_uri)
-    champion = tracking.champion_version(tracking_uri, name)
+    champion = tracking.champion_version(
+        tracking_uri,
+        name,
+        root_uri=settings.data_uri,
+        decided_by=reports.decided_by(),
+    )
     reference_uri = champion.tags.get("ursa.selection") if champion else None
     if reference_uri is not None:  # what the same files gave the last time
         uri = drift_uri(settings.data_uri, reference_uri, listing.fingerprint, config)

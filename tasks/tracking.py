@@ -919,17 +919,29 @@ def registered_directory(tracking_uri: str, model_uri: str) -> str:
     return str(directory)
 
 
-def champion_version(tracking_uri: str, name: str) -> RegisteredVersion | None:
+def champion_version(
+    tracking_uri: str, name: str, *, root_uri: str, decided_by: str
+) -> RegisteredVersion | None:
     """Return the version that is champion; None if there is none.
+
+    A decision that a kill interrupted is carried out first, and a champion that was deleted gives
+    way to the one before it.
 
     Args:
         tracking_uri: Address of the tracking server.
         name: Name of the registered model.
+        root_uri: The data root, where decisions are on record.
+        decided_by: See `ursa.decisions.who`.
 
     Raises:
+        ManifestError: If a decision that another run writes is damaged.
         ServiceError: If the server does not answer.
+        StorageError: If the store refuses or does not answer.
     """
     with service(tracking_uri) as client:
+        if not client.search_registered_models(f"name = '{name}'"):
+            return None
+        releases.settle(releases.Registry(client, name, root_uri, decided_by))
         version = releases.aliases(client, name).get(releases.CHAMPION)
     return None if version is None else registered_version(tracking_uri, name, version)
 

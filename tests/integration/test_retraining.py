@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks import tracking
+from tasks import releases, tracking
 from tasks.context import list_source, start_run
 from tasks.options import ConfigOverrides
 from tasks.retraining import NETWORK_TAG, NewData, compare_new_clips, look_for_new_data
@@ -136,6 +136,21 @@ def test_it_goes_on_from_the_champion_not_the_newest(client, source):
     assert start is not None
     assert (start.model_uri, start.directory_uri) == ("models:/ursa/1", "/models/one")
     assert look(source, start="scratch") == NewData()
+
+
+def test_it_goes_on_from_the_one_before_a_champion_that_was_deleted(client, source, tmp_path):
+    registry = releases.Registry(client, "ursa", str(tmp_path / "data"), "a test")
+    for directory in ("/models/one", "/models/two"):
+        number = register(client, source, **{"ursa.model_directory": directory})
+        releases.promote(registry, number, "a reason")
+    client.delete_model_version("ursa", number)
+    assert look(source).refusal  # nothing new: nothing is touched
+    assert releases.lost_champion(registry) == ("2", "1")
+    add(source, "c")
+    start = look(source).start
+    assert start is not None
+    assert start.directory_uri == "/models/one"
+    assert releases.aliases(client, "ursa")["champion"] == "1"
 
 
 def test_without_a_champion_that_can_be_gone_on_from_all_stages_are_trained(client, source):

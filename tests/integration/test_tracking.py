@@ -275,11 +275,12 @@ def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> Non
     assert again == version.model_copy(update={"is_new": False})
     assert tracking.find_version(uri, NAME, "ursa.run_fingerprint", "f") == again
     worse_report = report_of(tmp_path / "b", b"weights b", gate_passed=False)
-    champion = tracking.champion_version(uri, NAME)
+    where = {"root_uri": str(tmp_path), "decided_by": "a test"}
+    champion = tracking.champion_version(uri, NAME, **where)
     assert champion is not None
     assert champion.version == "1"
     assert champion.tags["ursa.registration_key"] == report.model.content_key
-    assert tracking.champion_version(uri, "nothing") is None
+    assert tracking.champion_version(uri, "nothing", **where) is None
 
     worse = register(run, worse_report)
     assert (worse.version, worse.alias) == ("2", "challenger")
