@@ -14,7 +14,7 @@ import platformdirs
 from pydantic import Field
 
 import ursa
-from tasks import cluster, reports, tracking
+from tasks import cluster, model_registry, reports, tracking
 from tasks.options import ConfigOverrides, announce, show_library_logs, step
 from tasks.settings import RuntimeSettings
 from tasks.tracking import TrackedRun
@@ -157,8 +157,10 @@ def with_registered_starts(config: RunConfig, tracking_uri: str) -> RunConfig:
     found: dict[str, StageConfig] = {}
     for name in STAGES:
         stage: StageConfig = getattr(config.stages, name)
-        if stage.init_from is not None and stage.init_from.startswith(tracking.REGISTRY_SCHEME):
-            directory = tracking.registered_directory(tracking_uri, stage.init_from)
+        if stage.init_from is not None and stage.init_from.startswith(
+            model_registry.REGISTRY_SCHEME
+        ):
+            directory = model_registry.registered_directory(tracking_uri, stage.init_from)
             found[name] = stage.model_copy(update={"init_from": directory})
     stages = config.stages.model_copy(update=found)
     return config.model_copy(update={"stages": stages})

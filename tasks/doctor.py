@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
-from tasks import releases, tracking
+from tasks import model_registry, releases, tracking
 from tasks.machine import (
     ANSWER_LIMIT_S,
     Finding,
@@ -109,10 +109,10 @@ class Patient(NamedTuple):
             everything = list(client.search_model_versions())
             models = {
                 model.model_id: model
-                for model in tracking.logged_models(client, experiment.experiment_id)
+                for model in model_registry.logged_models(client, experiment.experiment_id)
                 if "ursa.registration_key" in model.tags
             }
-            used = {tracking.logged_model_id(version) for version in everything}
+            used = {model_registry.logged_model_id(version) for version in everything}
             # what cannot be read of one thing hides nothing of the others
             for model_id, model in models.items():
                 if model_id not in used and model.source_run_id not in living:
@@ -121,7 +121,7 @@ class Patient(NamedTuple):
             busy = {item.name for item in versions if item.run_id in living}
             for version in sorted(versions, key=lambda item: int(item.version)):
                 if version.name not in busy and releases.WHOLE_TAG not in version.tags:
-                    model = models.get(tracking.logged_model_id(version))
+                    model = models.get(model_registry.logged_model_id(version))
                     what = f"version {version.version} of {version.name} "
                     found += self._safely(self._version(client, version, model), what)
             for name in sorted({item.name for item in versions} - busy):
@@ -186,7 +186,7 @@ class Patient(NamedTuple):
             if report is None or model is None:
                 gone = "model" if model is None else "evaluation"
                 raise RegistrationError(f"its {gone} is gone")  # noqa: TRY301
-            tracking.verify_files(self.tracking_uri, version.source, report.model)
+            model_registry.verify_files(self.tracking_uri, version.source, report.model)
         except (DataError, RegistrationError) as error:
             client.delete_model_version(version.name, str(version.version))
             yield self._wrong(text, f"{error}; deleted, the next run registers it again")
@@ -289,7 +289,9 @@ def _missing(client: "MlflowClient", version: Any) -> str | None:
         report = storage.load_record(version.tags["ursa.evaluation"], EvalReport)
     if report is None:
         return None  # the data root is elsewhere: nothing to compare with
-    return tracking.missing_files(client, tracking.logged_model_id(version), report.model)
+    return model_registry.missing_files(
+        client, model_registry.logged_model_id(version), report.model
+    )
 
 
 def check_flow_runs(

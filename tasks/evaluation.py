@@ -3,7 +3,7 @@
 import functools
 from typing import TYPE_CHECKING
 
-from tasks import releases, reports, tracking
+from tasks import metric_sink, model_registry, releases, reports, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
@@ -80,7 +80,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 )
             ],
         )
-        with tracking.MetricSink(run) as sink:
+        with metric_sink.MetricSink(run) as sink:
             announce("evaluation: losses by time, reconstructions, drawn clips; a minute or more")
             report = evaluation.evaluate(
                 model,
@@ -92,7 +92,7 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 device=device,
                 on_metrics=sink,
             )
-        tracking.log_metrics(run, report.metrics, step=trained.checkpoint.step)
+        metric_sink.log_metrics(run, report.metrics, step=trained.checkpoint.step)
         compared = "" if report.comparison is None else comparison_text(report.comparison)
         tracking.tag_run(
             run,
@@ -150,22 +150,22 @@ def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
     from ursa.comparison import Champion  # noqa: PLC0415  (torch: seconds)
 
     uri, name = context.run.tracking_uri, context.config.release.model_name
-    found = tracking.champion_version(
+    found = model_registry.champion_version(
         uri, name, root_uri=context.data_uri, decided_by=reports.decided_by()
     )
     if found is not None and found.tags.get("ursa.registration_key") == model.content_key:
         with tracking.service(uri) as client:
             registry = releases.Registry(client, name, context.data_uri, "")
             earlier = releases.former_champions(registry, found.version)
-        found = tracking.registered_version(uri, name, earlier[0]) if earlier else None
+        found = model_registry.registered_version(uri, name, earlier[0]) if earlier else None
     if found is None or found.tags.get("ursa.registration_key") == model.content_key:
         return None
     number = found.version
-    start = () if context.start is None else tracking.trained_on(uri, context.start.model_uri)
-    champion = tracking.trained_on(uri, f"{tracking.REGISTRY_SCHEME}{name}/{number}")
+    start = () if context.start is None else model_registry.trained_on(uri, context.start.model_uri)
+    champion = model_registry.trained_on(uri, f"{model_registry.REGISTRY_SCHEME}{name}/{number}")
     return Champion(
         version=number,
         model_key=found.tags.get("ursa.registration_key"),
         tokens_uris=tuple(dict.fromkeys((*champion, *start))),
-        open=functools.partial(tracking.model_files, uri, name, number),
+        open=functools.partial(model_registry.model_files, uri, name, number),
     )

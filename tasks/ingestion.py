@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import TypeVar
 
-from tasks import cluster, reports, tracking
+from tasks import cluster, metric_sink, reports, tracking
 from tasks.context import RunContext
 from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
@@ -120,7 +120,7 @@ def select_clips(context: RunContext, clips: ClipSet) -> ClipSelection:
     with tracking.child_run(
         context.run, "data", {"ursa.fingerprint": selection.fingerprint, **reports.flow_run_tags()}
     ) as run:
-        tracking.log_metrics(
+        metric_sink.log_metrics(
             run,
             {
                 "data/num_files": clips.num_videos,
@@ -162,12 +162,12 @@ def fit_visual_tokenizer(context: RunContext, selection: ClipSelection) -> Token
             "visual-tokenizer-progress", context.config.visual_tokenizer.max_steps
         ) as show,
         tracking.child_run(context.run, "data", reports.flow_run_tags()) as run,
-        tracking.MetricSink(run, on_step=show) as sink,
+        metric_sink.MetricSink(run, on_step=show) as sink,
     ):
         fitted = visual_tokenizer.fit_visual_tokenizer(
             selection, context.config, output_uri=context.data_uri, on_metrics=sink
         )
-        tracking.log_metrics(
+        metric_sink.log_metrics(
             run, {f"visual_tokenizer/{_bare(k)}": v for k, v in fitted.metrics.items()}
         )
     announce("%s", describe_tokenizer(fitted))

@@ -5,7 +5,7 @@ import shlex
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks import reports, tracking
+from tasks import model_registry, reports, tracking
 from tasks.context import RunContext, TrainedModel, lacks_for_now
 from tasks.evaluation import GALLERY
 from tasks.options import announce, step
@@ -42,10 +42,10 @@ def find_version(context: RunContext) -> ModelVersion | None:
     Raises:
         ServiceError: If the tracking server does not answer.
     """
-    found = tracking.find_version(
+    found = model_registry.find_version(
         context.run.tracking_uri,
         context.config.release.model_name,
-        tracking.FINGERPRINT_TAG,
+        model_registry.FINGERPRINT_TAG,
         context.release_fingerprint,
     )
     # card and report come after the registration: what a kill has left is finished
@@ -55,9 +55,9 @@ def find_version(context: RunContext) -> ModelVersion | None:
 
 @step(run_name="register model")
 def register_model(context: RunContext, trained: TrainedModel, report: EvalReport) -> ModelVersion:
-    """See `tasks.tracking.register_version`; alias challenger, and champion if the gate holds.
+    """See `tasks.model_registry.register_version`; what the gate says is put on record.
 
-    What the gate says is put on record.
+    Alias challenger, and champion if the gate holds.
 
     Args:
         context: The run.
@@ -73,14 +73,14 @@ def register_model(context: RunContext, trained: TrainedModel, report: EvalRepor
         StorageError: If the store refuses or does not answer.
     """
     datasets = trained.request.datasets
-    version = tracking.register_version(
+    version = model_registry.register_version(
         context.run,
         report,
         context.config,
         {
             # a run that lacks files only for now is not found again: the next one looks at them
-            tracking.FINGERPRINT_TAG: (
-                tracking.UNFINISHED if lacks_for_now(trained) else context.release_fingerprint
+            model_registry.FINGERPRINT_TAG: (
+                model_registry.UNFINISHED if lacks_for_now(trained) else context.release_fingerprint
             ),
             "ursa.source_uri": context.source_uri,
             "ursa.source_fingerprint": context.source_fingerprint,
@@ -256,7 +256,7 @@ def run_note(context: RunContext, version: ModelVersion) -> str:
     """
     run = context.run
     pages = run_pages(context, version)
-    found = tracking.registered_version(run.tracking_uri, version.name, version.version)
+    found = model_registry.registered_version(run.tracking_uri, version.name, version.version)
     records = {
         label: found.tags[tag]
         for label, tag in RECORDS.items()
@@ -272,7 +272,9 @@ def _title(context: RunContext, version: ModelVersion) -> str:
     done = f"registered {version.name} version {version.version}"
     if not version.is_new:
         done = f"nothing changed: version {version.version} is up to date"
-    found = tracking.registered_version(context.run.tracking_uri, version.name, version.version)
+    found = model_registry.registered_version(
+        context.run.tracking_uri, version.name, version.version
+    )
     tags = {} if found is None else found.tags
     if tags.get("ursa.gate_passed") == "false":
         return f"{done}, which the gate refused: {tags.get('ursa.failed_gates', '')}"

@@ -1,6 +1,6 @@
 """Tasks: is there enough new to train, and what does the training go on from."""
 
-from tasks import reports, tracking
+from tasks import metric_sink, model_registry, reports, tracking
 from tasks.context import (
     PreparedData,
     RunContext,
@@ -78,14 +78,14 @@ def look_for_new_data(
     settings = RuntimeSettings.from_env()
     config = given_config(preset, overrides)
     tracking_uri, name = settings.mlflow_tracking_uri, config.release.model_name
-    newest = tracking.newest_version_tags(tracking_uri, name)
+    newest = model_registry.newest_version_tags(tracking_uri, name)
     if not newest:
         announce("no version of %s yet: all stages are trained", name)
         return NewData()
     listing = list_source(source_uri, config, settings)
-    newest = tracking.newest_version_tags(tracking_uri, name, source_uri=listing.source_uri)
+    newest = model_registry.newest_version_tags(tracking_uri, name, source_uri=listing.source_uri)
     # files that could not be read for now may be read today: their clips decide
-    lacks_files = newest.get(tracking.FINGERPRINT_TAG) == tracking.UNFINISHED
+    lacks_files = newest.get(model_registry.FINGERPRINT_TAG) == model_registry.UNFINISHED
     if newest.get("ursa.source_fingerprint") == listing.fingerprint and not lacks_files:
         return NewData(refusal=f"no new data at {listing.source_uri}")
     count = _num_new(listing, newest, settings)
@@ -96,7 +96,7 @@ def look_for_new_data(
             f"retraining.min_new_files is {wanted}"
         )
     announce("%d files of new content at %s", count, listing.source_uri)
-    champion = tracking.champion_version(
+    champion = model_registry.champion_version(
         tracking_uri,
         name,
         root_uri=settings.data_uri,
@@ -136,7 +136,7 @@ def _contents(listing: SourceListing) -> set[str]:
     return {item.etag for item in listing.sources if item.problem is None}
 
 
-def _start(champion: tracking.RegisteredVersion | None, name: str) -> Start | None:
+def _start(champion: model_registry.RegisteredVersion | None, name: str) -> Start | None:
     if champion is None:
         announce("%s has no champion: all stages are trained", name)
         return None
@@ -146,7 +146,7 @@ def _start(champion: tracking.RegisteredVersion | None, name: str) -> Start | No
         return None
     directory_uri, tokens_uri, network = (champion.tags[key] for key in keys)
     return Start(
-        model_uri=f"{tracking.REGISTRY_SCHEME}{name}/{champion.version}",
+        model_uri=f"{model_registry.REGISTRY_SCHEME}{name}/{champion.version}",
         directory_uri=directory_uri,
         tokens_uri=tokens_uri,
         network=network,
@@ -207,7 +207,7 @@ def compare_new_clips(
     if name:
         announce("%d new clips; what differs most is %s: %.3f", drift.num_new, name, distance)
     with tracking.child_run(context.run, "data", reports.flow_run_tags()) as run:
-        tracking.log_metrics(
+        metric_sink.log_metrics(
             run, {f"drift/{name}": value for name, value in drift.distances.items()}
         )
     refusal = _why_not(drift, context.source_uri, context.config)
@@ -299,4 +299,4 @@ def started_from(context: RunContext, trained: TrainedModel) -> dict[str, str]:
     stage = trained.request.config.stages.async_finetune
     if start is None or stage.init_from != start.directory_uri:
         return {}
-    return {tracking.STARTED_FROM_TAG: start.model_uri}
+    return {model_registry.STARTED_FROM_TAG: start.model_uri}

@@ -8,9 +8,9 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tasks.metric_sink import MetricSink
 from tasks.tracking import (
     PROBE_LIMIT_S,
-    MetricSink,
     TrackedRun,
     check_service,
     log_stage_samples,

@@ -2,7 +2,7 @@
 
 import functools
 
-from tasks import cluster, reports, tracking
+from tasks import cluster, metric_sink, reports, tracking
 from tasks.context import RunContext
 from tasks.options import announce, step
 from tasks.settings import RuntimeSettings
@@ -83,7 +83,7 @@ def tokenize_clips(
                 )
             ],
         )
-        tracking.log_metrics(
+        metric_sink.log_metrics(
             run,
             {
                 f"data/num_{modality}_{split}": sum(

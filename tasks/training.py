@@ -4,7 +4,7 @@ import functools
 
 from prefect.settings import get_current_settings
 
-from tasks import cluster, reports, stage_worker, tracking
+from tasks import cluster, metric_sink, reports, stage_worker, tracking
 from tasks.context import PreparedData, RunContext
 from tasks.options import announce, step
 from tasks.retraining import known_tokens
@@ -71,7 +71,7 @@ def fit_schedule(context: RunContext, prepared: PreparedData) -> None:
         return
     fitted = committed.fitted
     numbers = fitted.model_dump(exclude={"kind", "log_beta", "max_logit", "curve"})
-    tracking.log_metrics(context.run, {f"path/{key}": value for key, value in numbers.items()})
+    metric_sink.log_metrics(context.run, {f"path/{key}": value for key, value in numbers.items()})
     tracking.log_files(context.run, committed.folder_uri, [schedule.PICTURE], "path")
     announce(
         "schedule: alpha %.3g, c %.3g off the line by %.1g, table by %.1g; the path takes the %s",

@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from tasks import tracking
+from tasks import metric_sink, tracking
 from tasks.settings import RuntimeSettings
 from tests.bench.ablation_runs import (
     ARMS,
@@ -378,7 +378,7 @@ def log_to_mlflow(
             for model, measures in _by_model(unit.values).items():
                 with tracking.child_run(run, f"{model}, seed {unit.seed}", {}) as child:
                     for steps, values in sorted(measures.items()):
-                        tracking.log_metrics(child, values, step=steps)
+                        metric_sink.log_metrics(child, values, step=steps)
         tracking.log_text(run, text, "report.md")
         names = [path.name for path in folder.glob("*.png")]
         tracking.log_files(run, str(folder), names, "plots")

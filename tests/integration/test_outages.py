@@ -17,9 +17,10 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks import spool, tracking
+from tasks import metric_sink, spool, tracking
+from tasks.metric_sink import MetricSink
 from tasks.stage_worker import LocalSink, StageProgress
-from tasks.tracking import MetricSink, TrackedRun
+from tasks.tracking import TrackedRun
 from tests.flaky_proxy import FlakyProxy
 from tests.running_services import ROOT, free_port
 from ursa.artifacts import StageRequest
@@ -103,9 +104,10 @@ def proxy(server: Server) -> Iterator[FlakyProxy]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter waits, so that outages of seconds are long ones."""
-    monkeypatch.setattr(tracking, "FLUSH_EVERY_S", 0.1)
-    monkeypatch.setattr(tracking, "CLOSE_PATIENCE_S", 0.3)
-    monkeypatch.setattr(tracking, "PROBE_LIMIT_S", 0.5)
+    monkeypatch.setattr(metric_sink, "FLUSH_EVERY_S", 0.1)
+    monkeypatch.setattr(metric_sink, "CLOSE_PATIENCE_S", 0.3)
+    for module in (metric_sink, tracking):
+        monkeypatch.setattr(module, "PROBE_LIMIT_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
 
@@ -241,7 +243,8 @@ def test_resume_after_a_kill_in_an_outage_goes_on_where_the_curve_ends(
     code = """
 import os, signal, sys
 from tasks.stage_worker import LocalSink, StageProgress
-from tasks.tracking import MetricSink, TrackedRun
+from tasks.metric_sink import MetricSink
+from tasks.tracking import TrackedRun
 sink = MetricSink(TrackedRun.model_validate_json(sys.argv[1])).__enter__()
 for step in range(51, 121):
     sink(step, {key: step / (i + 1) for i, key in enumerate(sys.argv[2].split())})
@@ -268,7 +271,8 @@ def test_kill_right_after_sending_doubles_nothing(
         file.append(step=step, metrics=values(step))
     entries, _ = spool.read(file.path, 0)
     client = MlflowClient(proxy.url)
-    tracking._send(client, run.run_id, client.get_run(run.run_id).data, entries)  # then a kill
+    known = client.get_run(run.run_id).data
+    tracking.send_values(client, run.run_id, known, entries)  # then a kill
     with MetricSink(run) as sink:
         for step in range(61, 121):
             sink(step, values(step))

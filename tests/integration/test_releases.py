@@ -16,7 +16,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tasks import commands, doctor, evaluation, registration, releases, tracking
+from tasks import commands, doctor, evaluation, model_registry, registration, releases, tracking
 from tasks.context import RunContext, TrainedModel
 from tasks.doctor import Patient
 from tests import factories, media
@@ -163,7 +163,7 @@ def test_the_same_weights_under_two_names_are_two_models(made: Any) -> None:
         _, version = item.release(item.worse)
         assert (version.version, version.alias) == ("1", "champion")
     versions = [item.client.get_model_version(item.name, "1") for item in (one, two)]
-    ids = [tracking.logged_model_id(version) for version in versions]
+    ids = [model_registry.logged_model_id(version) for version in versions]
     assert len({one.client.get_logged_model(model_id).model_id for model_id in ids}) == 2
     assert doctor._missing(one.client, versions[0]) is None
     one.client.delete_logged_model(ids[0])
@@ -622,7 +622,7 @@ KILLED = """
 import json, os, signal, sys
 import mlflow.pyfunc
 from mlflow.tracking import MlflowClient
-from tasks import registration, releases, tracking
+from tasks import model_registry, registration, releases, tracking
 from tasks.context import RunContext, TrainedModel
 from ursa.artifacts import EvalReport
 
@@ -632,7 +632,7 @@ def die(*arguments, **options):
 given = json.load(sys.stdin)
 context = RunContext.model_validate(given["context"])
 trained = TrainedModel.model_validate(given["trained"])
-owners = {"client": MlflowClient, "tracking": tracking, "releases": releases}
+owners = {"client": MlflowClient, "model_registry": model_registry, "releases": releases}
 for (owner, name), report in zip(given["moments"], given["reports"]):
     child = os.fork()  # before the parent has opened a database
     if child == 0:
@@ -646,7 +646,7 @@ for (owner, name), report in zip(given["moments"], given["reports"]):
 """
 MOMENTS = (
     ("client", "finalize_logged_model"),  # a model that is PENDING
-    ("tracking", "verify_files"),  # a model without a version
+    ("model_registry", "verify_files"),  # a model without a version
     ("releases", "finish_version"),  # a version without aliases
     ("releases", "_carry_out"),  # a decision on record, the alias where it was
 )

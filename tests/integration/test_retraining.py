@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks import releases, tracking
+from tasks import model_registry, releases
 from tasks.context import list_source, start_run
 from tasks.options import ConfigOverrides
 from tasks.retraining import NETWORK_TAG, NewData, compare_new_clips, look_for_new_data
@@ -89,7 +89,7 @@ def test_the_same_files_are_nothing_new(client, source):
 
 
 def test_files_that_could_not_be_read_the_last_time_are_looked_at_again(client, source):
-    register(client, source, **{tracking.FINGERPRINT_TAG: tracking.UNFINISHED})
+    register(client, source, **{model_registry.FINGERPRINT_TAG: model_registry.UNFINISHED})
     assert look(source).refusal is None
 
 

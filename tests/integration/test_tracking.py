@@ -13,9 +13,10 @@ from markdown_it import MarkdownIt
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from tasks import registration, tracking
+from tasks import metric_sink, model_registry, registration, tracking
 from tasks.context import RunContext
-from tasks.tracking import MetricSink, TrackedRun
+from tasks.metric_sink import MetricSink
+from tasks.tracking import TrackedRun
 from ursa import storage
 from ursa.artifacts import CheckpointRef, EvalReport, ExportedModel, ModelVersion
 from ursa.config import load_config
@@ -87,7 +88,7 @@ def report_of(folder: Path, content: bytes, *, gate_passed: bool) -> EvalReport:
 def register(run: TrackedRun, report: EvalReport) -> tracking.ModelVersion:
     tags = {"ursa.run_fingerprint": "f", "ursa.tokens_fingerprint": "tokens"}
     root_uri = str(Path(report.samples_uri).parent)
-    return tracking.register_version(
+    return model_registry.register_version(
         run, report, load_config("tiny"), tags, root_uri=root_uri, decided_by="a test"
     )
 
@@ -173,8 +174,8 @@ SYSTEM = {
 def test_sink_measures_its_machine_beside_the_steps(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "FLUSH_EVERY_S", 0.1)
-    monkeypatch.setattr(tracking, "MEASURE_EVERY_S", 0.5)
+    monkeypatch.setattr(metric_sink, "FLUSH_EVERY_S", 0.1)
+    monkeypatch.setattr(metric_sink, "MEASURE_EVERY_S", 0.5)
     run = open_run(uri, "print-5", {})
     with MetricSink(run, measures_machine=True) as sink:
         for step in range(1, 12):
@@ -195,7 +196,7 @@ def test_sink_measures_its_machine_beside_the_steps(
 def test_sink_neither_waits_nor_raises_when_the_server_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "CLOSE_PATIENCE_S", 0.1)
+    monkeypatch.setattr(metric_sink, "CLOSE_PATIENCE_S", 0.1)
     gone = TrackedRun(
         tracking_uri="http://127.0.0.1:9", experiment_id="1", run_id="x", spool_uri=str(tmp_path)
     )
@@ -263,7 +264,7 @@ def test_all_logged_models_are_found(uri: str, monkeypatch: pytest.MonkeyPatch) 
     of_one = functools.partialmethod(search, max_results=1)
     monkeypatch.setattr(MlflowClient, "search_logged_models", of_one)
     assert len(client.search_logged_models([experiment_id])) == 1
-    assert {item.model_id for item in tracking.logged_models(client, experiment_id)} == made
+    assert {item.model_id for item in model_registry.logged_models(client, experiment_id)} == made
 
 
 def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> None:
@@ -273,14 +274,14 @@ def test_registration_is_whole_and_happens_once(uri: str, tmp_path: Path) -> Non
     assert (version.version, version.alias, version.is_new) == ("1", "champion", True)
     again = register(run, report)
     assert again == version.model_copy(update={"is_new": False})
-    assert tracking.find_version(uri, NAME, "ursa.run_fingerprint", "f") == again
+    assert model_registry.find_version(uri, NAME, "ursa.run_fingerprint", "f") == again
     worse_report = report_of(tmp_path / "b", b"weights b", gate_passed=False)
     where = {"root_uri": str(tmp_path), "decided_by": "a test"}
-    champion = tracking.champion_version(uri, NAME, **where)
+    champion = model_registry.champion_version(uri, NAME, **where)
     assert champion is not None
     assert champion.version == "1"
     assert champion.tags["ursa.registration_key"] == report.model.content_key
-    assert tracking.champion_version(uri, "nothing", **where) is None
+    assert model_registry.champion_version(uri, "nothing", **where) is None
 
     worse = register(run, worse_report)
     assert (worse.version, worse.alias) == ("2", "challenger")
