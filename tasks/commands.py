@@ -25,7 +25,8 @@ def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
 
     Returns:
         Of each version, aliases, `loss` in nats, whether the gate holds, what was decided last,
-        which of its sources are to be left, and when it was made, seconds since 1970.
+        which of its sources are to be left, what it lacks, and when it was made, seconds since
+        1970.
 
     Raises:
         ServiceError: If the server does not answer.
@@ -40,6 +41,7 @@ def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
                 "version": str(item.version),
                 "aliases": sorted(named.get(str(item.version), [])),
                 "is_whole": releases.WHOLE_TAG in item.tags,
+                "damaged": item.tags.get(releases.DAMAGED_TAG, ""),
                 "gate_passed": item.tags.get("ursa.gate_passed") == "true",
                 "loss": json.loads(item.tags.get("ursa.metrics", "{}")).get("eval/loss"),
                 "decision": item.tags.get("ursa.decision", ""),

@@ -14,7 +14,7 @@ import platformdirs
 from pydantic import Field
 
 import ursa
-from tasks import cluster, model_registry, reports, tracking
+from tasks import cluster, model_registry, releases, reports, tracking
 from tasks.options import ConfigOverrides, announce, show_library_logs, step
 from tasks.settings import RuntimeSettings
 from tasks.tracking import TrackedRun
@@ -157,9 +157,7 @@ def with_registered_starts(config: RunConfig, tracking_uri: str) -> RunConfig:
     found: dict[str, StageConfig] = {}
     for name in STAGES:
         stage: StageConfig = getattr(config.stages, name)
-        if stage.init_from is not None and stage.init_from.startswith(
-            model_registry.REGISTRY_SCHEME
-        ):
+        if stage.init_from is not None and stage.init_from.startswith(releases.REGISTRY_SCHEME):
             directory = model_registry.registered_directory(tracking_uri, stage.init_from)
             found[name] = stage.model_copy(update={"init_from": directory})
     stages = config.stages.model_copy(update=found)

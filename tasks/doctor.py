@@ -120,10 +120,14 @@ class Patient(NamedTuple):
             versions = [item for item in everything if "ursa.registration_key" in item.tags]
             busy = {item.name for item in versions if item.run_id in living}
             for version in sorted(versions, key=lambda item: int(item.version)):
-                if version.name not in busy and releases.WHOLE_TAG not in version.tags:
+                if version.name in busy:
+                    continue
+                what = f"version {version.version} of {version.name} "
+                if releases.WHOLE_TAG not in version.tags:
                     model = models.get(model_registry.logged_model_id(version))
-                    what = f"version {version.version} of {version.name} "
                     found += self._safely(self._version(client, version, model), what)
+                elif releases.DAMAGED_TAG in version.tags:
+                    found += self._safely(self._damaged(client, version), what)
             for name in sorted({item.name for item in versions} - busy):
                 registry = releases.Registry(client, name, self.root_uri, f"ursa doctor of {who()}")
                 look = itertools.chain(self._aliases(registry), self._decisions(registry))
@@ -199,31 +203,63 @@ class Patient(NamedTuple):
         releases.finish_version(registry, str(version.version), report)
         yield self._wrong(text, "its files are whole; finished")
 
+    def _damaged(self, client: "MlflowClient", version: Any) -> Iterator[Finding]:
+        """Trust a version again whose files are back; champion is what the record says."""
+        text = f"version {version.version} of {version.name} was damaged"
+        problem = _missing(client, version)
+        if problem is not None:
+            again = "the next run of its data registers it anew"
+            yield Finding("MLflow", "note", f"{text}, and still {problem}; {again}")
+            return
+        if self.fix:
+            client.delete_model_version_tag(
+                version.name, str(version.version), releases.DAMAGED_TAG
+            )
+        yield self._wrong(f"{text}, and its files are back", "it is whole again")
+
     def _aliases(self, registry: releases.Registry) -> Iterator[Finding]:
-        """Take aliases off versions that are not whole."""
+        """Take aliases off versions that are not whole; nothing where all versions lack files."""
         versions = {str(item.version): item for item in releases.all_versions(registry)}
         for alias, number in releases.aliases(registry.client, registry.name).items():
             problem = _missing(registry.client, versions.get(number))
             if problem is None:
                 continue
+            usable = {
+                other: version
+                for other, version in releases.whole_versions(registry).items()
+                if other != number and _missing(registry.client, version) is None
+            }
             text = f"alias {alias} of {registry.name} names version {number}: {problem}"
+            if problem == model_registry.ALL_GONE and not usable:
+                away = "no version has its files: is the store of MLflow's files away?"
+                left = "nothing is changed; delete the versions in MLflow if the files are lost"
+                yield Finding("MLflow", "wrong", f"{text}, and {away}", left)
+                continue
             if not self.fix:
                 yield self._wrong(text, "")
                 continue
-            if number in versions:
-                # no longer whole: the next look verifies it file by file
-                registry.client.delete_model_version_tag(registry.name, number, releases.WHOLE_TAG)
-            yield self._take_off(registry, alias, text)
+            if releases.WHOLE_TAG in getattr(versions.get(number), "tags", {}):
+                registry.client.set_model_version_tag(
+                    registry.name, number, releases.DAMAGED_TAG, problem
+                )
+            yield self._take_off(registry, alias, text, usable)
 
-    def _take_off(self, registry: releases.Registry, alias: str, text: str) -> Finding:
+    def _take_off(
+        self, registry: releases.Registry, alias: str, text: str, usable: Mapping[str, Any]
+    ) -> Finding:
+        """Give an alias to another version, the newest first."""
         if alias == releases.CHAMPION:
+            kept = {
+                number
+                for number, version in usable.items()
+                if releases.taken_down(registry.client, version) is None
+            }
             try:
-                decision = releases.rollback(registry, text)
+                decision = releases.rollback(registry, text, among=kept)
             except ConfigError as error:
                 return Finding("MLflow", "wrong", f"{text}; {error}")
             return self._wrong(text, f"rolled back to version {decision.champion}")
-        whole = releases.whole_versions(registry)
-        newest = next(iter(whole), None)
+        newest = next(iter(usable), None)
         if newest is None:
             registry.client.delete_registered_model_alias(registry.name, alias)
             return self._wrong(text, "taken off")

@@ -162,7 +162,7 @@ def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
         return None
     number = found.version
     start = () if context.start is None else model_registry.trained_on(uri, context.start.model_uri)
-    champion = model_registry.trained_on(uri, f"{model_registry.REGISTRY_SCHEME}{name}/{number}")
+    champion = model_registry.trained_on(uri, f"{releases.REGISTRY_SCHEME}{name}/{number}")
     return Champion(
         version=number,
         model_key=found.tags.get("ursa.registration_key"),

@@ -19,13 +19,12 @@ from ursa.errors import ConfigError, RegistrationError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-REGISTRY_SCHEME = "models:/"
+ALL_GONE = "all of its files are gone"
+"""Of one model that is damage; of all of them, more likely a store that is away."""
 FINGERPRINT_TAG = "ursa.run_fingerprint"
 """Tag of a version by which the run that made it finds it again."""
 UNFINISHED = "unfinished"
 """Stands in that tag where files were missing only for now, so that the next run looks again."""
-STARTED_FROM_TAG = "ursa.started_from"
-"""Tag of a version: the version that a retraining went on from."""
 
 
 class RegisteredVersion(NamedTuple):
@@ -59,7 +58,7 @@ def find_version(tracking_uri: str, name: str, tag: str, value: str) -> ModelVer
     """
     with service(tracking_uri) as client:
         found = _versions(client, name, tag, value)
-        if not found or found[-1].tags.get("ursa.aliased") is None:
+        if not found or releases.WHOLE_TAG not in found[-1].tags:
             return None
         return _version_record(client.get_model_version(name, found[-1].version), is_new=False)
 
@@ -81,7 +80,8 @@ def newest_version_tags(
         found = [
             item
             for item in client.search_model_versions(f"name = '{name}'")
-            if "ursa.aliased" in item.tags  # others were left by a run that was killed
+            if releases.WHOLE_TAG in item.tags  # others were left by a run that was killed
+            and releases.DAMAGED_TAG not in item.tags
             and source_uri in {None, item.tags.get("ursa.source_uri")}
         ]
         newest = max(found, key=lambda item: int(item.version), default=None)
@@ -102,14 +102,14 @@ def registered_directory(tracking_uri: str, model_uri: str) -> str:
         ConfigError: If there is no such version, or it was not registered by this pipeline.
         ServiceError: If the server does not answer.
     """
-    name, _, rest = model_uri.removeprefix(REGISTRY_SCHEME).partition("@")
+    name, _, rest = model_uri.removeprefix(releases.REGISTRY_SCHEME).partition("@")
     alias: str | None = rest
     if not rest:
         (name, _, rest), alias = name.partition("/"), None
     if not name or not rest:
         raise ConfigError(
-            f"{model_uri!r} names no version; expected {REGISTRY_SCHEME}<name>@champion or "
-            f"{REGISTRY_SCHEME}<name>/<version>"
+            f"{model_uri!r} names no version; expected models:/<name>@champion or "
+            "models:/<name>/<version>"
         )
     with service(tracking_uri) as client:
         found = [
@@ -178,6 +178,20 @@ def registered_version(tracking_uri: str, name: str, version: str) -> Registered
     return None
 
 
+def taken_down(tracking_uri: str, version: RegisteredVersion) -> str | None:
+    """See `tasks.releases.taken_down`.
+
+    Args:
+        tracking_uri: Address of the tracking server.
+        version: The version.
+
+    Raises:
+        ServiceError: If the server does not answer.
+    """
+    with service(tracking_uri) as client:
+        return releases.taken_down(client, version)
+
+
 def trained_on(tracking_uri: str, model_uri: str) -> tuple[str | None, ...]:
     """Return the token data sets of a version and of those that it went on from, the last first.
 
@@ -195,11 +209,11 @@ def trained_on(tracking_uri: str, model_uri: str) -> tuple[str | None, ...]:
     seen: set[str] = set()
     while model_uri and model_uri not in seen:
         seen.add(model_uri)
-        name, _, number = model_uri.removeprefix(REGISTRY_SCHEME).rpartition("/")
+        name, _, number = model_uri.removeprefix(releases.REGISTRY_SCHEME).rpartition("/")
         version = registered_version(tracking_uri, name, number)
         tags = {} if version is None else version.tags
         found.append(tags.get("ursa.tokens"))
-        model_uri = tags.get(STARTED_FROM_TAG, "")
+        model_uri = tags.get(releases.STARTED_FROM_TAG, "")
     return tuple(found)
 
 
@@ -219,7 +233,7 @@ def model_files(tracking_uri: str, name: str, version: str) -> Iterator[Path]:
         ServiceError: If the server does not answer.
         RegistrationError: If the version holds no model directory.
     """
-    model_uri = f"{REGISTRY_SCHEME}{name}/{version}"
+    model_uri = f"{releases.REGISTRY_SCHEME}{name}/{version}"
     with storage.scratch_directory("model") as folder:
         root = _download(tracking_uri, model_uri, folder)
         found = sorted(root.glob("artifacts/*/model_index.json"))
@@ -290,7 +304,7 @@ def register_version(
                 )
             ]
         known = versions[-1].tags
-        is_new = "ursa.aliased" not in known
+        is_new = releases.WHOLE_TAG not in known
         registry = releases.Registry(client, name, root_uri, decided_by)
         if is_new:
             releases.finish_version(registry, str(versions[-1].version), report)
@@ -352,12 +366,16 @@ def missing_files(client: "MlflowClient", model_id: str, model: ExportedModel) -
             raise
         return "its logged model is gone"
     gone = sorted(set(model.sha256) - found)
+    if gone and not found:
+        return ALL_GONE
     return f"{len(gone)} of its files are gone, such as {gone[0]}" if gone else None
 
 
 def _versions(client: "MlflowClient", name: str, tag: str, value: str) -> list[Any]:
+    """Return versions with a tag, oldest first; those that lack files are registered anew."""
     found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{value}'")
-    return sorted(found, key=lambda item: int(item.version))
+    kept = [item for item in found if releases.DAMAGED_TAG not in item.tags]
+    return sorted(kept, key=lambda item: int(item.version))
 
 
 def _aliases(client: "MlflowClient", name: str, version: str) -> list[str]:

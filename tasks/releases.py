@@ -10,10 +10,11 @@ models too, and one whose model is gone is void. The client is MLflow's, from
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ursa import storage
 from ursa.artifacts import EvalReport
 from ursa.config import fingerprint
 from ursa.decisions import (
@@ -39,6 +40,11 @@ WHOLE_TAG = "ursa.aliased"
 """Of a version that was registered to the end."""
 TAKEDOWN_TAG = "ursa.takedown"
 """Of a version: sources that it was made of and that were taken down since, one a line."""
+DAMAGED_TAG = "ursa.damaged"
+"""Of a version that was registered to the end: what it lacks since, as `ursa doctor` saw it."""
+STARTED_FROM_TAG = "ursa.started_from"
+"""Of a version: the version, `models:/<name>/<version>`, whose weights it began with."""
+REGISTRY_SCHEME = "models:/"
 LAST_TAG = "ursa.last_decision"
 _SHOWN_CHARACTERS = 4000
 _NO_REASON = "no reason was given"
@@ -87,6 +93,9 @@ def aliases(client: "MlflowClient", name: str) -> dict[str, str]:
 def finish_version(registry: Registry, version: str, report: EvalReport) -> None:
     """Give a version its aliases, as the gate says, and mark it as whole.
 
+    The challenger is the newest: one that a kill left, and that is finished later, does not become
+    it again.
+
     Args:
         registry: The registered model.
         version: A version whose files were verified.
@@ -96,7 +105,8 @@ def finish_version(registry: Registry, version: str, report: EvalReport) -> None
         ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
-    registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)
+    if all(int(number) < int(version) for number in whole_versions(registry)):
+        registry.client.set_registered_model_alias(registry.name, CHALLENGER, version)
     decide_by_gate(registry, version, report)
     registry.client.set_model_version_tag(registry.name, version, WHOLE_TAG, "true")
 
@@ -146,7 +156,7 @@ def _obstacle(registry: Registry, version: str, report: EvalReport) -> str | Non
             by = f"{decision.decided_by} rolled it back ({decision.reason})"
             return f"the gate holds, but {by}; {all_the_same}"
     champion = aliases(registry.client, registry.name).get(CHAMPION)
-    if taken := found[version].tags.get(TAKEDOWN_TAG):
+    if taken := taken_down(registry.client, found[version]):
         return f"the gate holds, but it was made of what is taken down ({taken}); {all_the_same}"
     compared = report.comparison.champion_version if report.comparison else None
     if champion in {None, version, compared}:
@@ -172,8 +182,8 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
         The decision, carried out; None if the version is champion already.
 
     Raises:
-        ConfigError: If there is no such version, or it is not whole, or was refused and there is no
-            reason.
+        ConfigError: If there is no such version, or it is not whole, or was refused or taken down
+            and there is no reason, or decisions are on record in another data root.
         ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
@@ -183,6 +193,7 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
             f"{registry.name} has no whole version {version}; there are: "
             f"{', '.join(versions) or 'none'} ({models_command(registry.name, 'list')})"
         )
+    _check_root(registry)
     settle(registry)
     if aliases(registry.client, registry.name).get(CHAMPION) == version:
         return None
@@ -192,15 +203,13 @@ def promote(registry: Registry, version: str, reason: str | None) -> Decision | 
             f"the gate refused version {version}: {tags.get('ursa.failed_gates')}; say why it is "
             "to be champion all the same: --reason"
         )
-    if not (reason or "").strip() and tags.get(TAKEDOWN_TAG):
-        raise ConfigError(
-            f"version {version} was made of what is taken down ({tags[TAKEDOWN_TAG]}); say why it "
-            "is to be champion all the same: --reason"
-        )
+    _ask_for_a_reason(registry, versions[version], reason)
     return _decide(registry, "promoted", version, (reason or "").strip() or _NO_REASON)
 
 
-def rollback(registry: Registry, reason: str | None) -> Decision:
+def rollback(
+    registry: Registry, reason: str | None, *, among: Collection[str] | None = None
+) -> Decision:
     """Make the version champion again that was it before.
 
     A rollback that was interrupted is finished, and no second one made. Where the champion was
@@ -208,16 +217,20 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
 
     Args:
         registry: The registered model.
-        reason: Why.
+        reason: Why; a version that was made of what is taken down needs one.
+        among: Versions that come into question; None is all that are whole.
 
     Returns:
         The decision, carried out.
 
     Raises:
-        ConfigError: If there is no champion, or none before it is on record or there any more.
+        ConfigError: If there is no champion, or none before it is on record or there any more, or
+            it was taken down and there is no reason, or decisions are on record in another data
+            root.
         ManifestError: If a decision that another run writes is damaged.
         StorageError: If the store refuses or does not answer.
     """
+    _check_root(registry)
     finished = _finish(registry)
     if finished and finished[-1].event == "rolled_back":
         return finished[-1]
@@ -227,12 +240,21 @@ def rollback(registry: Registry, reason: str | None) -> Decision:
     promote_one = models_command(registry.name, "promote", "VERSION")
     if champion is None:
         raise ConfigError(f"{registry.name} has no champion; {promote_one}")
-    target = _champion_before(registry, champion)
+    whole = whole_versions(registry)
+    target = next(
+        (
+            number
+            for number in former_champions(registry, champion)
+            if number in whole and (among is None or number in among)
+        ),
+        None,
+    )
     if target is None:
         raise ConfigError(
             f"no champion before version {champion} is on record at {registry.root_uri}; name one "
             f"with {promote_one}, or set URSA_DATA_URI to the data root of the runs"
         )
+    _ask_for_a_reason(registry, whole[target], reason)
     return _decide(
         registry, "rolled_back", champion, (reason or "").strip() or _NO_REASON, champion=target
     )
@@ -315,6 +337,8 @@ def _put_void(registry: Registry, decision: Decision, problem: str) -> None:
 def restore_champion(registry: Registry, reason: str | None = None) -> Decision | None:
     """Make the newest former champion champion again where the champion was deleted in MLflow.
 
+    One that was made of what is taken down is passed over.
+
     Args:
         registry: The registered model; nothing is pending.
         reason: Why, beside that.
@@ -364,8 +388,11 @@ def lost_champion(registry: Registry) -> tuple[str, str] | None:
     gone = decisions[-1].champion if decisions else None
     if gone is None or _is_same(decisions[-1], gone, _by_number(registry)):
         return None
-    target = _champion_before(registry, None)
-    return None if target is None else (gone, target)
+    whole = whole_versions(registry)
+    for number in former_champions(registry, None):
+        if number in whole and taken_down(registry.client, whole[number]) is None:
+            return gone, number
+    return None
 
 
 def former_champions(registry: Registry, champion: str | None) -> list[str]:
@@ -398,10 +425,55 @@ def former_champions(registry: Registry, champion: str | None) -> list[str]:
     return [item for item in found if item in versions and item != champion]
 
 
-def _champion_before(registry: Registry, champion: str | None) -> str | None:
-    """Return the version to go back to."""
-    whole = whole_versions(registry)
-    return next((item for item in former_champions(registry, champion) if item in whole), None)
+def taken_down(client: "MlflowClient", version: Any) -> str | None:
+    """Return which sources of a version are taken down, or of one whose weights it began with.
+
+    Args:
+        client: MLflow's client.
+        version: The version.
+
+    Returns:
+        What its tag says, in one line; None if nothing.
+    """
+    seen = {(version.name, str(version.version))}
+    while TAKEDOWN_TAG not in version.tags:
+        before = version.tags.get(STARTED_FROM_TAG, "").removeprefix(REGISTRY_SCHEME)
+        name, _, number = before.rpartition("/")
+        if not name or (name, number) in seen:
+            return None
+        seen.add((name, number))
+        query = f"name = '{name}' and version_number = {number}"
+        found = list(client.search_model_versions(query)) if number.isdecimal() else []
+        if not found:
+            return None
+        version = found[0]
+    return "; ".join(version.tags[TAKEDOWN_TAG].splitlines())
+
+
+def _ask_for_a_reason(registry: Registry, version: Any, reason: str | None) -> None:
+    """Refuse to make a version champion without a reason if it was taken down."""
+    if not (reason or "").strip() and (taken := taken_down(registry.client, version)):
+        raise ConfigError(
+            f"version {version.version} was made of what is taken down ({taken}); say why it is to "
+            "be champion all the same: --reason"
+        )
+
+
+def _check_root(registry: Registry) -> None:
+    """Refuse to begin a second record of decisions in another data root.
+
+    Raises:
+        ConfigError: If the last decision is there to be read in another one.
+        StorageError: If it cannot be asked for.
+    """
+    last_uri = _tags(registry).get(LAST_TAG)
+    if not last_uri or storage.is_below(last_uri, registry.root_uri):
+        return
+    if storage.exists(last_uri):
+        raise ConfigError(
+            f"decisions about {registry.name} are on record beside {last_uri}, and the data root "
+            f"is {registry.root_uri}; set URSA_DATA_URI, or --root, to the data root of the runs"
+        )
 
 
 def _by_number(registry: Registry) -> dict[str, Any]:
@@ -476,12 +548,16 @@ def decisions_of(registry: Registry) -> list[Decision]:
 
 
 def whole_versions(registry: Registry) -> dict[str, Any]:
-    """Return the versions that were registered to the end, by number, the newest first.
+    """Return the versions that were registered to the end and lack nothing, the newest first.
 
     Args:
         registry: The registered model.
     """
-    whole = [item for item in all_versions(registry) if WHOLE_TAG in item.tags]
+    whole = [
+        item
+        for item in all_versions(registry)
+        if WHOLE_TAG in item.tags and DAMAGED_TAG not in item.tags
+    ]
     return {
         str(item.version): item
         for item in sorted(whole, key=lambda item: int(item.version), reverse=True)
@@ -574,24 +650,53 @@ def _decide(
     )
     if decision in pending_decisions(registry):  # not one that was made and carried out before
         _carry_out(registry, decision)
+        _finish(registry)  # one that was made meanwhile, if this one has come after it
     return decision
 
 
 def _carry_out(registry: Registry, decision: Decision) -> None:
+    """Move the alias, describe the version, and say that it is done.
+
+    Of two at once the later decision holds, in whatever order their steps come: whoever moves the
+    alias looks afterwards whether it is that of the latest one that was carried out.
+    """
     client, name = registry.client, registry.name
-    now = aliases(client, name).get(CHAMPION)
-    if decision.event not in {"refused", "voided"} and now != decision.champion:
-        if decision.champion is None:
-            client.delete_registered_model_alias(name, CHAMPION)
-        else:
-            client.set_registered_model_alias(name, CHAMPION, decision.champion)
+    _move_alias(registry, decision)
     if decision.event != "voided" and _is_same(decision, decision.version, _by_number(registry)):
         words = f"{decision.event.replace('_', ' ')} by {decision.decided_by}: {decision.reason}"
         shown = words[:_SHOWN_CHARACTERS]
         client.set_model_version_tag(name, decision.version, "ursa.decision", shown)
         # the list of versions in MLflow shows the description, tags only in part
         client.update_model_version(name, decision.version, shown)
-    client.set_registered_model_tag(name, LAST_TAG, decision.record_uri)
+    if _last_number(registry) < decision.number:
+        client.set_registered_model_tag(name, LAST_TAG, decision.record_uri)
+    while decision.event not in {"refused", "voided"}:
+        done = max(_last_number(registry), decision.number)
+        moves = [item for item in standing(decisions_of(registry)) if item.event != "refused"]
+        latest = next((item for item in reversed(moves) if item.number <= done), decision)
+        is_there = latest.champion is None or _is_same(
+            latest, latest.champion, _by_number(registry)
+        )
+        if not is_there or aliases(client, name).get(CHAMPION) == latest.champion:
+            return
+        _move_alias(registry, latest)
+
+
+def _last_number(registry: Registry) -> int:
+    """Return the number of the decision that was carried out last, 0 if none here was."""
+    last_uri = _tags(registry).get(LAST_TAG)  # before the list, so that the list has it
+    numbers = {item.record_uri: item.number for item in decisions_of(registry)}
+    return numbers.get(last_uri or "", 0)
+
+
+def _move_alias(registry: Registry, decision: Decision) -> None:
+    now = aliases(registry.client, registry.name).get(CHAMPION)
+    if decision.event in {"refused", "voided"} or now == decision.champion:
+        return
+    if decision.champion is None:
+        registry.client.delete_registered_model_alias(registry.name, CHAMPION)
+    else:
+        registry.client.set_registered_model_alias(registry.name, CHAMPION, decision.champion)
 
 
 def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Tasks: is there enough new to train, and what does the training go on from."""
 
-from tasks import metric_sink, model_registry, reports, tracking
+from tasks import metric_sink, model_registry, releases, reports, tracking
 from tasks.context import (
     PreparedData,
     RunContext,
@@ -110,7 +110,11 @@ def look_for_new_data(
         if refusal:
             return NewData(refusal=refusal)
     is_fresh = config.retraining.start == "scratch"
-    return NewData(start=None if is_fresh else _start(champion, name), reference_uri=reference_uri)
+    taken = champion and model_registry.taken_down(tracking_uri, champion)
+    if taken and not is_fresh:
+        announce("the champion was made of what is taken down (%s): all stages are trained", taken)
+    start = None if is_fresh or taken else _start(champion, name)
+    return NewData(start=start, reference_uri=reference_uri)
 
 
 def _num_new(listing: SourceListing, newest: dict[str, str], settings: RuntimeSettings) -> int:
@@ -146,7 +150,7 @@ def _start(champion: model_registry.RegisteredVersion | None, name: str) -> Star
         return None
     directory_uri, tokens_uri, network = (champion.tags[key] for key in keys)
     return Start(
-        model_uri=f"{model_registry.REGISTRY_SCHEME}{name}/{champion.version}",
+        model_uri=f"{releases.REGISTRY_SCHEME}{name}/{champion.version}",
         directory_uri=directory_uri,
         tokens_uri=tokens_uri,
         network=network,
@@ -299,4 +303,4 @@ def started_from(context: RunContext, trained: TrainedModel) -> dict[str, str]:
     stage = trained.request.config.stages.async_finetune
     if start is None or stage.init_from != start.directory_uri:
         return {}
-    return {model_registry.STARTED_FROM_TAG: start.model_uri}
+    return {releases.STARTED_FROM_TAG: start.model_uri}

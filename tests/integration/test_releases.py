@@ -350,6 +350,11 @@ def test_versions_of_what_is_taken_down_are_marked(made: Any) -> None:
     done = opened.ursa("promote", "1")
     assert "version 1 was made of what is taken down" in done.stderr
     assert opened.champion == "2"
+    done = opened.ursa("rollback")
+    assert "version 1 was made of what is taken down" in done.stderr
+    assert opened.champion == "2"
+    assert "champion is version 1" in opened.ursa("rollback", "--reason", "a test").stdout
+    assert "champion is version 2" in opened.ursa("promote", "2").stdout
     assert "champion is version 1" in opened.ursa("promote", "1", "--reason", "a test").stdout
 
 
@@ -422,12 +427,13 @@ def champion_of(registry: releases.Registry) -> str | None:
     return releases.aliases(registry.client, registry.name).get("champion")
 
 
-def kill_after_the_record(registry: releases.Registry, version: str) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
+
+def kill_after_the_record(registry: releases.Registry, version: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MlflowClient, "set_registered_model_alias", killed)
+        patch.setattr(MlflowClient, "set_registered_model_alias", _killed)
         with pytest.raises(KeyboardInterrupt):
             releases.promote(registry, version, "a reason")
 
@@ -581,6 +587,64 @@ def test_a_champion_that_was_deleted_in_mlflow_gives_way_to_the_one_before(
     assert ("rolled_back", "3", "1") in events(registry)
 
 
+@pytest.mark.parametrize(
+    "moment", ["set_registered_model_alias", "update_model_version", "set_registered_model_tag"]
+)
+def test_of_two_promotions_at_once_the_later_one_on_record_holds(
+    address: str, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes before a step of the first, whose alias is then an old one."""
+    registry = bare_registry(address, f"at-once-{moment}", tmp_path)
+    first, second = (add_version(registry, key) for key in "ab")
+    step = getattr(MlflowClient, moment)
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(MlflowClient, moment, step)
+        releases.promote(registry, second, "the second")
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, moment, overtaken)
+    releases.promote(registry, first, "the first")
+    assert list_decisions(registry.root_uri, registry.name)[-1].champion == second
+    assert champion_of(registry) == second
+    assert (releases.settle(registry), releases.moved_alias(registry)) == ([], None)
+
+
+def test_what_is_taken_down_becomes_champion_by_hand_alone(address: str, tmp_path: Path) -> None:
+    registry = bare_registry(address, "by-hand", tmp_path)
+    for key in "abc":
+        releases.promote(registry, add_version(registry, key), "a reason")
+    flagged = {"2": releases.TAKEDOWN_TAG, "4": releases.STARTED_FROM_TAG}
+    registry.client.set_model_version_tag(registry.name, "2", flagged["2"], "a.mp4: on request")
+    registry.client.delete_model_version(registry.name, "3")
+    assert releases.settle(registry)[-1].champion == "1"  # it was the second before
+    late = add_version(registry, "d")
+    link = f"{releases.REGISTRY_SCHEME}{registry.name}/2"
+    registry.client.set_model_version_tag(registry.name, late, flagged["4"], link)
+    decision = releases.decide_by_gate(registry, late, gate_report("d"))
+    assert (decision.event, champion_of(registry)) == ("refused", "1")
+    assert "made of what is taken down (a.mp4: on request)" in decision.reason
+    with pytest.raises(ConfigError, match=f"version {late} was made of what is taken down"):
+        releases.promote(registry, late, " ")
+    assert releases.promote(registry, late, "a reason") is not None
+
+
+def test_a_decision_by_hand_begins_no_second_record(address: str, tmp_path: Path) -> None:
+    registry = bare_registry(address, "one-record", tmp_path / "data")
+    for key in "ab":
+        releases.promote(registry, add_version(registry, key), "a reason")
+    elsewhere = registry._replace(root_uri=str(tmp_path / "elsewhere"))
+    for decide in (
+        lambda: releases.promote(elsewhere, "1", "a reason"),
+        lambda: releases.rollback(elsewhere, "a reason"),
+    ):
+        with pytest.raises(ConfigError, match=r"are on record beside .*set URSA_DATA_URI"):
+            decide()
+    assert champion_of(registry) == "2"
+    (tmp_path / "data").rename(tmp_path / "gone")  # nothing is there to be forgotten
+    assert releases.promote(elsewhere, "1", "a reason") is not None
+
+
 def test_an_alias_that_a_person_took_off_stays_off(address: str, tmp_path: Path) -> None:
     registry = bare_registry(address, "taken-off", tmp_path)
     for key in "ab":
@@ -731,9 +795,70 @@ def test_an_alias_of_a_version_without_its_files_goes_back(made: Any) -> None:
         "1",
         "1",
     )
+    listed = opened.ursa("list").stdout
+    assert "DAMAGED: 1 of its files are gone" in listed
+    with pytest.raises(ConfigError, match="no whole version 2"):
+        releases.promote(opened.registry(), "2", None)
+    found = [item for item in patient.leftovers() if opened.name in item.text]
+    assert [item.state for item in found] == ["note"]
+    assert "was damaged, and still 1 of its files are gone" in found[0].text
+    _, version = opened.release(opened.good)  # not up to date: registered anew
+    assert (version.version, version.alias) == ("3", "champion")
+
+
+def test_a_store_of_files_that_is_away_costs_no_version(made: Any, address: str) -> None:
+    opened = made("files-away")
+    for model in (opened.worse, opened.good):
+        opened.release(model)
+    opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
+    patient = Patient(opened.uri, opened.root, fix=True, marks={})
+    before = releases.aliases(opened.client, opened.name), events(opened.registry())
+    files = Path(address.removeprefix("sqlite:///")).parent / "files"
+    files.rename(files.with_name("unmounted"))
+    try:
+        for _ in range(3):
+            found = [item for item in patient.leftovers() if opened.name in item.text]
+            assert {item.state for item in found} == {"wrong"}
+            assert "is the store of MLflow's files away?" in found[0].text
+    finally:
+        shutil.rmtree(files, ignore_errors=True)
+        files.with_name("unmounted").rename(files)
+    assert not [item for item in patient.leftovers() if opened.name in item.text]
+    assert (releases.aliases(opened.client, opened.name), events(opened.registry())) == before
+    assert list(releases.whole_versions(opened.registry())) == ["2", "1"]
+
+
+def test_files_that_are_back_make_a_version_whole_again(made: Any) -> None:
+    opened = made("back")
+    for model in (opened.worse, opened.good):
+        opened.release(model)
+    model_id = opened.client.get_model_version(opened.name, "2").source.rpartition("/")[2]
+    stored = storage.local_path(opened.client.get_logged_model(model_id).artifact_location)
+    opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
+    patient = Patient(opened.uri, opened.root, fix=True, marks={})
+    stored.rename(stored.with_name("elsewhere"))
     texts = [item.text for item in patient.leftovers() if opened.name in item.text]
-    assert any("half registered" in text and "deleted" in text for text in texts)
-    assert [str(item.version) for item in releases.all_versions(opened.registry())] == ["1"]
+    assert any("all of its files are gone: rolled back to version 1" in text for text in texts)
+    stored.with_name("elsewhere").rename(stored)
+    found = [item for item in patient.leftovers() if opened.name in item.text]
+    assert [(item.state, "its files are back" in item.text) for item in found] == [("mended", True)]
+    assert list(releases.whole_versions(opened.registry())) == ["2", "1"]
+    assert releases.promote(opened.registry(), "2", None) is not None
+
+
+def test_a_version_that_is_finished_late_is_not_the_challenger(made: Any) -> None:
+    opened = made("late")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(releases, "finish_version", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            opened.release(opened.worse)
+    opened.release(opened.good)
+    opened.client.set_terminated(opened.context.run.run_id, "KILLED")
+    opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
+    list(Patient(opened.uri, opened.root, fix=True, marks={}).leftovers())
+    assert list(releases.whole_versions(opened.registry())) == ["2", "1"]
+    found = releases.aliases(opened.client, opened.name)
+    assert found == {"challenger": "2", "champion": "2"}
 
 
 def test_a_store_that_is_away_hides_nothing_of_other_models(made: Any, monkeypatch: Any) -> None:

@@ -153,6 +153,17 @@ def test_it_goes_on_from_the_one_before_a_champion_that_was_deleted(client, sour
     assert releases.aliases(client, "ursa")["champion"] == "1"
 
 
+def test_it_does_not_go_on_from_what_is_taken_down(client, source, tmp_path):
+    registry = releases.Registry(client, "ursa", str(tmp_path / "data"), "a test")
+    started = {releases.STARTED_FROM_TAG: "models:/ursa/1"}
+    for tags in ({}, started):  # the second began with the weights of the first
+        releases.promote(registry, register(client, source, **tags), "a reason")
+    add(source, "c")
+    assert look(source).start is not None
+    client.set_model_version_tag("ursa", "1", releases.TAKEDOWN_TAG, "a.mp4: on request")
+    assert look(source) == NewData()
+
+
 def test_without_a_champion_that_can_be_gone_on_from_all_stages_are_trained(client, source):
     number = register(client, source)
     add(source, "c")

@@ -49,6 +49,8 @@ def list_models(*, name: str = _DEFAULT, as_json: AsJson = False) -> None:
         )
         if item["decision"]:
             print_lines(f"         {item['decision']}")
+        if item["damaged"]:
+            print_lines(f"         DAMAGED: {item['damaged']} (ursa doctor)")
         for line in item["takedown"].splitlines():
             print_lines(f"         TAKEN DOWN: {line}")
     if not found:
