@@ -158,7 +158,9 @@ def progress(
             set_progress(artifact_id, 100 * (before + done) / max(before + total, 1), text)
 
     yield advance
-    set_progress(artifact_id, 100.0, f"{what}: done in {time.monotonic() - began:.0f} s")
+    known = f"; {before} were known" if before else ""
+    spent_s = time.monotonic() - began
+    set_progress(artifact_id, 100.0, f"{total - before} {what}: done in {spent_s:.0f} s{known}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """New clips at the source: one stage goes on from the champion, and nothing new ends at once."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,11 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     assert (state["type"], state["name"]) == ("COMPLETED", "Completed")
     # three stages and two files then, one stage and three files (whose clips are there) now
     assert begun["total_run_time"] < 1.5 * whole["total_run_time"]
+    did = {key: item["description"] for key, item in services.artifacts().items()}
+    assert re.match("3 files: done in .*; 2 were known$", did["ingest-progress"])
+    shards = re.match("([0-9]+) shards: done in .*; ([0-9]+) were known$", did["tokenize-progress"])
+    assert shards
+    assert [int(count) for count in shards.groups()] == [2, 1], "two clips a shard, old ones kept"
     newest = max(versions(services, NAME), key=lambda item: int(item["version"]))
     tags = {item["key"]: item["value"] for item in newest["tags"]}
     assert tags["ursa.started_from"] == f"models:/{NAME}/{first['version']}"

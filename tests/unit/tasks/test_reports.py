@@ -52,7 +52,7 @@ def test_first_line_says_how_much_there_is(lines: list[tuple[float, str]]) -> No
         advance(2, 4)
     assert lines[0] == (0.0, "3 of 7 files")
     assert lines[1][1].startswith("5 of 7 files, ")
-    assert lines[2] == (100.0, "files: done in 0 s")
+    assert lines[2] == (100.0, "4 files: done in 0 s; 3 were known")
 
 
 def test_progress_of_a_fit_shows_its_quality(lines: list[tuple[float, str]]) -> None:
