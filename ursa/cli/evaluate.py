@@ -191,6 +191,8 @@ def print_measures(found: "Measurements") -> None:
     Args:
         found: What was measured.
     """
+    from ursa.bootstrap import describe_units
+
     print(f"{'metric':36} {'value':>9}  95 % interval         unit, which way is better")
     for item in found.measures:
         better = f", {item.better} is better" if item.better else ""
@@ -198,7 +200,8 @@ def print_measures(found: "Measurements") -> None:
             f"{item.metric:36} {item.value:9.4g}  {_interval(item):20}  {item.unit}{better}"
         )
     for group in found.cases:
-        drawn = f"{len(set(group.units))} {group.unit}s" if group.unit else "no interval"
+        number = len(set(group.units))
+        drawn = describe_units(group.unit, number) if group.unit else "no interval"
         print_lines(f"{group.name}: {len(group.cases)} cases, {drawn}")
 
 
