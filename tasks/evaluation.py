@@ -115,9 +115,10 @@ def evaluate_model(context: RunContext, trained: TrainedModel, model: ExportedMo
                 name.rpartition("/")[2].removesuffix(".png"),
                 trained.checkpoint.step,
             )
-        measured = models.report_measurements(
-            report, trained.version_uri, trained.request.visual_tokenizer, config
+        conditions = models.conditions_of(
+            trained.selection, datasets.fingerprint, trained.request.visual_tokenizer, config
         )
+        measured = models.report_measurements(report, trained.version_uri, conditions)
         tracking.log_text(run, measured.model_dump_json(indent=1), MEASUREMENTS)
         curves = picture.draw_curves(
             report.measurements, num_steps=config.evaluation.sampling.num_inference_steps

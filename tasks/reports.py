@@ -36,6 +36,7 @@ from ursa.artifacts import (
     SelectedClip,
     TokenDatasets,
 )
+from ursa.bootstrap import describe_units
 from ursa.data.versions import DatasetVersion, FileChange
 from ursa.decisions import who
 from ursa.drift import Drift
@@ -426,7 +427,9 @@ def eval_report(report: EvalReport, pictures_url: str, strip_url: str) -> None:
         name = f"champion version {comparison.champion_version}"
         rows.append(_metric_row(name, f"not compared: {comparison.problem}"))
     elif comparison is not None:
-        text = f"{comparison.num_samples} samples, {comparison.num_units} {comparison.unit}s"
+        text = f"{comparison.num_samples} samples"
+        if comparison.unit is not None:
+            text += f", {describe_units(comparison.unit, comparison.num_units)}"
         rows.append(_metric_row(f"champion version {comparison.champion_version}", text))
     rows += [
         _metric_row(

@@ -4,8 +4,9 @@ The champion and the challenger are measured on the same held-out samples with t
 metric with a budget must be shown to be no worse than the champion's by more than that: the whole
 95 % interval of the difference lies within the budget (non-inferiority). So a refusal needs no
 proof of damage, a promotion needs one of none, and few samples, which make wide intervals, refuse.
-All metrics must pass, so several of them make a wrong promotion less likely, not more, and need no
-correction.
+Of a model that is worse by just the budget a metric passes in 2.5 to 3 % of the cases with eight
+units or more, in 6 % with four stretches of footage (`ursa.bootstrap`). All metrics must pass, so
+several of them make a wrong promotion less likely, not more, and need no correction.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +21,14 @@ from ursa.artifacts import (
     MetricChange,
     MetricInterval,
 )
-from ursa.bootstrap import MIN_SPANS, MIN_UNITS, Units, choose_units, mean_interval
+from ursa.bootstrap import (
+    MIN_SPANS,
+    MIN_UNITS,
+    Units,
+    choose_units,
+    describe_units,
+    mean_interval,
+)
 from ursa.config import HeldOutMetric, ReleaseConfig, RunConfig
 from ursa.training.validation import SETTING_PREFIX, comparable
 
@@ -296,6 +304,6 @@ def _spread(change: MetricChange) -> str:
 
 def _ground(comparison: Comparison) -> str:
     text = f"{comparison.num_samples} samples"
-    if comparison.unit in {"source", "clip", "span"}:
-        text += f" of {comparison.num_units} {comparison.unit}s"
+    if comparison.unit is not None and comparison.unit != "sample":
+        text += f" of {describe_units(comparison.unit, comparison.num_units)}"
     return text

@@ -40,7 +40,7 @@ def test_untrained_half_trained_and_trained_models_are_told_apart(tmp_path):
         if less == "untrained":
             assert apart == set(TOKENS)
         else:
-            assert apart & {"loss", "async_loss", "i2v_loss"}
+            assert apart >= {"async_loss", "i2v_loss"}  # as docs/results.md says
     untrained, trained = measures["untrained"], measures["trained"]
     compared = {item.metric: item for item in differences(found["trained"], found["untrained"])}
     for metric in CLIPS:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,8 +54,8 @@ def evaluate(
         preset: How much is measured; of a checkpoint also network, path and sampling.
         changes: Overrides, such as evaluation.clips.num_windows=32; may be given again.
         out: Where to write the measurements, .json.
-        against: Measurements of another model on the same data, as --out wrote them: the two are
-            compared case by case.
+        against: Measurements of another model on the same version of the data with the same
+            settings, as --out wrote them: the two are compared case by case.
         device: Where to run, such as cpu or cuda.
         quiet: Say nothing while it is measured.
         as_json: Print JSON.
@@ -71,14 +72,15 @@ def evaluate(
     check_place(model)
     from ursa.data.versions import list_versions
 
-    version = choose_version(
-        list_versions(root_uri(root)), data_version, source, option="--data-version"
-    )
-    from ursa.evaluation.models import conditions_of, measure_model, open_model, version_config
+    versions = list_versions(root_uri(root))
+    version = choose_version(versions, data_version, source, option="--data-version")
+    from ursa.evaluation.models import measure_model, open_model, version_conditions, version_config
 
     config = version_config(version, preset, parse_changes(changes))
     if other is not None:
-        check_conditions(other, conditions_of(version.visual_tokenizer, config))
+        own = [item for item in versions if item.source_uri == version.source_uri]
+        numbers = {item.number: version_conditions(item, config) for item in own}
+        check_conditions(other, numbers, version.number)
     check_device(device)
     with model_directory(model) as directory:
         # a path would lose a slash of s3://
@@ -131,26 +133,56 @@ def _read(path: Path) -> "ModelMeasurements":
         ) from error
 
 
-def check_conditions(other: "ModelMeasurements", conditions: Mapping[str, str]) -> None:
+def check_conditions(
+    other: "ModelMeasurements", conditions: Mapping[int, Mapping[str, str]], number: int
+) -> None:
     """Refuse measurements that were made otherwise than those to come.
 
     Args:
         other: Of another model.
-        conditions: As `ursa.evaluation.models.conditions_of` returns them.
+        conditions: Of each version of the data set, by number, as
+            `ursa.evaluation.models.version_conditions` returns them.
+        number: Of the version that is to be measured.
 
     Raises:
         ConfigError: If they differ.
     """
-    unlike = [
-        f"{name} is {value} here and {other.conditions.get(name, 'unknown')} there"
-        for name, value in conditions.items()
-        if other.conditions.get(name) != value
+    from ursa.evaluation.models import DATA, SETTINGS
+
+    here, there = conditions[number], other.conditions
+    # versions may differ in what is not measured
+    numbers = {own[DATA]: item for item, own in conditions.items()} | {here[DATA]: number}
+    unlike = [name for name, value in here.items() if there.get(name) != value]
+    if not unlike:
+        return
+
+    def said(name: str, value: str | None) -> str:
+        if value is None:
+            return "unknown"
+        version = numbers.get(value) if name == DATA else None
+        return value if version is None else f"version {version} ({value})"
+
+    differing = [
+        f"{name} is {said(name, here[name])} here and {said(name, there.get(name))} there"
+        for name in unlike
     ]
-    if unlike:
-        raise ConfigError(
-            f"--against: {other.model} was measured otherwise, and nothing can be compared: "
-            f"{'; '.join(unlike)}; measure both on one data set version with the same settings"
-        )
+    advice = (
+        f"measure that model on version {number} with the settings of this call, `ursa evaluate "
+        f"{shlex.quote(other.model)} ... --data-version {number} --out ...`"
+    )
+    options = [
+        f"--set {shlex.quote(f'{name}={there[name]}')}"
+        for name in SETTINGS
+        if name in unlike and name in there
+    ]
+    if there.get(DATA) in numbers and DATA in unlike:
+        options.insert(0, f"--data-version {numbers[there[DATA]]}")
+    if len(options) == len(unlike):
+        advice += f", or give {' '.join(options)} here"
+    raise ConfigError(
+        f"--against: {other.model} was measured otherwise (its data: {other.data_version_uri}), "
+        f"and nothing can be compared: {'; '.join(differing)}; {advice}"
+    )
 
 
 def print_measures(found: "Measurements") -> None:
@@ -159,6 +191,8 @@ def print_measures(found: "Measurements") -> None:
     Args:
         found: What was measured.
     """
+    from ursa.bootstrap import describe_units
+
     print(f"{'metric':36} {'value':>9}  95 % interval         unit, which way is better")
     for item in found.measures:
         better = f", {item.better} is better" if item.better else ""
@@ -166,22 +200,28 @@ def print_measures(found: "Measurements") -> None:
             f"{item.metric:36} {item.value:9.4g}  {_interval(item):20}  {item.unit}{better}"
         )
     for group in found.cases:
-        drawn = f"{len(set(group.units))} {group.unit}s" if group.unit else "no interval"
+        number = len(set(group.units))
+        drawn = describe_units(group.unit, number) if group.unit else "no interval"
         print_lines(f"{group.name}: {len(group.cases)} cases, {drawn}")
 
 
 def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -> None:
-    from ursa.evaluation.measures import differences
+    from ursa.evaluation.measures import differences, left_out
 
     rows = differences(found.measurements, other.measurements)
+    reasons = [
+        f"{', '.join(metrics)} ({reason})"
+        for reason, metrics in left_out(found.measurements, other.measurements).items()
+    ]
     if not rows:
         raise ConfigError(
-            f"--against: {other.model} was measured on other clips ({other.data_version_uri}): "
-            "nothing can be compared; give --data-version"
+            f"--against: nothing of {other.model} can be compared: {'; '.join(reasons) or 'empty'}"
         )
     print_lines("", f"{found.model} less {other.model}, case by case")
     for row in rows:
         print_lines(f"{row.metric:36} {row.value:+9.4g}  {_interval(row):20}  {row.verdict}")
+    if reasons:
+        sys.stderr.write(f"not compared: {printable('; '.join(reasons))}\n")
 
 
 def _interval(item: "Measure | Difference") -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ursa import storage
 from ursa.artifacts import Measure, Measurements
@@ -111,6 +111,36 @@ class DrawRecord(FrozenModel):
     guidance_scale: float
 
 
+class _VBenchPrompt(BaseModel):
+    """What is read of an entry of VBench's lists; they hold more."""
+
+    prompt_en: str
+    dimension: tuple[str, ...] = ()
+    image_name: str = ""
+
+
+class _GenevalPrompt(BaseModel):
+    prompt: str
+
+
+class _DpgPrompt(BaseModel):
+    id: str | int
+    prompt: str
+
+
+class _GenevalRow(BaseModel):
+    """What is read of a line of GenEval's results."""
+
+    filename: str
+    tag: str
+    correct: bool
+    metadata: str
+
+
+_VBENCH_PROMPTS = TypeAdapter(tuple[_VBenchPrompt, ...])
+_DPG_PROMPTS = TypeAdapter(tuple[_DpgPrompt, ...])
+_VBENCH_SCORES = TypeAdapter(dict[str, list[Any]])
+"""By dimension the score, and mostly a list of the videos."""
 _SAID_AS = {"model_sha256": "the model", "prompts_sha256": "the prompts or first frames"}
 
 
@@ -136,9 +166,9 @@ def read_prompts(layout: Layout, prompts: Path, images: Path | None = None) -> l
         found = list(_iter_prompts(layout, prompts, images))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts: {prompts} cannot be read ({error})") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except ValidationError as error:
         raise ConfigError(
-            f"--prompts: {prompts} does not hold the prompts of {layout} ({error!r}); "
+            f"--prompts: {prompts} does not hold the prompts of {layout} ({_first(error)}); "
             "docs/evaluation.md says which file is meant"
         ) from error
     if not found:
@@ -165,17 +195,24 @@ def _iter_prompts(layout: Layout, prompts: Path, images: Path | None) -> Iterato
     elif layout == "geneval":
         lines = [line for line in text.splitlines() if line.strip()]
         for number, line in enumerate(lines):
-            yield Asked(f"{number:05d}", json.loads(line)["prompt"], metadata=line)
+            found = _GenevalPrompt.model_validate_json(line)
+            yield Asked(f"{number:05d}", found.prompt, metadata=line)
     elif layout == "dpg":
-        yield from (Asked(str(item["id"]), item["prompt"]) for item in json.loads(text))
+        yield from (Asked(str(item.id), item.prompt) for item in _DPG_PROMPTS.validate_json(text))
     else:
-        for item in json.loads(text):
-            if images is not None and not is_file_name(item["image_name"]):
-                raise ConfigError(f"--prompts: {item['image_name']!r} is no name of an image")
-            image = None if images is None else images / item["image_name"]
-            flickers = layout == "vbench" and FLICKERING in item.get("dimension", ())
+        for item in _VBENCH_PROMPTS.validate_json(text):
+            if images is not None and not is_file_name(item.image_name):
+                raise ConfigError(f"--prompts: {item.image_name!r} is no name of an image")
+            image = None if images is None else images / item.image_name
+            flickers = layout == "vbench" and FLICKERING in item.dimension
             number = FLICKERING_SAMPLES if flickers else None
-            yield Asked(item["prompt_en"], item["prompt_en"], image, samples=number)
+            yield Asked(item.prompt_en, item.prompt_en, image, samples=number)
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first of what is wrong: a list of another kind has as much wrong as entries."""
+    item = error.errors(include_input=False, include_url=False)[0]
+    return f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}"
 
 
 def _check_name(asked: Asked) -> None:
@@ -417,18 +454,21 @@ def read_results(layout: Layout, results: Path) -> Measurements:
         text = results.read_text("utf-8")
         match layout:
             case "geneval":
-                return _geneval([json.loads(line) for line in text.splitlines() if line.strip()])
+                lines = [line for line in text.splitlines() if line.strip()]
+                return _geneval([_GenevalRow.model_validate_json(line) for line in lines])
             case "dpg":
                 return _dpg(text)
             case _:
-                return _vbench(layout.replace("-", "_"), json.loads(text))
+                return _vbench(layout.replace("-", "_"), _VBENCH_SCORES.validate_json(text))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{results} cannot be read ({error})") from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except ValidationError as error:
+        raise ConfigError(f"{results} is no result file of {layout} ({_first(error)})") from error
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise ConfigError(f"{results} is no result file of {layout} ({error!r})") from error
 
 
-def _vbench(prefix: str, scores: Mapping[str, Any]) -> Measurements:
+def _vbench(prefix: str, scores: Mapping[str, Sequence[Any]]) -> Measurements:
     measures: list[Measure] = []
     groups = []
     for dimension, found in scores.items():
@@ -453,11 +493,11 @@ def _vbench(prefix: str, scores: Mapping[str, Any]) -> Measurements:
     return Measurements(measures=tuple(measures), cases=tuple(groups))
 
 
-def _geneval(rows: Sequence[Mapping[str, Any]]) -> Measurements:
-    correct = np.array([float(row["correct"]) for row in rows])
-    tags = np.array([row["tag"] for row in rows])
-    names = [row["filename"] for row in rows]
-    prompts = [row["metadata"] for row in rows]
+def _geneval(rows: Sequence[_GenevalRow]) -> Measurements:
+    correct = np.array([float(row.correct) for row in rows])
+    tags = np.array([row.tag for row in rows])
+    names = [row.filename for row in rows]
+    prompts = [row.metadata for row in rows]
     tasks = list(dict.fromkeys(tags.tolist()))
     if not tasks:
         raise ValueError("no picture")

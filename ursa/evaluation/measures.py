@@ -1,6 +1,7 @@
 """Metrics by name: unit, which way is better, interval, and the difference between two models."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -191,21 +192,44 @@ def differences(model: Measurements, other: Measurements) -> list[Difference]:
         other: Another, measured on the same data with the same seed.
     """
     groups = {group.name: group for group in model.cases}
-    theirs = {group.name: group for group in other.cases}
     before = {item.metric: item for item in other.measures}
+    left = {metric for metrics in left_out(model, other).values() for metric in metrics}
     found = []
     for item in model.measures:
-        old = before.get(item.metric)
-        if item.cases is None or old is None or not item.values:
+        if item.metric in left or item.cases is None:
             continue
-        group = groups[item.cases]
-        if theirs.get(item.cases) != group or len(old.values) != len(item.values):
-            continue
+        group, old = groups[item.cases], before[item.metric]
         change = np.subtract(item.values, old.values)
         low, high = (None, None) if group.unit is None else mean_interval(change, _units(group))
         verdict = _verdict(low, high, item.better)
         found.append(Difference(item.metric, float(change.mean()), low, high, verdict))
     return found
+
+
+def left_out(model: Measurements, other: Measurements) -> dict[str, list[str]]:
+    """Return the metrics of which `differences` has none.
+
+    Args:
+        model: A model.
+        other: Another.
+
+    Returns:
+        Names of metrics by the reason.
+    """
+    own = {item.metric: item for item in model.measures}
+    before = {item.metric: item for item in other.measures}
+    groups = {group.name: group for group in model.cases}
+    theirs = {group.name: group for group in other.cases}
+    found = defaultdict(list)
+    for metric in dict.fromkeys((*own, *before)):
+        item, old = own.get(metric), before.get(metric)
+        if item is None or old is None:
+            found["measured of one of the two"].append(metric)
+        elif item.cases is None or not item.values:
+            found["no means over cases"].append(metric)
+        elif groups[item.cases] != theirs.get(item.cases) or len(item.values) != len(old.values):
+            found["measured on other clips"].append(metric)
+    return dict(found)
 
 
 def _verdict(

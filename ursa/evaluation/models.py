@@ -1,8 +1,10 @@
 """Any model on any version of a data set: exported directories, registered models, checkpoints."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from pydantic import Field
 from ursa import storage
 from ursa.artifacts import (
     CheckpointRef,
+    ClipSelection,
     EvalReport,
     Measurements,
     StageRequest,
@@ -42,6 +45,21 @@ from ursa.video.reader import ClipReader
 
 logger = logging.getLogger(__name__)
 
+DATA = "data"
+"""The condition that says which clips and tokens were measured."""
+SETTINGS = (
+    "seed",
+    "evaluation.timesteps",
+    "evaluation.max_samples",
+    "evaluation.clips.num_prompts",
+    "evaluation.clips.seeds_per_prompt",
+    "evaluation.clips.num_windows",
+    "evaluation.clips.max_train_windows",
+    "evaluation.clips.asked_motion",
+)
+"""Conditions that `--set` changes. `fewer_steps` and `features` are in the names of their metrics;
+how a model is sampled is part of the model."""
+
 
 class ModelMeasurements(FrozenModel):
     """What was measured of a model, and on what; written by `ursa evaluate --out`."""
@@ -50,8 +68,8 @@ class ModelMeasurements(FrozenModel):
     data_version_uri: str
     conditions: dict[str, str] = Field(
         default_factory=dict,
-        description="what must be the same where two are compared: seed, times, codes; not in "
-        "files of older releases",
+        description="what must be the same where two are compared: data, settings, codes; those "
+        "that files of older releases lack are not known",
     )
     metrics: dict[str, float]
     measurements: Measurements
@@ -59,42 +77,67 @@ class ModelMeasurements(FrozenModel):
 
 
 def report_measurements(
-    report: EvalReport, data_version_uri: str, codes: TokenizerRef, config: RunConfig
+    report: EvalReport, data_version_uri: str, conditions: dict[str, str]
 ) -> ModelMeasurements:
     """Return what a flow has measured, as `ursa evaluate --against` reads it.
 
     Args:
         report: The evaluation.
         data_version_uri: Manifest of the data set version.
-        codes: Its visual tokenizer.
-        config: The run.
+        conditions: As `conditions_of` returns them.
     """
     return ModelMeasurements(
         model=report.model.directory_uri,
         data_version_uri=data_version_uri,
-        conditions=conditions_of(codes, config),
+        conditions=conditions,
         metrics=report.metrics,
         measurements=report.measurements,
         not_measured=(),
     )
 
 
-def conditions_of(codes: TokenizerRef, config: RunConfig) -> dict[str, str]:
-    """Return what must be the same where two models are compared, beside the cases.
+def conditions_of(
+    selection: ClipSelection, tokens_fingerprint: str, codes: TokenizerRef, config: RunConfig
+) -> dict[str, str]:
+    """Return what must be the same where two models are compared.
+
+    Names of cases alone are not enough: the same prompts and held-out windows are measured against
+    other training clips where a version has more of them.
 
     Args:
+        selection: The clips.
+        tokens_fingerprint: Of their tokens.
         codes: The visual tokenizer of the data.
         config: The run.
+
+    Returns:
+        Values by name; those of `SETTINGS` as `--set` takes them.
     """
-    samples, evaluation = config.tokenization, config.evaluation
+    samples = config.tokenization
     return {
-        "seed": str(config.seed),
-        "evaluation.timesteps": ", ".join(f"{t:g}" for t in evaluation.timesteps),
-        "evaluation.clips.max_train_windows": str(evaluation.clips.max_train_windows),
+        # not where the version lies: a data root may be moved
+        DATA: fingerprint(selection.fingerprint, tokens_fingerprint)[:12],
+        **{name: _as_json(attrgetter(name)(config)) for name in SETTINGS},
         "frames": f"{samples.num_frames} of {samples.height_px} x {samples.width_px} px at "
-        f"{samples.fps:g} /s",
+        f"{samples.fps:g} /s, every {samples.window_stride_s:g} s",
         "visual tokenizer of the data": fingerprint(codes.sha256 or codes.fingerprint)[:12],
     }
+
+
+def version_conditions(version: DatasetVersion, config: RunConfig) -> dict[str, str]:
+    """Return what must be the same where models are compared on a version of a data set.
+
+    Args:
+        version: The version.
+        config: As `version_config` returns it.
+    """
+    return conditions_of(
+        version.selection, version.tokens_fingerprint, version.visual_tokenizer, config
+    )
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def version_config(
@@ -210,7 +253,7 @@ def measure_model(
     return ModelMeasurements(
         model=name,
         data_version_uri=version.manifest_uri,
-        conditions=conditions_of(version.visual_tokenizer, config),
+        conditions=version_conditions(version, config),
         metrics=metrics | measurement_metrics(measurements),
         measurements=measurements,
         not_measured=tuple(missing),

@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from tests import factories
 from ursa import storage
 from ursa.artifacts import CheckpointRef, ExportedModel, StageRequest
 from ursa.cli import main
+from ursa.data.clips import FAILURE_SCHEMA, put_table, read_clips
 from ursa.data.versions import commit_version
-from ursa.evaluation.models import ModelMeasurements
+from ursa.evaluation.models import SETTINGS, ModelMeasurements
 from ursa.inspection.root import read_recipe
 from ursa.release import export_model
 from ursa.training.stage import train_stage
@@ -96,11 +98,80 @@ def test_a_directory_and_its_checkpoint_measure_the_same(trained, tmp_path, caps
     assert run(*second, "--against", str(files[0]), "--set=seed=7", *trained.changes) == 1
     said = capsys.readouterr().err
     assert "drawing" not in said
-    assert f"seed is 7 here and {one.conditions['seed']} there; measure both" in said
-    unknown = tmp_path / "older.json"
-    unknown.write_text(one.model_copy(update={"conditions": {}}).model_dump_json())
-    assert run(*second, "--against", str(unknown), *trained.changes) == 1
-    assert "visual tokenizer of the data is" in capsys.readouterr().err
+    assert f"seed is 7 here and {one.conditions['seed']} there; measure" in said
+
+
+OTHERWISE = {
+    "seed": 7,
+    "evaluation.timesteps": [0.5],
+    "evaluation.max_samples": 4,
+    "evaluation.clips.num_prompts": 1,
+    "evaluation.clips.seeds_per_prompt": 3,
+    "evaluation.clips.num_windows": 2,
+    "evaluation.clips.max_train_windows": 4,
+    "evaluation.clips.asked_motion": [1.0, 64.0],
+}
+
+
+def test_what_was_measured_otherwise_is_refused_with_what_to_do(trained, tmp_path, capsys):
+    """Of the whole file: with other settings parts of it vanished, or meant other things."""
+    file = tmp_path / "champion.json"
+    own = [trained.model.directory_uri, trained.root, "--quiet", *trained.changes]
+    assert run(*own, "--out", str(file)) == 0
+    printed, said = capsys.readouterr()
+    assert set(SETTINGS) == set(OTHERWISE)
+    for name, value in OTHERWISE.items():
+        assert run(*own, "--against", str(file), f"--set={name}={json.dumps(value)}") == 1
+        printed, said = capsys.readouterr()
+        assert not printed  # nothing was measured
+        there = ModelMeasurements.model_validate_json(file.read_bytes()).conditions[name]
+        assert (
+            f"{name} is {json.dumps(value, separators=(',', ':'))} here and {there} there" in said
+        )
+    options = shlex.split(said.rpartition("or give ")[2].rpartition(" here")[0])
+    assert options == ["--set", f"evaluation.clips.asked_motion={there}"]
+    assert run(*own, "--against", str(file), *options) == 0
+    said = capsys.readouterr().err
+    uncompared = "train_code_usage, train_code_perplexity, t2v_frechet_statistics"
+    assert said == f"not compared: {uncompared} (no means over cases)\n"
+
+    # files of older releases do not say what they are of
+    known = ModelMeasurements.model_validate_json(file.read_bytes())
+    file.write_text(known.model_copy(update={"conditions": {}}).model_dump_json())
+    assert run(*own, "--against", str(file)) == 1
+    said = capsys.readouterr().err
+    assert "data is version 1 (" in said
+    assert "evaluation.clips.num_windows is 4 here and unknown there" in said
+    assert "measure that model on version 1 with the settings of this call" in said
+    assert "or give" not in said
+
+
+def test_versions_of_the_data_are_not_compared_with_each_other(trained, root, tmp_path, capsys):
+    """The same model, with one more training clip: t2v_energy_distance seemed 5 lower."""
+    recipe = read_recipe(root.datasets)
+    tokenizers = (recipe.visual_tokenizer, factories.write_text_tokenizer(str(tmp_path / "other")))
+    clips = sorted(read_clips(root.selection.clips), key=lambda clip: clip.clip_id)
+    clips = [clip.model_copy(update={"caption": "a square moves"}) for clip in clips]
+    for some in (clips[1:], clips):
+        folder = str(tmp_path / str(len(some)))
+        put_table(folder, "failures", FAILURE_SCHEMA, [])
+        made = factories.commit_selection(folder, some, num_validation=1)
+        named = made.clips.model_copy(update={"source_uri": "s3://bucket/videos"})
+        selection = made.model_copy(update={"clips": named})
+        commit_version(root.uri, root.config, selection, tokenizers, root.datasets, code={})
+    file = tmp_path / "champion.json"
+    place = [trained.model.directory_uri, trained.root, "--source", "s3://bucket/videos"]
+    own = [*place, "--quiet", *trained.changes]
+    assert run(*own, "--data-version", "1", "--out", str(file)) == 0
+    capsys.readouterr()
+    assert run(*own, "--against", str(file)) == 1
+    printed, said = capsys.readouterr()
+    assert not printed
+    assert "data is version 2 (" in said
+    assert "measure that model on version 2 with the settings of this call" in said
+    assert said.rstrip().endswith("or give --data-version 1 here")
+    assert run(*own, "--against", str(file), "--data-version", "1") == 0
+    assert "case by case" in capsys.readouterr().out
 
 
 def test_losses_over_other_codes_are_left_out(trained, tmp_path, capsys):

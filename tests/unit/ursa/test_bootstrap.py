@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from ursa.bootstrap import MIN_UNITS, Units, choose_units, footage_spans, mean_interval
+from ursa.bootstrap import (
+    FEW_UNITS_COVERAGE,
+    MIN_SPANS,
+    MIN_UNITS,
+    Units,
+    choose_units,
+    describe_units,
+    footage_spans,
+    mean_interval,
+)
 
 
 def units_of(counts: list[int]) -> Units:
@@ -33,6 +42,31 @@ def coverage(num_units: int, *, by_unit: bool, repeats: int = 400) -> float:
 def test_interval_holds_the_true_difference_19_times_of_20(num_units):
     # three standard errors of 400 repeats: 0.033
     assert 0.915 < coverage(num_units, by_unit=True) < 0.985
+
+
+@pytest.mark.parametrize(("num_units", "share"), [(4, 0.874), (5, 0.922), (8, 0.943)])
+def test_few_units_hold_less_often_than_the_interval_says(num_units, share):
+    """Of normal effects, one sample a unit."""
+    random = np.random.default_rng(num_units)
+    units, repeats = units_of([1] * num_units), 200
+    ends = [mean_interval(random.normal(size=num_units), units) for _ in range(repeats)]
+    held = sum(low <= 0 <= high for low, high in ends) / repeats
+    assert held == pytest.approx(share, abs=3 * np.sqrt(share * (1 - share) / repeats))
+    known = FEW_UNITS_COVERAGE.get(num_units)
+    assert known is None or known == pytest.approx(100 * share, abs=0.5)
+
+
+def test_four_units_have_no_interval_past_the_least_and_the_greatest():
+    """So all four lie on one side of the truth, and the interval with them, once in eight."""
+    values = np.array([3.0, -1.0, 7.0, 4.0])
+    low, high = mean_interval(values, units_of([1] * 4))
+    assert (low, high) == (-1.0, 7.0)
+
+
+def test_what_is_said_of_few_units():
+    assert describe_units("span", 4).endswith("holds in 87 % of the cases at best)")
+    assert describe_units("source", MIN_UNITS) == "8 sources"
+    assert set(FEW_UNITS_COVERAGE) == set(range(MIN_SPANS, MIN_UNITS))
 
 
 def test_samples_of_a_source_are_not_taken_for_independent():

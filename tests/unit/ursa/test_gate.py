@@ -175,7 +175,10 @@ def test_many_windows_of_little_footage_are_no_proof():
     assert "of 4 stretches of footage that share no frames" in reason
     enough = compared(windows, scores_of(EASE[:16], per_source=16))
     assert (enough.unit, enough.num_units) == ("span", 16)
-    assert "on 16 samples of 16 spans" in comparison_text(enough)
+    assert "on 16 samples of 16 spans: " in comparison_text(enough)
+    four = {"span_ids": tuple(f"c0+{i // 4}" for i in range(16))}
+    few = compared(windows.model_copy(update=four), champion.model_copy(update=four))
+    assert "on 16 samples of 4 spans (so few that the 95 % interval holds" in comparison_text(few)
 
 
 def test_what_the_champion_was_trained_on_is_left_out():

@@ -230,10 +230,16 @@ def test_dpg_finds_four_pictures_in_one(pipeline, tmp_path):
         ("vbench", "a" * 300, "cannot be the name of a file"),
         ("geneval", "no json\n", "does not hold the prompts of geneval"),
         ("dpg", '[{"id": "1"}]', "does not hold the prompts of dpg"),
+        ("dpg", '[{"id": "1", "prompt": null}]', "0.prompt: Input should be a valid string"),
+        ("geneval", '{"prompt": 1}', "does not hold the prompts of geneval"),
+        *(
+            ("vbench", text, "does not hold the prompts of vbench")
+            for text in ('{"a": 1}', '["a"]', "1", '[{"prompt_en": 1}]', "[" * 3000, "1" * 5000)
+        ),
     ],
 )
 def test_prompts_that_cannot_be_used_are_named(layout, text, message, tmp_path):
-    path = tmp_path / "prompts.txt"
+    path = tmp_path / ("prompts.json" if text[:1] in {"{", "[", "1"} else "prompts.txt")
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_prompts(layout, path)
@@ -302,6 +308,27 @@ def test_other_files_are_refused(layout, tmp_path):
         read_results(layout, path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_results(layout, tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        '{"color": 0.5}',
+        '{"color": "0.5"}',
+        '{"color": [[1]]}',
+        '{"color": [0.5, [{"video_results": 0.5}]]}',
+        '{"color": [1' + 400 * "0" + "]}",
+        "[" * 3000,
+    ],
+)
+@pytest.mark.parametrize("layout", ["vbench", "vbench-i2v", "geneval"])
+def test_results_of_another_shape_are_refused(layout, text, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"is no result file of {layout} "):
+        read_results(layout, path)
 
 
 def test_the_commands_draw_and_read(exported_model, tmp_path, capsys):

@@ -7,6 +7,7 @@ from ursa.evaluation.measures import (
     differences,
     group_cases,
     join,
+    left_out,
     mean_measure,
     measurement_metrics,
     plain_measure,
@@ -101,3 +102,21 @@ def test_two_models_are_compared_case_by_case():
     }
     others = group_cases("t2v", [f"other {number}" for number in range(12)], ())
     assert differences(measured(1.0), measured(1.0, others)) == []
+
+
+def test_metrics_that_are_not_compared_are_named():
+    def measured(*more, group=GROUP):
+        measures = (mean_measure("i2v_later_psnr", np.ones(len(group.cases)), group), *more)
+        return Measurements(measures=measures, cases=(group,))
+
+    usage, loss = plain_measure("train_code_usage", 0.5), plain_measure("steps4_i2v_loss", 1.0)
+    assert left_out(measured(), measured()) == {}
+    assert left_out(measured(usage), measured(loss, usage)) == {
+        "no means over cases": ["train_code_usage"],
+        "measured of one of the two": ["steps4_i2v_loss"],
+    }
+    fewer = group_cases("t2v", CASES[:10], ())
+    assert left_out(measured(), measured(group=fewer)) == {
+        "measured on other clips": ["i2v_later_psnr"]
+    }
+    assert differences(measured(), measured(group=fewer)) == []
