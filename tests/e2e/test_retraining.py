@@ -153,7 +153,7 @@ def test_new_clips_make_a_challenger_from_the_champion(tmp_path: Path) -> None:
     assert re.match("3 files: done in .*; 2 were known$", did["ingest-progress"])
     shards = re.match("([0-9]+) shards: done in .*; ([0-9]+) were known$", did["tokenize-progress"])
     assert shards
-    assert [int(count) for count in shards.groups()] == [2, 1], "the old clips are not tokenized again"
+    assert [int(count) for count in shards.groups()] == [2, 1], "old clips are not tokenized again"
     newest = max(versions(services, NAME), key=lambda item: int(item["version"]))
     tags = {item["key"]: item["value"] for item in newest["tags"]}
     assert tags["ursa.started_from"] == f"models:/{NAME}/{first['version']}"
