@@ -6,14 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlflow
 import pytest
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tasks import commands, doctor, evaluation, model_registry, registration, releases, tracking
@@ -21,6 +18,7 @@ from tasks.context import RunContext, TrainedModel
 from tasks.doctor import Patient
 from tests import factories, media
 from tests.damage import noisy_model
+from tests.registries import events, killed, store_uri
 from ursa import storage
 from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
 from ursa.decisions import list_decisions
@@ -28,6 +26,8 @@ from ursa.errors import ConfigError
 from ursa.gate import not_compared
 from ursa.training.stage import train_stage
 from ursa.video.decode import video_info
+
+__all__ = ["store_uri"]
 
 pytestmark = [
     pytest.mark.integration,
@@ -105,23 +105,7 @@ def export(data: factories.TinyData, output_uri: str, max_steps: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    address = f"sqlite:///{folder}/mlflow.db"
-    MlflowClient(address).create_experiment(
-        tracking.EXPERIMENT, artifact_location=(folder / "files").as_uri()
-    )
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as environment:
-        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-            environment.setenv(variable, address)  # MLflow writes both for processes to come
-        yield address
-        mlflow.set_tracking_uri(before)
-        mlflow.set_registry_uri("")
-
-
-@pytest.fixture(scope="module")
-def made(address: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Releases]:
+def made(store_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Releases]:
     """Return a function that takes a name for a registered model."""
     data = factories.write_tiny_data(str(tmp_path_factory.mktemp("data")), num_validation=12)
     output_uri = str(tmp_path_factory.mktemp("models"))
@@ -150,7 +134,7 @@ def made(address: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
             source_fingerprint="s",
             start=None,
             fingerprint=name,
-            run=tracking.open_run(address, "run", name, {}, spool_uri=f"{root}/spool"),
+            run=tracking.open_run(store_uri, "run", name, {}, spool_uri=f"{root}/spool"),
         )
         return Releases(context, trained, worse, good)
 
@@ -409,279 +393,6 @@ def test_decisions_of_a_registry_that_is_gone_say_nothing_of_this_one(made: Any)
     assert releases.promote(registry, "1", None) is None
 
 
-def bare_registry(address: str, name: str, root: Path) -> releases.Registry:
-    """A registered model for versions without files."""
-    client = MlflowClient(address, registry_uri=address)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    return releases.Registry(client, name, str(root), "a test")
-
-
-def add_version(registry: releases.Registry, key: str) -> str:
-    tags = {releases.WHOLE_TAG: "true", "ursa.registration_key": key, "ursa.gate_passed": "true"}
-    made = registry.client.create_model_version(registry.name, "/somewhere", tags=tags)
-    return str(made.version)
-
-
-def champion_of(registry: releases.Registry) -> str | None:
-    return releases.aliases(registry.client, registry.name).get("champion")
-
-
-def _killed(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def kill_after_the_record(registry: releases.Registry, version: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MlflowClient, "set_registered_model_alias", _killed)
-        with pytest.raises(KeyboardInterrupt):
-            releases.promote(registry, version, "a reason")
-
-
-def events(registry: releases.Registry) -> list[tuple[str, str, str | None]]:
-    found = list_decisions(registry.root_uri, registry.name)
-    return [(item.event, item.version, item.champion) for item in found]
-
-
-def gate_report(key: str, *failed: str) -> EvalReport:
-    """An evaluation, as far as decisions look at it."""
-    return EvalReport.model_construct(
-        manifest_uri=f"/{key}",
-        fingerprint=key,
-        gate_passed=not failed,
-        failed_gates=failed,
-        comparison=None,
-    )
-
-
-@pytest.mark.parametrize("is_old", [False, True], ids=["records", "records of an older release"])
-def test_a_restored_registry_carries_out_no_decision_on_another_model(
-    tmp_path: Path, monkeypatch: Any, is_old: bool
-) -> None:
-    database = tmp_path / "mlflow.db"
-    registry = bare_registry(f"sqlite:///{database}", "restored", tmp_path / "root")
-    if is_old:  # numbers alone, and they were made long before
-        record = releases.record_decision
-        monkeypatch.setattr(releases, "_SKEW_S", 1.0)
-        monkeypatch.setattr(
-            releases,
-            "record_decision",
-            lambda *given, **options: record(*given, **{**options, "models": {}}),
-        )
-    releases.finish_version(registry, add_version(registry, "fair"), gate_report("fair"))
-    shutil.copy(database, tmp_path / "copy.db")
-    releases.promote(registry, add_version(registry, "good"), "it is")
-    assert champion_of(registry) == "2"
-    if is_old:
-        time.sleep(2.1)  # decisions are dated to the second
-    shutil.copy(tmp_path / "copy.db", tmp_path / "restored.db")
-    registry = bare_registry(f"sqlite:///{tmp_path}/restored.db", "restored", tmp_path / "root")
-    assert add_version(registry, "bad") == "2"
-    assert releases.void(registry, releases.pending_decisions(registry)[0]) == (
-        "version 2 is another model now"
-    )
-    releases.finish_version(registry, "2", gate_report("bad", "the loss is worse"))
-    assert champion_of(registry) == "1"
-    assert events(registry) == [
-        ("promoted", "1", "1"),
-        ("promoted", "2", "2"),
-        ("voided", "2", "1"),
-        ("refused", "2", "1"),
-    ]
-    tags = registry.client.get_model_version("restored", "2").tags
-    assert tags["ursa.decision"] == "refused by a test: the loss is worse"
-    assert releases.moved_alias(registry) is None
-    # the lost one is no champion to go back to, the one that has its number neither
-    releases.promote(registry, add_version(registry, "better"), "it is")
-    assert releases.former_champions(registry, "3") == ["1"]
-    assert releases.rollback(registry, None).champion == "1"
-    # what a person rolled back is not what has its number
-    assert "rolled it back" in str(releases._obstacle(registry, "3", gate_report("better")))
-    assert "rolled it back" not in str(releases._obstacle(registry, "2", gate_report("bad")))
-
-
-def test_a_decision_on_the_same_model_is_carried_out_after_a_restore(tmp_path: Path) -> None:
-    """Numbers may be given in the same order again: then nothing has changed."""
-    database = tmp_path / "mlflow.db"
-    registry = bare_registry(f"sqlite:///{database}", "same", tmp_path / "root")
-    shutil.copy(database, tmp_path / "copy.db")
-    for key in ("fair", "good"):
-        releases.promote(registry, add_version(registry, key), "it is")
-    shutil.copy(tmp_path / "copy.db", tmp_path / "restored.db")
-    registry = bare_registry(f"sqlite:///{tmp_path}/restored.db", "same", tmp_path / "root")
-    for key in ("fair", "good"):
-        add_version(registry, key)
-    assert [item.champion for item in releases.settle(registry)] == ["1", "2"]
-    assert champion_of(registry) == "2"
-    assert len(events(registry)) == 2
-
-
-@pytest.mark.parametrize("by", ["promote", "rollback", "the flow", "ursa doctor --fix"])
-def test_a_pending_decision_on_a_version_that_is_gone_blocks_nothing(
-    address: str, tmp_path: Path, by: str
-) -> None:
-    registry = bare_registry(address, f"gone, {by}", tmp_path)
-    for key in "abc":
-        add_version(registry, key)
-    for version in "12":
-        releases.promote(registry, version, "a reason")
-    kill_after_the_record(registry, "3")
-    registry.client.delete_model_version(registry.name, "3")
-    match by:
-        case "promote":
-            releases.promote(registry, "1", "a reason")
-        case "rollback":
-            assert releases.rollback(registry, "a reason").champion == "1"
-        case "the flow":
-            releases.finish_version(registry, add_version(registry, "d"), gate_report("d", "worse"))
-        case _:
-            (told,) = look_at(address, registry, fix=False)
-            assert told[0] == "wrong"
-            assert "was not carried out: version 3 is not there any more" in told[1]
-            (told,) = look_at(address, registry, fix=True)
-            assert told[0] == "mended"
-            assert "passed over, which is on record now" in told[1]
-            assert look_at(address, registry, fix=False) == []
-    assert champion_of(registry) == ("1" if by in {"promote", "rollback"} else "2")
-    assert ("voided", "3", "2") in events(registry)
-
-
-def look_at(address: str, registry: releases.Registry, *, fix: bool) -> list[tuple[str, str]]:
-    found = Patient(address, registry.root_uri, fix, {}).leftovers()
-    return [(item.state, item.text) for item in found if f" {registry.name}" in item.text]
-
-
-@pytest.mark.parametrize("by", ["rollback", "promote", "the flow", "ursa doctor --fix"])
-def test_a_champion_that_was_deleted_in_mlflow_gives_way_to_the_one_before(
-    address: str, tmp_path: Path, by: str
-) -> None:
-    registry = bare_registry(address, f"deleted, {by}", tmp_path)
-    for key in "abcd":
-        add_version(registry, key)
-    for version in "123":
-        releases.promote(registry, version, "a reason")
-    for version in "32":
-        registry.client.delete_model_version(registry.name, version)
-    assert champion_of(registry) is None
-    assert releases.lost_champion(registry) == ("3", "1")
-    match by:
-        case "rollback":
-            decision = releases.rollback(registry, "gone")
-            assert decision.reason == "version 3, the champion, is not there any more; gone"
-        case "promote":
-            assert releases.promote(registry, "1", None) is None
-        case "the flow":  # it was compared with nothing
-            releases.finish_version(registry, "4", gate_report("d"))
-            (_, _, refused) = list_decisions(registry.root_uri, registry.name)[-3:]
-            assert "version 1 became champion meanwhile" in refused.reason
-        case _:
-            text = "version 3 is not there any more, version 1 was champion before it"
-            assert look_at(address, registry, fix=False) == [
-                ("wrong", f"champion of {registry.name}: {text}")
-            ]
-            (told,) = look_at(address, registry, fix=True)
-            assert told[0] == "mended"
-            assert told[1].endswith("champion is version 1")
-            assert look_at(address, registry, fix=False) == []
-    assert champion_of(registry) == "1"
-    assert ("rolled_back", "3", "1") in events(registry)
-
-
-@pytest.mark.parametrize(
-    "moment", ["set_registered_model_alias", "update_model_version", "set_registered_model_tag"]
-)
-def test_of_two_promotions_at_once_the_later_one_on_record_holds(
-    address: str, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second comes before a step of the first, whose alias is then an old one."""
-    registry = bare_registry(address, f"at-once-{moment}", tmp_path)
-    first, second = (add_version(registry, key) for key in "ab")
-    step = getattr(MlflowClient, moment)
-
-    def overtaken(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(MlflowClient, moment, step)
-        releases.promote(registry, second, "the second")
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(MlflowClient, moment, overtaken)
-    releases.promote(registry, first, "the first")
-    assert list_decisions(registry.root_uri, registry.name)[-1].champion == second
-    assert champion_of(registry) == second
-    assert (releases.settle(registry), releases.moved_alias(registry)) == ([], None)
-
-
-def test_what_is_taken_down_becomes_champion_by_hand_alone(address: str, tmp_path: Path) -> None:
-    registry = bare_registry(address, "by-hand", tmp_path)
-    for key in "abc":
-        releases.promote(registry, add_version(registry, key), "a reason")
-    flagged = {"2": releases.TAKEDOWN_TAG, "4": releases.STARTED_FROM_TAG}
-    registry.client.set_model_version_tag(registry.name, "2", flagged["2"], "a.mp4: on request")
-    registry.client.delete_model_version(registry.name, "3")
-    assert releases.settle(registry)[-1].champion == "1"  # it was the second before
-    late = add_version(registry, "d")
-    link = f"{releases.REGISTRY_SCHEME}{registry.name}/2"
-    registry.client.set_model_version_tag(registry.name, late, flagged["4"], link)
-    decision = releases.decide_by_gate(registry, late, gate_report("d"))
-    assert (decision.event, champion_of(registry)) == ("refused", "1")
-    assert "made of what is taken down (a.mp4: on request)" in decision.reason
-    with pytest.raises(ConfigError, match=f"version {late} was made of what is taken down"):
-        releases.promote(registry, late, " ")
-    assert releases.promote(registry, late, "a reason") is not None
-
-
-def test_a_decision_by_hand_begins_no_second_record(address: str, tmp_path: Path) -> None:
-    registry = bare_registry(address, "one-record", tmp_path / "data")
-    for key in "ab":
-        releases.promote(registry, add_version(registry, key), "a reason")
-    elsewhere = registry._replace(root_uri=str(tmp_path / "elsewhere"))
-    for decide in (
-        lambda: releases.promote(elsewhere, "1", "a reason"),
-        lambda: releases.rollback(elsewhere, "a reason"),
-    ):
-        with pytest.raises(ConfigError, match=r"are on record beside .*set URSA_DATA_URI"):
-            decide()
-    assert champion_of(registry) == "2"
-    (tmp_path / "data").rename(tmp_path / "gone")  # nothing is there to be forgotten
-    assert releases.promote(elsewhere, "1", "a reason") is not None
-
-
-def test_an_alias_that_a_person_took_off_stays_off(address: str, tmp_path: Path) -> None:
-    registry = bare_registry(address, "taken-off", tmp_path)
-    for key in "ab":
-        releases.promote(registry, add_version(registry, key), "a reason")
-    registry.client.delete_registered_model_alias(registry.name, "champion")
-    assert releases.settle(registry) == []
-    command = "`ursa models promote VERSION --name taken-off`"  # what is said can be typed
-    with pytest.raises(ConfigError, match=f"taken-off has no champion; {command}"):
-        releases.rollback(registry, None)
-    assert releases.moved_alias(registry) == ("2", None)
-    assert releases.record_move(registry) is not None
-    registry.client.delete_model_version(registry.name, "2")
-    assert releases.settle(registry) == []
-    assert champion_of(registry) is None
-
-
-def test_an_error_of_mlflow_hides_nothing_of_other_models(
-    address: str, tmp_path: Path, monkeypatch: Any
-) -> None:
-    broken, other = (bare_registry(address, name, tmp_path) for name in ("a-broken", "b-other"))
-    for registry in (broken, other):
-        for key in "ab":
-            releases.promote(registry, add_version(registry, key), "a reason")
-    other.client.delete_model_version(other.name, "2")
-    get = MlflowClient.get_registered_model
-
-    def refused(self: Any, name: str) -> Any:
-        if name == broken.name:
-            raise MlflowException("a refusal")
-        return get(self, name)
-
-    monkeypatch.setattr(MlflowClient, "get_registered_model", refused)
-    found = [item.text for item in Patient(address, str(tmp_path), False, {}).leftovers()]
-    assert any("a-broken could not be looked at: " in text for text in found)
-    assert any("champion of b-other: version 2 is not there" in text for text in found)
-
-
 KILLED = """
 import json, os, signal, sys
 import mlflow.pyfunc
@@ -806,14 +517,14 @@ def test_an_alias_of_a_version_without_its_files_goes_back(made: Any) -> None:
     assert (version.version, version.alias) == ("3", "champion")
 
 
-def test_a_store_of_files_that_is_away_costs_no_version(made: Any, address: str) -> None:
+def test_a_store_of_files_that_is_away_costs_no_version(made: Any, store_uri: str) -> None:
     opened = made("files-away")
     for model in (opened.worse, opened.good):
         opened.release(model)
     opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
     patient = Patient(opened.uri, opened.root, fix=True, marks={})
     before = releases.aliases(opened.client, opened.name), events(opened.registry())
-    files = Path(address.removeprefix("sqlite:///")).parent / "files"
+    files = Path(store_uri.removeprefix("sqlite:///")).parent / "files"
     files.rename(files.with_name("unmounted"))
     try:
         for _ in range(3):
@@ -849,7 +560,7 @@ def test_files_that_are_back_make_a_version_whole_again(made: Any) -> None:
 def test_a_version_that_is_finished_late_is_not_the_challenger(made: Any) -> None:
     opened = made("late")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(releases, "finish_version", _killed)
+        patch.setattr(releases, "finish_version", killed)
         with pytest.raises(KeyboardInterrupt):
             opened.release(opened.worse)
     opened.release(opened.good)
