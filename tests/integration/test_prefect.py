@@ -387,7 +387,7 @@ def test_only_runs_of_the_schedule_are_its_next_ones(
         (["on", "--source", "gone"], "--source gone does not exist (/"),
         (["run", "--source", "gone"], "--source gone does not exist (/"),
         (["on", "--source", "ftp://host/x"], "--source 'ftp://host/x' is no source; give a"),
-        (["on", "--source", "https://a:b@host/x"], "an address on https://host holds"),
+        (["on", "--source", "https://a:b@host/x"], "the address in argument 4 holds a user name"),
         (["on", "--preset", "tinny"], "preset must be one of tiny, small, got 'tinny'"),
         (["run", "--preset", "tinny"], "preset must be one of tiny, small, got 'tinny'"),
         (["on", "--set", "retraining.max_stepz=2"], "max_stepz: "),
