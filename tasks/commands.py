@@ -151,7 +151,7 @@ def flag_versions(
         text: Which source, and why.
 
     Returns:
-        Name, number and aliases of each version.
+        Name, number, aliases and model directory of each version.
 
     Raises:
         ServiceError: If the server does not answer.
@@ -159,14 +159,22 @@ def flag_versions(
     flagged = []
     with tracking.service(tracking_uri) as client:
         for item in client.search_model_versions():
-            if item.tags.get("ursa.model_directory") not in directories:
+            directory = item.tags.get("ursa.model_directory")
+            if directory not in directories:
                 continue
             before = item.tags.get(releases.TAKEDOWN_TAG, "").splitlines()
             lines = "\n".join(dict.fromkeys((*before, printable(text))))
             client.set_model_version_tag(item.name, item.version, releases.TAKEDOWN_TAG, lines)
             found = releases.aliases(client, item.name).items()
             aliases = sorted(alias for alias, number in found if number == str(item.version))
-            flagged.append({"name": item.name, "version": str(item.version), "aliases": aliases})
+            flagged.append(
+                {
+                    "name": item.name,
+                    "version": str(item.version),
+                    "aliases": aliases,
+                    "directory": directory,
+                }
+            )
     return flagged
 
 

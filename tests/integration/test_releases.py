@@ -343,7 +343,8 @@ def test_versions_of_what_is_taken_down_are_marked(made: Any) -> None:
         directories=[opened.worse.directory_uri],
         text="file:///v/a.mp4: on request",
     )
-    assert {"name": "taken", "version": "1", "aliases": []} in found
+    marked = {"name": "taken", "version": "1", "aliases": []}
+    assert {**marked, "directory": opened.worse.directory_uri} in found
     assert ("taken", "2") not in {(item["name"], item["version"]) for item in found}
     listed = opened.ursa("list")
     assert "TAKEN DOWN: file:///v/a.mp4: on request" in listed.stdout, listed.stderr
