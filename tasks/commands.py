@@ -5,15 +5,17 @@ The library and its command line know no MLflow and no Prefect, so `ursa.cli.bac
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from tasks import releases, tracking
+from ursa.cli.backstage import WARNING
 from ursa.decisions import Decision, who
 from ursa.errors import ConfigError, UrsaError
-from ursa.texts import printable, without_user
+from ursa.texts import PrintableRecords, printable, without_user
 
 
 def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
@@ -219,8 +221,10 @@ def main(name: str, arguments: str) -> int:
         arguments: JSON object.
 
     Returns:
-        Exit status: 1 after an error, whose message is the last line of stderr.
+        Exit status: 1 after an error, whose message is the last line of stderr. Before it, a line
+        each, is what our own code warns of.
     """
+    _show_warnings()
     try:
         answer = COMMANDS[name](**json.loads(arguments))
     except UrsaError as error:
@@ -229,6 +233,16 @@ def main(name: str, arguments: str) -> int:
         return 1
     sys.stdout.write(f"{json.dumps(answer)}\n")
     return 0
+
+
+def _show_warnings() -> None:
+    """Mark our own warnings on stderr: the libraries write there too."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter(f"{WARNING}%(message)s"))
+    handler.addFilter(PrintableRecords())
+    for name in ("ursa", "tasks"):
+        logging.getLogger(name).addHandler(handler)
 
 
 if __name__ == "__main__":

@@ -77,21 +77,21 @@ class Releases(NamedTuple):
 
     def ursa(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the command line."""
-        return subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from ursa.cli import main; main()",
-                "models",
-                *arguments,
-                "--name",
-                self.name,
-            ],
-            env={**os.environ, "MLFLOW_TRACKING_URI": self.uri, "URSA_DATA_URI": self.root},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        return run_ursa(self.registry(), self.uri, *arguments)
+
+
+def run_ursa(
+    registry: releases.Registry, address: str, *arguments: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command of `ursa models` on a registered model."""
+    ursa = "from ursa.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", ursa, "models", *arguments, "--name", registry.name],
+        env={**os.environ, "MLFLOW_TRACKING_URI": address, "URSA_DATA_URI": registry.root_uri},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def export(data: factories.TinyData, output_uri: str, max_steps: int) -> Any:
@@ -539,6 +539,21 @@ def test_a_pending_decision_on_a_version_that_is_gone_blocks_nothing(
             assert look_at(address, registry, fix=False) == []
     assert champion_of(registry) == ("1" if by in {"promote", "rollback"} else "2")
     assert ("voided", "3", "2") in events(registry)
+
+
+def test_a_person_sees_that_a_decision_was_passed_over(address: str, tmp_path: Path) -> None:
+    """What MLflow says of itself is not shown: nothing else is on stderr."""
+    registry = bare_registry(address, "damaged", tmp_path)
+    for key in "abcd":
+        releases.promote(registry, add_version(registry, key), "a reason")
+    done = run_ursa(registry, address, "rollback")
+    assert (done.stdout, done.stderr) == ("champion is version 3, was 4\n", "")
+    record = Path(list_decisions(registry.root_uri, registry.name)[1].record_uri)
+    record.write_bytes(b"x\ny")
+    done = run_ursa(registry, address, "rollback")
+    assert (done.returncode, done.stdout) == (0, "champion is version 2, was 3\n")
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith(f"a decision is passed over: {record}: not a manifest")
 
 
 def look_at(address: str, registry: releases.Registry, *, fix: bool) -> list[tuple[str, str]]:
