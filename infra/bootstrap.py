@@ -100,7 +100,7 @@ def deployments(source_uri: str | None, preset: str | None) -> dict[str, Any]:
 def deploy(content: dict[str, Any]) -> None:
     """Create the work pool and all deployments, with their triggers."""
     pool = os.environ.get("URSA_POOL", "ursa")
-    before = schedules()
+    keep_schedule(content, retraining())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -109,39 +109,35 @@ def deploy(content: dict[str, Any]) -> None:
             ("deploy", "--all", "--prefect-file", str(path)),
         ):
             subprocess.run([PREFECT, "--no-prompt", *command], cwd=ROOT, check=True)
-    restore(before)
 
 
-def schedules() -> dict[tuple[Any, Any], tuple[bool, dict[str, Any]]]:
-    """Return whether each schedule is on, and what its runs get, by deployment and schedule."""
+def retraining() -> dict[str, Any] | None:
+    """Return the deployment of the retraining as the server has it; None if it has none."""
     from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.exceptions import ObjectNotFound  # noqa: PLC0415
 
     with get_client(sync_client=True) as client:
-        return {
-            (deployment.id, item.id): (item.active, item.parameters)
-            for deployment in client.read_deployments()
-            for item in deployment.schedules
-        }
+        try:
+            return client.read_deployment_by_name(RETRAINING).model_dump(mode="json")
+        except ObjectNotFound:
+            return None
 
 
-def restore(before: dict[tuple[Any, Any], tuple[bool, dict[str, Any]]]) -> None:
-    """Leave schedules as somebody has switched them: the file says off.
+def keep_schedule(content: dict[str, Any], live: dict[str, Any] | None) -> None:
+    """Let what is deployed say of the schedule what somebody has switched: the file says off.
 
-    The retraining itself gets what `ursa schedule on` has given its schedule, as before. The
-    schedule of the file has a slug; what somebody has made in Prefect is a matter of its own.
+    As in `infra/local/services.py`, which is not in the image: nothing is put back afterwards, so a
+    kill at any moment leaves the schedule as it was. The retraining itself gets what `ursa schedule
+    on` has given its schedule, as before. The schedule of the file has a slug; what somebody has
+    made in Prefect is a matter of its own.
     """
-    from prefect.client.orchestration import get_client  # noqa: PLC0415
-    from prefect.client.schemas.actions import DeploymentUpdate  # noqa: PLC0415
-
-    with get_client(sync_client=True) as client:
-        for own in before.keys() & schedules().keys():
-            active, parameters = before[own]
-            client.update_deployment_schedule(*own, active=active, parameters=parameters)
-        retraining = client.read_deployment_by_name(RETRAINING)
-        for item in retraining.schedules:
-            if item.slug and item.parameters:
-                wanted = {**retraining.parameters, **item.parameters}
-                client.update_deployment(retraining.id, DeploymentUpdate(parameters=wanted))
+    known = {item["slug"]: item for item in live["schedules"] if item["slug"]} if live else {}
+    name = RETRAINING.partition("/")[2]
+    (own,) = (item for item in content["deployments"] if item["name"] == name)
+    for item in own["schedules"]:
+        if now := known.get(item["slug"]):
+            item |= {"active": now["active"], "parameters": now["parameters"]}
+            own["parameters"] = {**own["parameters"], **now["parameters"]}
 
 
 def automations(block_id: str | None) -> list[dict[str, Any]]:

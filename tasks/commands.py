@@ -5,15 +5,17 @@ The library and its command line know no MLflow and no Prefect, so `ursa.cli.bac
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from tasks import releases, tracking
+from ursa.cli.backstage import WARNING
 from ursa.decisions import Decision, who
 from ursa.errors import ConfigError, UrsaError
-from ursa.texts import printable, without_user
+from ursa.texts import PrintableRecords, printable, without_user
 
 
 def list_models(*, tracking_uri: str, name: str) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ def flag_versions(
         text: Which source, and why.
 
     Returns:
-        Name, number and aliases of each version.
+        Name, number, aliases and model directory of each version.
 
     Raises:
         ServiceError: If the server does not answer.
@@ -161,14 +163,22 @@ def flag_versions(
     flagged = []
     with tracking.service(tracking_uri) as client:
         for item in client.search_model_versions():
-            if item.tags.get("ursa.model_directory") not in directories:
+            directory = item.tags.get("ursa.model_directory")
+            if directory not in directories:
                 continue
             before = item.tags.get(releases.TAKEDOWN_TAG, "").splitlines()
             lines = "\n".join(dict.fromkeys((*before, printable(text))))
             client.set_model_version_tag(item.name, item.version, releases.TAKEDOWN_TAG, lines)
             found = releases.aliases(client, item.name).items()
             aliases = sorted(alias for alias, number in found if number == str(item.version))
-            flagged.append({"name": item.name, "version": str(item.version), "aliases": aliases})
+            flagged.append(
+                {
+                    "name": item.name,
+                    "version": str(item.version),
+                    "aliases": aliases,
+                    "directory": directory,
+                }
+            )
     return flagged
 
 
@@ -213,8 +223,10 @@ def main(name: str, arguments: str) -> int:
         arguments: JSON object.
 
     Returns:
-        Exit status: 1 after an error, whose message is the last line of stderr.
+        Exit status: 1 after an error, whose message is the last line of stderr. Before it, a line
+        each, is what our own code warns of.
     """
+    _show_warnings()
     try:
         answer = COMMANDS[name](**json.loads(arguments))
     except UrsaError as error:
@@ -223,6 +235,16 @@ def main(name: str, arguments: str) -> int:
         return 1
     sys.stdout.write(f"{json.dumps(answer)}\n")
     return 0
+
+
+def _show_warnings() -> None:
+    """Mark our own warnings on stderr: the libraries write there too."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter(f"{WARNING}%(message)s"))
+    handler.addFilter(PrintableRecords())
+    for name in ("ursa", "tasks"):
+        logging.getLogger(name).addHandler(handler)
 
 
 if __name__ == "__main__":

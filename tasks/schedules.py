@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ursa.config import load_config
-from ursa.errors import ConfigError, ServiceError
+from ursa.errors import ConfigError, ServiceError, UrsaError
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import DeploymentSchedule
@@ -39,10 +39,11 @@ def _deployment(
             get_client(sync_client=True) as client,
         ):
             yield client, client.read_deployment_by_name(DEPLOYMENT)
+    except UrsaError:  # what is refused here is no fault of the server; some are ValueErrors
+        raise
     except ObjectNotFound as error:
         raise ConfigError(
-            f"Prefect at {prefect_url} has no deployment {DEPLOYMENT}; make it with `make up` or "
-            "`prefect deploy --all`"
+            f"Prefect at {prefect_url} has no deployment {DEPLOYMENT}; make it with `make deploy`"
         ) from error
     except PrefectHTTPStatusError as error:
         first = " ".join(error.response.text.split())[:300]
@@ -78,7 +79,7 @@ def switch(
         if not deployment.schedules:
             raise ConfigError(
                 f"{DEPLOYMENT} has no schedule at {prefect_url}; deploy prefect.yaml again: "
-                "`make deploy` or `prefect deploy --all`"
+                "`make deploy`"
             )
         if active:
             _set_parameters(client, deployment, parameters)

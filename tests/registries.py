@@ -1,5 +1,8 @@
 """A store of MLflow in a database, and registered models whose versions have no files."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +55,17 @@ def killed(*_: object) -> None:
 def events(registry: releases.Registry) -> list[tuple[str, str, str | None]]:
     found = list_decisions(registry.root_uri, registry.name)
     return [(item.event, item.version, item.champion) for item in found]
+
+
+def run_ursa(
+    registry: releases.Registry, address: str, *arguments: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command of `ursa models` on a registered model."""
+    ursa = "from ursa.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", ursa, "models", *arguments, "--name", registry.name],
+        env={**os.environ, "MLFLOW_TRACKING_URI": address, "URSA_DATA_URI": registry.root_uri},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

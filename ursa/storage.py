@@ -36,7 +36,7 @@ from ursa.errors import (
     StorageConfigurationError,
     StorageError,
 )
-from ursa.texts import without_user
+from ursa.texts import secret_of_address, without_user
 
 ANSWER_DEADLINE_S = 30.0
 """Of one request, beside the time that its bytes take; s3fs alone would wait for ever."""
@@ -166,7 +166,8 @@ def local_path(uri: str) -> Path:
         raise StorageConfigurationError(f"{uri!r} is no name of a file")
     if not is_uri and "://" in uri:
         raise StorageConfigurationError(
-            f"unsupported URI {uri!r}; use s3://bucket/prefix, file:///path or a local path"
+            f"unsupported URI {without_user(repr(uri))}; use s3://bucket/prefix, file:///path or a "
+            "local path"
         )
     return Path(path)
 
@@ -1159,6 +1160,11 @@ def _s3_call(
     **options: Any,
 ) -> Any:
     """Run one coroutine of s3fs with a deadline; repeat what may succeed, name what cannot."""
+    if found := secret_of_address(uri):  # botocore would repeat it as the name of a bucket
+        raise StorageConfigurationError(
+            f"the address of an object holds {found}; give it without, and the credentials in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     import botocore.exceptions  # noqa: PLC0415
     from fsspec.asyn import sync  # noqa: PLC0415
     from s3fs.core import S3_RETRYABLE_ERRORS  # noqa: PLC0415

@@ -132,6 +132,22 @@ def secret_of_address(address: str) -> str | None:
     return None
 
 
+def host_of(address: str) -> str:
+    """Return the host of an address, to name it without what it may hold of a secret.
+
+    Args:
+        address: Any URI.
+
+    Returns:
+        Host and port; `***` where a password may have a part in what looks like them.
+    """
+    rest = address.partition("://")[2]
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    if _names_user(rest):
+        return "***" if "@" in rest[len(host) :] else host.rpartition("@")[2]
+    return host
+
+
 class PrintableRecords(logging.Filter):
     """Makes the lines of a handler that come from this program printable, and hides passwords.
 

@@ -439,8 +439,11 @@ def deploy(prefect: Service) -> None:
         if error.code != http.client.CONFLICT:
             raise
     digest = deployment_hash()
-    before = schedules(prefect)
-    command = (str(BIN / "prefect"), "--no-prompt", "deploy", "--all")
+    content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    keep_schedule(content, retraining(prefect))
+    path = STATE / "run" / "prefect.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    command = (str(BIN / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(path))
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
@@ -448,10 +451,6 @@ def deploy(prefect: Service) -> None:
     log.write_text(done.stdout + done.stderr)
     if done.returncode:
         raise ServiceError(f"prefect deploy --all failed: {last_line(log)}; see {log}")
-    # the file says off; what somebody has switched on stays on
-    for address in before.keys() & schedules(prefect).keys():
-        request(f"{prefect.url}/api/{address}", before[address], method="PATCH")
-    spread_parameters(prefect)
     set_automations(prefect)
     (STATE / "run" / "deployed").write_text(digest)
 
@@ -470,29 +469,30 @@ def set_automations(prefect: Service) -> None:
             request(address, item)
 
 
-def schedules(prefect: Service) -> dict[str, dict[str, Any]]:
-    """Return whether each schedule is on, and what its runs get, by its address."""
-    found = request(f"{prefect.url}/api/deployments/filter", {})
-    return {
-        f"deployments/{item['id']}/schedules/{schedule['id']}": {
-            key: schedule[key] for key in ("active", "parameters")
-        }
-        for item in found
-        for schedule in item["schedules"]
-    }
+def retraining(prefect: Service) -> dict[str, Any] | None:
+    """Return the deployment of the retraining as the server has it; None if it has none."""
+    try:
+        return dict(request(f"{prefect.url}/api/deployments/name/{RETRAINING}"))
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.NOT_FOUND:
+            raise
+        return None
 
 
-def spread_parameters(prefect: Service) -> None:
-    """Let the retraining itself have what `ursa schedule on` has given its schedule, as before.
+def keep_schedule(content: dict[str, Any], live: dict[str, Any] | None) -> None:
+    """Let what is deployed say of the schedule what somebody has switched: the file says off.
 
-    The schedule of the file has a slug. What somebody has made in Prefect is a matter of its own.
+    Nothing is put back afterwards, so a kill at any moment leaves the schedule as it was. The
+    retraining itself gets what `ursa schedule on` has given its schedule, as before. The schedule
+    of the file has a slug; what somebody has made in Prefect is a matter of its own.
     """
-    found = request(f"{prefect.url}/api/deployments/name/{RETRAINING}")
-    for item in found["schedules"]:
-        if item["slug"] and item["parameters"]:
-            parameters = {**found["parameters"], **item["parameters"]}
-            address = f"{prefect.url}/api/deployments/{found['id']}"
-            request(address, {"parameters": parameters}, method="PATCH")
+    known = {item["slug"]: item for item in live["schedules"] if item["slug"]} if live else {}
+    name = RETRAINING.partition("/")[2]
+    (own,) = (item for item in content["deployments"] if item["name"] == name)
+    for item in own["schedules"]:
+        if now := known.get(item["slug"]):
+            item |= {"active": now["active"], "parameters": now["parameters"]}
+            own["parameters"] = {**own["parameters"], **now["parameters"]}
 
 
 def flow_process_ids() -> set[str]:

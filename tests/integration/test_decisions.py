@@ -17,6 +17,7 @@ from tests.registries import (
     champion_of,
     events,
     killed,
+    run_ursa,
     store_uri,
 )
 from ursa.artifacts import EvalReport
@@ -136,6 +137,21 @@ def test_a_pending_decision_on_a_version_that_is_gone_blocks_nothing(
             assert look_at(store_uri, registry, fix=False) == []
     assert champion_of(registry) == ("1" if by in {"promote", "rollback"} else "2")
     assert ("voided", "3", "2") in events(registry)
+
+
+def test_a_person_sees_that_a_decision_was_passed_over(store_uri: str, tmp_path: Path) -> None:
+    """What MLflow says of itself is not shown: nothing else is on stderr."""
+    registry = bare_registry(store_uri, "damaged", tmp_path)
+    for key in "abcd":
+        releases.promote(registry, add_version(registry, key), "a reason")
+    done = run_ursa(registry, store_uri, "rollback")
+    assert (done.stdout, done.stderr) == ("champion is version 3, was 4\n", "")
+    record = Path(list_decisions(registry.root_uri, registry.name)[1].record_uri)
+    record.write_bytes(b"x\ny")
+    done = run_ursa(registry, store_uri, "rollback")
+    assert (done.returncode, done.stdout) == (0, "champion is version 2, was 3\n")
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith(f"a decision is passed over: {record}: not a manifest")
 
 
 def look_at(store_uri: str, registry: releases.Registry, *, fix: bool) -> list[tuple[str, str]]:

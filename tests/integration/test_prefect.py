@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -310,6 +311,52 @@ def deploy_by_bootstrap(services: Running) -> dict[str, Any]:
     return retraining(services)
 
 
+KILLED = """
+import os, runpy, signal, subprocess, sys
+run = subprocess.run
+def killed(command, *arguments, **options):
+    done = run(command, *arguments, **options)
+    if "deploy" in command:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+subprocess.run = killed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script, and kills it as soon as `prefect deploy` is done."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [["infra/local/services.py", "deploy"], ["infra/bootstrap.py"]])
+def test_a_kill_while_deploying_leaves_the_schedule_on(
+    services: Running, deployment: dict[str, Any], script: list[str], tmp_path: Path
+) -> None:
+    assert schedule(services, "on", "--source", str(tmp_path), "--preset", "small").returncode == 0
+    before = retraining(services)
+    server = {"PREFECT_API_URL": f"{services.prefect_url}/api", "URSA_HOME": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *script],
+        cwd=ROOT,
+        env={**services.environment, **server},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    after = retraining(services)
+    assert after["updated"] > before["updated"]
+    names = ("id", "active", "parameters", "schedule")
+    assert [{name: item[name] for name in names} for item in after["schedules"]] == [
+        {name: item[name] for name in names} for item in before["schedules"]
+    ]
+    assert after["schedules"][0]["active"]
+    assert after["parameters"] == before["parameters"]
+    assert after["parameters"]["source_uri"] == str(tmp_path)
+    deployed = services.script("up")
+    assert deployed.returncode == 0, deployed.stdout
+    assert retraining(services)["schedules"][0]["active"]
+
+
 @pytest.fixture
 def deployment(services: Running) -> Iterator[dict[str, Any]]:
     """The deployment; afterwards it is as it was, for what else runs on these services."""
@@ -387,7 +434,7 @@ def test_only_runs_of_the_schedule_are_its_next_ones(
         (["on", "--source", "gone"], "--source gone does not exist (/"),
         (["run", "--source", "gone"], "--source gone does not exist (/"),
         (["on", "--source", "ftp://host/x"], "--source 'ftp://host/x' is no source; give a"),
-        (["on", "--source", "https://a:b@host/x"], "an address on https://host holds"),
+        (["on", "--source", "https://a:b@host/x"], "the address in argument 4 holds a user name"),
         (["on", "--preset", "tinny"], "preset must be one of tiny, small, got 'tinny'"),
         (["run", "--preset", "tinny"], "preset must be one of tiny, small, got 'tinny'"),
         (["on", "--set", "retraining.max_stepz=2"], "max_stepz: "),
@@ -410,6 +457,7 @@ def test_what_every_run_would_refuse_is_refused_at_once(
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+    assert "Prefect at" not in line
     after = retraining(services)
     assert after["parameters"] == deployment["parameters"]
     assert after["schedules"][0]["active"] == deployment["schedules"][0]["active"]

@@ -1,7 +1,6 @@
 """Champion, challenger and what is on record of them, with real models in a real MLflow store."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from tasks.context import RunContext, TrainedModel
 from tasks.doctor import Patient
 from tests import factories, media
 from tests.damage import noisy_model
-from tests.registries import events, killed, store_uri
+from tests.registries import events, killed, run_ursa, store_uri
 from ursa import storage
 from ursa.artifacts import EvalReport, ExportedModel, ModelVersion
 from ursa.decisions import list_decisions
@@ -77,21 +76,7 @@ class Releases(NamedTuple):
 
     def ursa(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the command line."""
-        return subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from ursa.cli import main; main()",
-                "models",
-                *arguments,
-                "--name",
-                self.name,
-            ],
-            env={**os.environ, "MLFLOW_TRACKING_URI": self.uri, "URSA_DATA_URI": self.root},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        return run_ursa(self.registry(), self.uri, *arguments)
 
 
 def export(data: factories.TinyData, output_uri: str, max_steps: int) -> Any:
@@ -327,7 +312,8 @@ def test_versions_of_what_is_taken_down_are_marked(made: Any) -> None:
         directories=[opened.worse.directory_uri],
         text="file:///v/a.mp4: on request",
     )
-    assert {"name": "taken", "version": "1", "aliases": []} in found
+    marked = {"name": "taken", "version": "1", "aliases": []}
+    assert {**marked, "directory": opened.worse.directory_uri} in found
     assert ("taken", "2") not in {(item["name"], item["version"]) for item in found}
     listed = opened.ursa("list")
     assert "TAKEN DOWN: file:///v/a.mp4: on request" in listed.stdout, listed.stderr

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tasks.settings import RuntimeSettings
 from ursa import storage
 from ursa.cli import main
-from ursa.errors import ConfigError, DataError, UrsaError
+from ursa.errors import ConfigError, DataError, StorageError, UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.sources.manifest import read_manifest
 
@@ -73,6 +74,78 @@ def test_a_tracking_address_with_a_password_is_refused(
         shown = capsys.readouterr()
         assert "holds a user name or password" in shown.err
         assert CANARY not in shown.err + shown.out
+
+
+ROOT = f"s3://AKIAEXAMPLE:{CANARY}@bucket/x"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor"],
+        ["models", "history"],
+        ["data", "versions"],
+        ["data", "uses", "a.mp4"],
+        ["data", "uses", "a.mp4", "--flag", "on request"],
+        ["data", "verify"],
+        ["data", "stats"],
+        ["data", "repair"],
+        ["evaluate", "."],
+    ],
+)
+def test_a_data_root_with_a_password_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.setenv("URSA_DATA_URI", ROOT)
+    assert refusal(capsys, command) == "the address of the data root holds a user name or password"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
+    """Return what a command is refused with, which shows no secret."""
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    assert CANARY not in shown.err + shown.out
+    assert "AKIA" not in shown.err + shown.out
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    return shown.err.removeprefix("error: ").partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "versions", ROOT],
+        ["data", "uses", ROOT],
+        ["data", "stats", f"--selection={ROOT}"],
+        ["data", "card", "--out", ROOT],
+        ["models", "history", "--root", ROOT],
+        ["generate", "a tree", "--model", ROOT],
+        ["generate", "a tree", "--model", ".", "--out", f"{ROOT}/a.mp4"],
+        ["generate", "a tree", "--model", ".", "--image", f"https://h.test/a.png?token={CANARY}"],
+        ["demo", "--model", ROOT],
+        ["evaluate", ROOT],
+        ["evaluate", ".", "--against", ROOT],
+        ["merge", ROOT, "--model", ".", "--out", "merged"],
+        ["benchmark", "draw", ROOT, "vbench", "--prompts", "a", "--out", "b"],
+        ["benchmark", "read", ROOT, "vbench"],
+        ["plan", "tiny", "--set", f"visual_tokenizer.directory_uri={ROOT}"],
+        ["no-such-command", ROOT],
+    ],
+)
+def test_an_argument_with_a_password_is_refused(
+    capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert refusal(capsys, command).startswith("the address in argument ")
+
+
+@pytest.mark.parametrize("call", [storage.read_bytes, storage.list_files, storage.exists])
+def test_the_store_does_not_repeat_a_password(call: Callable[[str], object]) -> None:
+    with pytest.raises(StorageError, match="holds a user name or password") as error:
+        call(ROOT)
+    assert CANARY not in str(error.value)
+    assert "AKIA" not in str(error.value)
 
 
 def test_a_store_with_a_password_in_its_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ursa.cli.doctor import doctor
 from ursa.cli.evaluate import evaluate
 from ursa.cli.generate import generate
 from ursa.cli.merge import merge
+from ursa.cli.models import refuse_secrets
 from ursa.cli.plan import plan
 from ursa.errors import UrsaError
 from ursa.texts import PrintableRecords, printable, without_user
@@ -68,8 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if logging.lastResort is not None:  # what the library warns of
         logging.lastResort.addFilter(PrintableRecords())
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        refuse_secrets(given)
+        app(given, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

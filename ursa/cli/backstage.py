@@ -1,6 +1,7 @@
 """What needs a service's own library runs in another process: the command line knows none."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,9 +11,13 @@ from typing import Any
 import ursa
 from ursa.errors import ConfigError
 
+WARNING = "warning: "
+"""Begins a line of stderr that the other process wants to be seen."""
+logger = logging.getLogger(__name__)
+
 
 def call_tasks(command: str, **arguments: object) -> Any:
-    """Run a command of `tasks.commands` and return its answer.
+    """Run a command of `tasks.commands` and return its answer; what it warns of is logged here.
 
     Args:
         command: Its name.
@@ -31,6 +36,10 @@ def call_tasks(command: str, **arguments: object) -> Any:
         check=False,
         env={**os.environ, "PYTHONPATH": path},
     )
+    # the rest is what MLflow and Prefect say of themselves
+    for line in dict.fromkeys(done.stderr.splitlines()):
+        if line.startswith(WARNING):
+            logger.warning("%s", line.removeprefix(WARNING))
     if done.returncode:
         last = (done.stderr.strip() or f"{command} ended with {done.returncode}").splitlines()[-1]
         raise ConfigError(last.removeprefix("error: "))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from ursa.cli.lines import print_lines
+from ursa.cli.models import without_secret
 from ursa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -280,12 +281,16 @@ def root_uri(root: str | None) -> str:
 
     Args:
         root: What was given; None takes URSA_DATA_URI, or .ursa/data.
+
+    Raises:
+        ConfigError: If the address holds a secret; does not show it.
     """
     import os
 
     from ursa.storage import absolute_uri
 
-    return absolute_uri(root or os.environ.get("URSA_DATA_URI") or ".ursa/data")
+    given = root or os.environ.get("URSA_DATA_URI") or ".ursa/data"
+    return absolute_uri(without_secret(given, "of the data root"))
 
 
 def _config(preset: str | None, changes: Sequence[str]) -> "RunConfig | None":

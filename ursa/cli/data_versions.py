@@ -84,7 +84,8 @@ def uses(
 ) -> None:
     """Name the data set versions and models that a file is in, whatever it was called.
 
-    Models that began with the weights of such a model are named too, and those that have a
+    Models are those that saw it: a version whose selection kept no clip of it has none. Those that
+    began with the weights of such a model are named too, and those that have a
     tokenizer which was fitted with the file.
 
     Exit status 1 if it is in none. Example: ursa data uses videos/tree_hand.mp4 .ursa/data
@@ -96,7 +97,8 @@ def uses(
         root: The data root, a directory or s3://...; URSA_DATA_URI, or .ursa/data.
         flag: Why the registered versions of these models are to be marked (tag ursa.takedown): they
             then become champion by hand and with a reason only.
-        as_json: Print JSON.
+        as_json: Print JSON; with --flag, `flagged` of each row names its marked versions, and
+            `aliases` there says which is champion.
     """
     if flag is not None and not flag.strip():
         raise ConfigError("--flag: say why, such as --flag 'taken down on request'")
@@ -104,6 +106,8 @@ def uses(
     names = _listed_names(what)
     rows = _rows_of_uses(data_uri, names)
     if as_json:
+        if rows and flag is not None:
+            _flag_versions(rows, f"{names[0]}: {flag.strip()}")
         print(json.dumps(rows, indent=1))
     else:
         _print_uses(rows)
@@ -112,28 +116,37 @@ def uses(
             is_here = "://" in what or len(what) == 64 or Path(what.split("#")[0]).exists()
             print_lines(f"no version holds {names[0]}" + ("" if is_here else ", nor is it there"))
         sys.exit(1)
-    if flag is not None:
-        _flag_versions(rows, f"{names[0]}: {flag.strip()}", quiet=as_json)
+    if flag is not None and not as_json:
+        _print_flagged(_flag_versions(rows, f"{names[0]}: {flag.strip()}"))
 
 
 def _rows_of_uses(data_uri: str, names: list[str]) -> list[dict[str, Any]]:
-    """Describe the versions that hold a file, then others whose tokenizers were fitted with it."""
+    """Describe the versions that hold a file, then others whose tokenizers were fitted with it.
+
+    No model has seen a file of which no clip was kept. Where that is not known, it may have.
+    """
     from ursa.artifacts import ExportedModel
-    from ursa.data.versions import find_fitted_uses, find_uses
+    from ursa.data.versions import count_kept_clips, find_fitted_uses, find_uses
     from ursa.inspection.root import MODELS, good_records, models_of
 
     found = find_uses(data_uri, *names)
     if not found:
         return []
-    nothing = {"source_uri": None, "content": None, "status": None, "num_clips": 0}
-    holders = [version for version, file in found if file["num_clips"]]
-    uses: list[tuple[DatasetVersion, dict[str, Any], tuple[str, ...]]]
-    uses = [(version, file, ()) for version, file in found]
+    holding = {version.manifest_uri: version for version, _ in found}
+    counts = {uri: count_kept_clips(version) for uri, version in holding.items()}
+    uses: list[tuple[DatasetVersion, dict[str, Any], tuple[str, ...]]] = []
+    for version, file in found:
+        counted = counts[version.manifest_uri]
+        num_kept = None if counted is None else counted[file["source_uri"]]
+        uses.append((version, {**file, "num_kept": num_kept if file["num_clips"] else 0}, ()))
+    holders = [version for version, file, _ in uses if file["num_kept"] != 0]
+    nothing = {"source_uri": None, "content": None, "status": None, "num_clips": 0, "num_kept": 0}
     uses += [(version, nothing, kinds) for version, kinds in find_fitted_uses(data_uri, holders)]
     models = good_records(data_uri, MODELS, ExportedModel)
     rows = []
     for version, file, tokenizers in uses:
-        trained, descendants = models_of(models, version.tokens_uri)
+        is_used = file["num_kept"] != 0 or tokenizers
+        trained, descendants = models_of(models, version.tokens_uri) if is_used else ([], [])
         rows.append(
             {
                 "version": version.number,
@@ -143,6 +156,7 @@ def _rows_of_uses(data_uri: str, names: list[str]) -> list[dict[str, Any]]:
                 "content": file["content"],
                 "status": file["status"],
                 "clips": file["num_clips"],
+                "kept_clips": file["num_kept"],
                 "tokenizers": list(tokenizers),
                 "models": [model.directory_uri for model in trained],
                 "descendants": [model.directory_uri for model in descendants],
@@ -154,9 +168,11 @@ def _rows_of_uses(data_uri: str, names: list[str]) -> list[dict[str, Any]]:
 def _print_uses(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["tokenizers"]:
-            how = f"not in it, but fitted with it: tokenizers ({', '.join(row['tokenizers'])})"
+            names = ", ".join(row["tokenizers"])
+            how = f"no clip of it kept, but fitted with it: tokenizers ({names})"
         else:
-            how = f"{row['file']}: {row['status']}, {row['clips']} clips"
+            num_kept = "unknown" if row["kept_clips"] is None else row["kept_clips"]
+            how = f"{row['file']}: {row['status']}, {num_kept} of {row['clips']} clips kept"
         print_lines(f"version {row['version']} of {row['source']}", f"  {how}")
         for model in row["models"]:
             print_lines(f"  model {model}")
@@ -164,21 +180,32 @@ def _print_uses(rows: list[dict[str, Any]]) -> None:
             print_lines(f"  model {model}, whose weights began with those of a model above")
 
 
-def _flag_versions(rows: list[dict[str, Any]], text: str, *, quiet: bool) -> None:
-    """Mark the registered versions of all models of some uses."""
+def _flag_versions(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Mark the registered versions of all models of some uses; each row then names its own.
+
+    Returns:
+        All of them, each once.
+    """
     from ursa.cli.backstage import call_tasks
     from ursa.cli.models import check_answers, registry_uri
 
     uri = registry_uri()
     check_answers(uri)
     directories = {name for row in rows for name in (*row["models"], *row["descendants"])}
-    found = call_tasks(
+    found: list[dict[str, Any]] = call_tasks(
         "flag-versions", tracking_uri=uri, directories=sorted(directories), text=text
     )
-    for item in found if not quiet else ():
+    for row in rows:
+        own = (*row["models"], *row["descendants"])
+        row["flagged"] = [item for item in found if item["directory"] in own]
+    return found
+
+
+def _print_flagged(found: list[dict[str, Any]]) -> None:
+    for item in found:
         known_as = f" ({', '.join(item['aliases'])})" if item["aliases"] else ""
         print_lines(f"flagged {item['name']} version {item['version']}{known_as}")
-    if not found and not quiet:
+    if not found:
         print("no version of these models is registered")
 
 

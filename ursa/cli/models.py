@@ -1,10 +1,11 @@
 """What `--model` and `--device` name."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ursa.errors import ConfigError
 from ursa.texts import secret_of_address
 
 _REGISTRY_PREFIX = "models:/"
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://\S+")
 
 
 @contextmanager
@@ -82,27 +84,52 @@ def check_place(model: str) -> None:
 def registry_uri() -> str:
     """Return the address of the tracking server: what is set, else what `make up` starts."""
     given = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("URSA_MLFLOW_TRACKING_URI")
-    return _without_secret(
-        given or f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}", "MLflow"
-    )
+    address = given or f"http://127.0.0.1:{os.environ.get('URSA_MLFLOW_PORT') or 5000}"
+    return without_secret(address, "of MLflow")
 
 
-def _without_secret(address: str, name: str) -> str:
-    """Refuse an address that must not be shown: it goes into messages and command lines."""
+def without_secret(address: str, which: str) -> str:
+    """Return an address; one that must not be shown is refused.
+
+    Addresses go into messages, records and command lines.
+
+    Args:
+        address: Any URI or path.
+        which: Says which address it is, such as "of MLflow".
+
+    Raises:
+        ConfigError: If it holds a user, a password, a signature or a token; does not show it.
+    """
     if found := secret_of_address(address):
         raise ConfigError(
-            f"the address of {name} holds {found}; give it without, secrets have variables of "
-            "their own (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, "
-            "PREFECT_API_AUTH_STRING)"
+            f"the address {which} holds {found}; give it without, secrets have variables of "
+            "their own (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME, "
+            "MLFLOW_TRACKING_PASSWORD, PREFECT_API_AUTH_STRING)"
         )
     return address
+
+
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Refuse a command line with an address that must not be shown, before anything reads it.
+
+    A path that was made of such an address looks like one no more, and would be shown.
+
+    Args:
+        arguments: What stands after `ursa`.
+
+    Raises:
+        ConfigError: If one holds a user, a password, a signature or a token; does not show it.
+    """
+    for number, argument in enumerate(arguments, 1):
+        for address in _ADDRESS.findall(argument):
+            without_secret(address, f"in argument {number}")
 
 
 def prefect_uri() -> str:
     """Return the address of the Prefect server, without "/api": what is set, else as above."""
     port = os.environ.get("URSA_PREFECT_PORT") or 4200
     api_url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
-    return _without_secret(api_url.rstrip("/").removesuffix("/api"), "Prefect")
+    return without_secret(api_url.rstrip("/").removesuffix("/api"), "of Prefect")
 
 
 def check_answers(uri: str, *, name: str = "MLflow", variable: str = "MLFLOW_TRACKING_URI") -> None:

@@ -28,7 +28,13 @@ from ursa.artifacts import (
     TokenizerRef,
 )
 from ursa.config import FrozenModel, RunConfig, fingerprint
-from ursa.data.clips import put_table, read_clip_table, read_failures, read_table
+from ursa.data.clips import (
+    SELECTION_SCHEMA,
+    put_table,
+    read_clip_table,
+    read_failures,
+    read_table,
+)
 from ursa.data.units import MODALITIES, SPLITS
 from ursa.errors import ManifestError, ShardFormatError
 
@@ -669,6 +675,29 @@ def find_uses(root_uri: str, *what: str) -> list[tuple[DatasetVersion, dict[str,
     ]
 
 
+def count_kept_clips(version: DatasetVersion) -> Counter[str] | None:
+    """Count the clips that the selection of a version has kept, by file.
+
+    Models are trained, and tokenizers fitted, with these alone.
+
+    Args:
+        version: The version.
+
+    Returns:
+        Numbers by `source_uri`; None if the verdicts cannot be read, which a warning says.
+
+    Raises:
+        StorageError: If the store refuses or does not answer.
+    """
+    columns = ["source_uri", "kept"]
+    try:
+        table = read_table(version.selection.selection_uri, SELECTION_SCHEMA, None, columns)
+    except ShardFormatError as error:
+        logger.warning("which clips were kept is not known: %s", error)
+        return None
+    return Counter(table.filter(table["kept"])["source_uri"].to_pylist())
+
+
 def find_fitted_uses(
     root_uri: str, holders: Iterable[DatasetVersion]
 ) -> list[tuple[DatasetVersion, tuple[str, ...]]]:
@@ -679,7 +708,7 @@ def find_fitted_uses(
 
     Args:
         root_uri: The data root.
-        holders: Versions that hold a file.
+        holders: Versions that have kept clips of a file.
 
     Returns:
         Other versions, by source and number, and which of "visual" and "text" it is.

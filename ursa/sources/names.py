@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -10,7 +9,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 from ursa import storage
 from ursa.artifacts import SourceVideo
 from ursa.errors import DataError
-from ursa.texts import secret_of_address
+from ursa.texts import host_of, secret_of_address
 
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet", ".txt")
 TAR_SUFFIX = ".tar"
@@ -153,13 +152,12 @@ def refuse_secret(uri: str) -> None:
     Raises:
         DataError: If it holds a user, a password, a signature or a token; does not show it.
     """
-    scheme, is_uri, rest = uri.partition("://")
+    scheme, is_uri, _ = uri.partition("://")
     found = secret_of_address(uri) if is_uri else None
     if found is not None:
         raise DataError(
-            f"an address on {scheme}://{re.split('[/?#]', rest)[0].rpartition('@')[2]} holds "
-            f"{found}; addresses are kept and shown, so give one without a secret, or the "
-            "downloaded file"
+            f"an address on {scheme}://{host_of(uri)} holds {found}; addresses are kept and "
+            "shown, so give one without a secret, or the downloaded file"
         )
 
 

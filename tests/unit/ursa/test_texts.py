@@ -17,6 +17,7 @@ from ursa.errors import DataError
 from ursa.inspection.page import escape
 from ursa.texts import (
     PrintableRecords,
+    host_of,
     is_file_name,
     markdown_code,
     markdown_text,
@@ -178,6 +179,20 @@ def test_users_of_addresses_are_not_shown():
     assert without_user("'http://u:p@ss@h/x' and https://u:pa/ss@h/y") == (
         "'http://***@h/x' and https://***@h/y"
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("https://h.test:8/a?token=b@c", "h.test:8"),
+        ("https://u:p@h.test/a", "h.test"),
+        ("s3://key:se/cret@bucket/a", "***"),
+        ("s3://key:se@cr/et@bucket/a", "***"),
+        ("https://u:p@h.test/a?token=b@c", "***"),
+    ],
+)
+def test_the_host_of_an_address_holds_no_secret(address, host):
+    assert host_of(address) == host
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "x" * 256, 5, None])

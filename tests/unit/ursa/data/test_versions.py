@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import logging
@@ -19,7 +20,14 @@ from ursa.artifacts import (
 )
 from ursa.cli import main
 from ursa.config import fingerprint
-from ursa.data.clips import FAILURE_SCHEMA, failure_row, put_table
+from ursa.data.clips import (
+    FAILURE_SCHEMA,
+    SELECTION_SCHEMA,
+    failure_row,
+    put_table,
+    read_clip_table,
+    selection_rows,
+)
 from ursa.data.units import _spans
 from ursa.data.versions import (
     Change,
@@ -195,9 +203,17 @@ class Ledger:
             update={"clips": selection.clips.model_copy(update=changes), "fingerprint": print_}
         )
 
-    def commit(self, clips, source_uri="/videos", visual=None, config=CONFIG):
+    def commit(self, clips, source_uri="/videos", visual=None, config=CONFIG, rejected=()):
         tokenizers = (visual or self._data.visual_tokenizer, self.text_tokenizer)
         selection = self.select(clips, source_uri)
+        if rejected:
+            table = read_clip_table(selection.clips)
+            reasons = ["too_dark" if item in rejected else None for item in clips]
+            rows = selection_rows(table, reasons, [None if why else "train" for why in reasons])
+            place = storage.join(self.uri, "sets", str(self._count))
+            uri = put_table(place, "selection", SELECTION_SCHEMA, rows)
+            changes = {"selection_uri": uri, "fingerprint": fingerprint(uri)}
+            selection = selection.model_copy(update=changes)
         return commit_version(
             self.uri, config, selection, tokenizers, self._data.datasets, code={"ursa": "test"}
         )
@@ -206,6 +222,19 @@ class Ledger:
         """A visual tokenizer of a content of its own."""
         changes = {"sha256": {"model.safetensors": name}, "fingerprint": name}
         return self._data.visual_tokenizer.model_copy(update=changes)
+
+    def export(self, model, name, tokens_uri, started_from_uri=None, parent_uri=None):
+        """Commit a model like another one; return its directory."""
+        place = storage.join(self.uri, "models", name)
+        changes = {
+            "manifest_uri": f"{place}/manifest.json",
+            "directory_uri": f"{place}/model",
+            "tokens_uri": tokens_uri,
+            "started_from_uri": started_from_uri,
+            "checkpoint": model.checkpoint.model_copy(update={"parent_uri": parent_uri}),
+        }
+        copy = model.model_copy(update=changes)
+        return storage.commit_record(copy.manifest_uri, copy).directory_uri
 
     def grow(self, count):
         """Versions of one file, two files, and so on."""
@@ -466,7 +495,7 @@ def test_a_file_is_found_however_it_is_spelled(ledger, capsys, held, asked):
     with pytest.raises(SystemExit) as stopped:
         main(["data", "uses", asked, ledger.uri])
     assert not stopped.value.code
-    assert f"  {held}: ok, 1 clips" in capsys.readouterr().out
+    assert f"  {held}: ok, 1 of 1 clips kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("asked", ["/videos", "/videos/c.mp4", "a.mp4#b.mp4", "0" * 64])
@@ -499,11 +528,11 @@ def test_versions_with_a_tokenizer_that_was_fitted_with_a_file_are_listed(ledger
         main(["data", "uses", "/videos/b.mp4", ledger.uri])
     assert capsys.readouterr().out.splitlines() == [
         f"version 2 of {two.source_uri}",
-        "  file:///videos/b.mp4: ok, 1 clips",
+        "  file:///videos/b.mp4: ok, 1 of 1 clips kept",
         f"version 1 of {borrowed.source_uri}",
-        "  not in it, but fitted with it: tokenizers (visual)",
+        "  no clip of it kept, but fitted with it: tokenizers (visual)",
         f"version 3 of {two.source_uri}",
-        "  not in it, but fitted with it: tokenizers (visual)",
+        "  no clip of it kept, but fitted with it: tokenizers (visual)",
     ]
 
 
@@ -514,18 +543,7 @@ def test_models_that_began_with_one_that_saw_a_file_are_listed(
     seen = exported_model.tokens_uri  # every version of this ledger has these tokens
     assert one.tokens_uri == two.tokens_uri == seen
 
-    def export(name, tokens_uri, started_from_uri=None, parent_uri=None):
-        place = storage.join(ledger.uri, "models", name)
-        changes = {
-            "manifest_uri": f"{place}/manifest.json",
-            "directory_uri": f"{place}/model",
-            "tokens_uri": tokens_uri,
-            "started_from_uri": started_from_uri,
-            "checkpoint": exported_model.checkpoint.model_copy(update={"parent_uri": parent_uri}),
-        }
-        model = exported_model.model_copy(update=changes)
-        return storage.commit_record(model.manifest_uri, model).directory_uri
-
+    export = functools.partial(ledger.export, exported_model)
     saw = export("f", seen)
     child = export("e", "/newer.json", started_from_uri=f"{saw}/transformer", parent_uri="/step-1")
     grandchild = export("d", "/newest.json", started_from_uri=Path(child).as_uri())
@@ -543,3 +561,82 @@ def test_models_that_began_with_one_that_saw_a_file_are_listed(
     out = capsys.readouterr().out
     assert f"  model {saw}\n" in out
     assert f"  model {grandchild}, whose weights began with those of a model above\n" in out
+
+
+@pytest.fixture
+def uses(ledger, capsys):
+    """Asks what `ursa data uses` says of a file of the ledger, as JSON or as text."""
+
+    def ask(name, *options):
+        with pytest.raises(SystemExit) as stopped:
+            main(["data", "uses", f"/videos/{name}.mp4", ledger.uri, *options])
+        assert not stopped.value.code
+        out = capsys.readouterr().out
+        return json.loads(out) if "--json" in options else out
+
+    return ask
+
+
+def test_models_that_never_saw_a_file_are_not_listed(ledger, exported_model, uses):
+    dark, fitted = clip("dark"), ledger.visual("fitted")
+    version = ledger.commit([clip("a"), dark], visual=fitted, rejected=[dark])
+    ledger.commit([clip("a"), clip("c")], visual=fitted)
+    saw = ledger.export(exported_model, "f", version.tokens_uri)
+    out = uses("dark")
+    assert "  file:///videos/dark.mp4: ok, 0 of 1 clips kept\n" in out
+    assert "model" not in out
+    assert "tokenizers" not in out, "they are fitted with clips that were kept"
+    (row,) = uses("dark", "--json")
+    assert (row["clips"], row["kept_clips"], row["models"], row["descendants"]) == (1, 0, [], [])
+    one, _ = uses("a", "--json")
+    assert (one["kept_clips"], one["models"]) == (1, [saw])
+
+    # a version that holds the file has a tokenizer of one that kept it
+    kept = ledger.commit([clip("a"), clip("b")], visual=ledger.visual("other"))
+    later = ledger.commit(
+        [clip("a"), clip("b")], visual=ledger.visual("other"), rejected=[clip("b")]
+    )
+    assert later.number == kept.number + 1
+    rows = uses("b", "--json")
+    assert [(row["version"], row["kept_clips"], row["tokenizers"]) for row in rows] == [
+        (kept.number, 1, []),
+        (later.number, 0, []),
+        (later.number, 0, ["visual"]),
+    ]
+    assert [row["models"] for row in rows] == [[saw], [], [saw]]
+
+
+def test_models_that_may_have_seen_a_file_are_listed(ledger, exported_model, uses, caplog):
+    version = ledger.commit([clip("a")], rejected=[clip("a")])
+    saw = ledger.export(exported_model, "f", version.tokens_uri)
+    damage(version.selection.selection_uri, "cut")
+    assert "  file:///videos/a.mp4: ok, unknown of 1 clips kept\n" in uses("a")
+    assert "which clips were kept is not known: " in caplog.text
+    (row,) = uses("a", "--json")
+    assert (row["kept_clips"], row["models"]) == (None, [saw])
+
+
+def test_marked_versions_are_named(ledger, exported_model, uses, monkeypatch):
+    dark = clip("dark")
+    version = ledger.commit([clip("a"), dark], rejected=[dark])
+    saw = ledger.export(exported_model, "f", version.tokens_uri)
+    asked = []
+
+    def flag_versions(name, *, directories, **_):
+        asked.append((name, directories))
+        names = {"name": "ursa", "version": "3", "aliases": ["champion"]}
+        return [{**names, "directory": directory} for directory in directories]
+
+    monkeypatch.setattr("ursa.cli.backstage.call_tasks", flag_versions)
+    monkeypatch.setattr("ursa.cli.models.check_answers", lambda _: None)
+    assert uses("a", "--flag", "why").endswith("\nflagged ursa version 3 (champion)\n")
+    (row,) = uses("a", "--flag", "why", "--json")
+    (marked,) = row["flagged"]
+    assert (marked["name"], marked["version"], marked["aliases"]) == ("ursa", "3", ["champion"])
+    assert uses("dark", "--flag", "why").endswith("\nno version of these models is registered\n")
+    (row,) = uses("dark", "--flag", "why", "--json")
+    assert row["flagged"] == []
+    models = [("flag-versions", [saw])] * 2
+    assert asked == [*models, *[("flag-versions", [])] * 2]
+    (row,) = uses("a", "--json")
+    assert "flagged" not in row
