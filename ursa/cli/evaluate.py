@@ -1,6 +1,7 @@
 """`ursa evaluate`: any model on any version of a data set, with intervals."""
 
 import contextlib
+import json
 import logging
 import shlex
 import sys
@@ -92,7 +93,7 @@ def evaluate(
     if out is not None:
         out.write_text(found.model_dump_json(indent=1), "utf-8")
     if as_json:
-        print(found.model_dump_json(indent=1, ensure_ascii=True))
+        _print_json(found, other)
         return
     print_measures(found.measurements)
     for reason in found.not_measured:
@@ -205,7 +206,10 @@ def print_measures(found: "Measurements") -> None:
         print_lines(f"{group.name}: {len(group.cases)} cases, {drawn}")
 
 
-def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -> None:
+def _compare(
+    found: "ModelMeasurements", other: "ModelMeasurements"
+) -> tuple[list["Difference"], list[str]]:
+    """Return the differences of two models, and what is not compared, with the reason."""
     from ursa.evaluation.measures import differences, left_out
 
     rows = differences(found.measurements, other.measurements)
@@ -217,6 +221,23 @@ def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -
         raise ConfigError(
             f"--against: nothing of {other.model} can be compared: {'; '.join(reasons) or 'empty'}"
         )
+    return rows, reasons
+
+
+def _print_json(found: "ModelMeasurements", other: "ModelMeasurements | None") -> None:
+    answer = found.model_dump(mode="json")
+    if other is not None:
+        rows, not_compared = _compare(found, other)
+        answer["against"] = {
+            "model": other.model,
+            "differences": [row._asdict() for row in rows],
+            "not_compared": not_compared,
+        }
+    print(json.dumps(answer, indent=1))
+
+
+def _print_differences(found: "ModelMeasurements", other: "ModelMeasurements") -> None:
+    rows, reasons = _compare(found, other)
     print_lines("", f"{found.model} less {other.model}, case by case")
     for row in rows:
         print_lines(f"{row.metric:36} {row.value:+9.4g}  {_interval(row):20}  {row.verdict}")

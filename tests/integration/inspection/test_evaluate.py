@@ -172,6 +172,11 @@ def test_versions_of_the_data_are_not_compared_with_each_other(trained, root, tm
     assert said.rstrip().endswith("or give --data-version 1 here")
     assert run(*own, "--against", str(file), "--data-version", "1") == 0
     assert "case by case" in capsys.readouterr().out
+    assert run(*own, "--against", str(file), "--data-version", "1", "--json") == 0
+    compared = json.loads(capsys.readouterr().out)["against"]
+    assert compared["model"] == trained.model.directory_uri
+    assert {row["value"] for row in compared["differences"]} == {0.0}
+    assert compared["not_compared"]
 
 
 def test_losses_over_other_codes_are_left_out(trained, tmp_path, capsys):
