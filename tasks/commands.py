@@ -67,7 +67,7 @@ def promote(
         reason: Why.
 
     Returns:
-        The decision; None if the version is champion already.
+        The decision, and `champion_now`; None if the version is champion already.
 
     Raises:
         UrsaError: What that function raises, and `ServiceError`.
@@ -75,7 +75,7 @@ def promote(
     with tracking.service(tracking_uri) as client:
         registry = releases.Registry(client, name, root_uri, who())
         decision = releases.promote(_known(registry), version, reason)
-    return None if decision is None else decision.model_dump(mode="json")
+        return None if decision is None else _answer(registry, decision)
 
 
 def rollback(*, tracking_uri: str, root_uri: str, name: str, reason: str | None) -> dict[str, Any]:
@@ -88,15 +88,14 @@ def rollback(*, tracking_uri: str, root_uri: str, name: str, reason: str | None)
         reason: Why.
 
     Returns:
-        The decision.
+        The decision, and `champion_now`.
 
     Raises:
         UrsaError: What that function raises, and `ServiceError`.
     """
     with tracking.service(tracking_uri) as client:
         registry = releases.Registry(client, name, root_uri, who())
-        decision: Decision = releases.rollback(_known(registry), reason)
-    return decision.model_dump(mode="json")
+        return _answer(registry, releases.rollback(_known(registry), reason))
 
 
 def doctor(
@@ -195,6 +194,12 @@ def run_schedule(*, prefect_url: str, parameters: Mapping[str, Any]) -> dict[str
     from tasks.schedules import run_once  # noqa: PLC0415  (Prefect: a second)
 
     return run_once(prefect_url, parameters)
+
+
+def _answer(registry: releases.Registry, decision: Decision) -> dict[str, Any]:
+    """Return a decision, and as `champion_now` who is champion: another may have come after it."""
+    now = releases.aliases(registry.client, registry.name).get(releases.CHAMPION)
+    return {**decision.model_dump(mode="json"), "champion_now": now}
 
 
 def _known(registry: releases.Registry) -> releases.Registry:

@@ -24,6 +24,7 @@ from tasks.machine import (
     check_service,
     is_embedded,
 )
+from tasks.model_registry import ALL_GONE
 from tasks.processes import flow_run_ids, process_lives
 from ursa import storage
 from ursa.artifacts import EvalReport
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 MIN_AGE_S = 60.0
 """A flow run changes its state before its process can be seen."""
 _FIX = "ursa doctor --fix"
+_AWAY = "is the store of MLflow's files away?"
+_LEFT = "nothing is changed; delete the versions in MLflow if the files are lost"
 _UNDER_WAY = ("RUNNING", "PENDING", "CANCELLING")
 _ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -190,6 +193,9 @@ class Patient(NamedTuple):
             if report is None or model is None:
                 gone = "model" if model is None else "evaluation"
                 raise RegistrationError(f"its {gone} is gone")  # noqa: TRY301
+            if model_registry.missing_files(client, model.model_id, report.model) == ALL_GONE:
+                yield Finding("MLflow", "wrong", f"{text}, and {ALL_GONE}: {_AWAY}", _LEFT)
+                return
             model_registry.verify_files(self.tracking_uri, version.source, report.model)
         except (DataError, RegistrationError) as error:
             client.delete_model_version(version.name, str(version.version))
@@ -206,9 +212,18 @@ class Patient(NamedTuple):
     def _damaged(self, client: "MlflowClient", version: Any) -> Iterator[Finding]:
         """Trust a version again whose files are back; champion is what the record says."""
         text = f"version {version.version} of {version.name} was damaged"
+        again = "the next run of its data registers it anew"
+        report = _report(version)
+        if report is None:
+            yield Finding("MLflow", "note", f"{text}; its evaluation is not here to tell; {again}")
+            return
         problem = _missing(client, version)
+        if problem is None:  # names are there: what is in them?
+            try:
+                model_registry.verify_files(self.tracking_uri, version.source, report.model)
+            except RegistrationError as error:
+                problem = str(error)
         if problem is not None:
-            again = "the next run of its data registers it anew"
             yield Finding("MLflow", "note", f"{text}, and still {problem}; {again}")
             return
         if self.fix:
@@ -227,13 +242,16 @@ class Patient(NamedTuple):
             usable = {
                 other: version
                 for other, version in releases.whole_versions(registry).items()
-                if other != number and _missing(registry.client, version) is None
+                # of what no record says what belongs to it, nothing is known
+                if other != number
+                and _report(version) is not None
+                and _missing(registry.client, version) is None
             }
             text = f"alias {alias} of {registry.name} names version {number}: {problem}"
-            if problem == model_registry.ALL_GONE and not usable:
-                away = "no version has its files: is the store of MLflow's files away?"
-                left = "nothing is changed; delete the versions in MLflow if the files are lost"
-                yield Finding("MLflow", "wrong", f"{text}, and {away}", left)
+            if problem == ALL_GONE and not usable:
+                yield Finding(
+                    "MLflow", "wrong", f"{text}, and of all other versions: {_AWAY}", _LEFT
+                )
                 continue
             if not self.fix:
                 yield self._wrong(text, "")
@@ -320,14 +338,18 @@ def _missing(client: "MlflowClient", version: Any) -> str | None:
         return "it is not whole"
     if version.status != "READY":
         return f"it is {version.status}"
-    report = None
-    if version.tags.get("ursa.evaluation"):
-        report = storage.load_record(version.tags["ursa.evaluation"], EvalReport)
+    report = _report(version)
     if report is None:
         return None  # the data root is elsewhere: nothing to compare with
     return model_registry.missing_files(
         client, model_registry.logged_model_id(version), report.model
     )
+
+
+def _report(version: Any) -> EvalReport | None:
+    """Return the evaluation of a version, which names its files; None if it is not here."""
+    uri = version.tags.get("ursa.evaluation")
+    return storage.load_record(uri, EvalReport) if uri else None
 
 
 def check_flow_runs(

@@ -154,10 +154,15 @@ def _champion(context: RunContext, model: ExportedModel) -> "Champion | None":
     found = model_registry.champion_version(
         uri, name, root_uri=context.data_uri, decided_by=reports.decided_by()
     )
-    if found is not None and found.tags.get("ursa.registration_key") == model.content_key:
+    if found is not None and (
+        found.tags.get("ursa.registration_key") == model.content_key
+        or releases.DAMAGED_TAG in found.tags  # its files are gone
+    ):
         with tracking.service(uri) as client:
             registry = releases.Registry(client, name, context.data_uri, "")
-            earlier = releases.former_champions(registry, found.version)
+            whole = releases.whole_versions(registry)
+            former = releases.former_champions(registry, found.version)
+            earlier = [number for number in former if number in whole]
         found = model_registry.registered_version(uri, name, earlier[0]) if earlier else None
     if found is None or found.tags.get("ursa.registration_key") == model.content_key:
         return None

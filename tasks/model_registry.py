@@ -291,6 +291,13 @@ def register_version(
     }
     with service(run.tracking_uri) as client:
         versions = _versions(client, name, "ursa.registration_key", key)
+        if versions and releases.WHOLE_TAG not in versions[-1].tags:
+            # a kill left it: its files may have gone since
+            try:
+                verify_files(run.tracking_uri, str(versions[-1].source), report.model)
+            except RegistrationError:
+                client.delete_model_version(name, str(versions[-1].version))
+                versions = []
         if not versions:
             _remove_leftovers(client, run.experiment_id, name, key)
             model = _log_model(run, report, config, all_tags)

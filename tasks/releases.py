@@ -9,6 +9,7 @@ models too, and one whose model is gone is void. The client is MLflow's, from
 """
 
 import contextlib
+import logging
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
@@ -27,10 +28,12 @@ from ursa.decisions import (
     record_decision,
     standing,
 )
-from ursa.errors import ConfigError
+from ursa.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 UNNAMED = "ursa"
 """The registered model that `ursa models` means where no name is given."""
@@ -161,7 +164,8 @@ def _obstacle(registry: Registry, version: str, report: EvalReport) -> str | Non
     compared = report.comparison.champion_version if report.comparison else None
     if champion in {None, version, compared}:
         return None
-    if champion not in found or "ursa.registration_key" not in found[champion].tags:
+    tags = found[champion].tags if champion in found else {}
+    if "ursa.registration_key" not in tags or DAMAGED_TAG in tags:
         return None  # not one that this pipeline could measure
     before = f"version {compared}" if compared else "none"
     return (
@@ -296,7 +300,7 @@ def _finish(registry: Registry) -> list[Decision]:
 
 
 def void(registry: Registry, decision: Decision) -> str | None:
-    """Return why a decision cannot be carried out: what it makes champion is gone.
+    """Return why a decision is not carried out: what it makes champion is gone, or taken down.
 
     Args:
         registry: The registered model.
@@ -309,7 +313,12 @@ def void(registry: Registry, decision: Decision) -> str | None:
         return None
     versions, number = _by_number(registry), decision.champion or decision.version
     if _is_same(decision, number, versions):
-        return None
+        tags = versions[number].tags
+        if DAMAGED_TAG in tags:
+            return f"version {number} is damaged ({tags[DAMAGED_TAG]})"
+        has_reason = decision.report_uri is None and decision.reason != _NO_REASON
+        taken = None if has_reason else taken_down(registry.client, versions[number])
+        return f"version {number} was made of what is taken down ({taken})" if taken else None
     what = "is another model now" if number in versions else "is not there any more"
     return f"version {number} {what}"
 
@@ -462,14 +471,22 @@ def _ask_for_a_reason(registry: Registry, version: Any, reason: str | None) -> N
 def _check_root(registry: Registry) -> None:
     """Refuse to begin a second record of decisions in another data root.
 
+    A copy of a data root has the record too, and one that cannot be asked stops nobody.
+
     Raises:
-        ConfigError: If the last decision is there to be read in another one.
-        StorageError: If it cannot be asked for.
+        ConfigError: If the last decision is there to be read in another one, and not here.
     """
     last_uri = _tags(registry).get(LAST_TAG)
     if not last_uri or storage.is_below(last_uri, registry.root_uri):
         return
-    if storage.exists(last_uri):
+    if last_uri in {decision.record_uri for decision in decisions_of(registry)}:
+        return
+    try:
+        is_there = storage.exists(last_uri)
+    except StorageError as error:
+        logger.warning("the last decision about %s is not here: %s", registry.name, error)
+        return
+    if is_there:
         raise ConfigError(
             f"decisions about {registry.name} are on record beside {last_uri}, and the data root "
             f"is {registry.root_uri}; set URSA_DATA_URI, or --root, to the data root of the runs"
@@ -661,18 +678,20 @@ def _carry_out(registry: Registry, decision: Decision) -> None:
     alias looks afterwards whether it is that of the latest one that was carried out.
     """
     client, name = registry.client, registry.name
-    _move_alias(registry, decision)
+    if _carried_out(registry)[0] < decision.number:
+        _move_alias(registry, decision)
     if decision.event != "voided" and _is_same(decision, decision.version, _by_number(registry)):
         words = f"{decision.event.replace('_', ' ')} by {decision.decided_by}: {decision.reason}"
         shown = words[:_SHOWN_CHARACTERS]
         client.set_model_version_tag(name, decision.version, "ursa.decision", shown)
         # the list of versions in MLflow shows the description, tags only in part
         client.update_model_version(name, decision.version, shown)
-    if _last_number(registry) < decision.number:
+    if _carried_out(registry)[0] < decision.number:
         client.set_registered_model_tag(name, LAST_TAG, decision.record_uri)
     while decision.event not in {"refused", "voided"}:
-        done = max(_last_number(registry), decision.number)
-        moves = [item for item in standing(decisions_of(registry)) if item.event != "refused"]
+        number, decisions = _carried_out(registry)
+        done = max(number, decision.number)
+        moves = [item for item in standing(decisions) if item.event != "refused"]
         latest = next((item for item in reversed(moves) if item.number <= done), decision)
         is_there = latest.champion is None or _is_same(
             latest, latest.champion, _by_number(registry)
@@ -682,11 +701,12 @@ def _carry_out(registry: Registry, decision: Decision) -> None:
         _move_alias(registry, latest)
 
 
-def _last_number(registry: Registry) -> int:
-    """Return the number of the decision that was carried out last, 0 if none here was."""
+def _carried_out(registry: Registry) -> tuple[int, list[Decision]]:
+    """Return the number of the decision that was carried out last, 0 if none here was, and all."""
     last_uri = _tags(registry).get(LAST_TAG)  # before the list, so that the list has it
-    numbers = {item.record_uri: item.number for item in decisions_of(registry)}
-    return numbers.get(last_uri or "", 0)
+    decisions = decisions_of(registry)
+    numbers = {item.record_uri: item.number for item in decisions}
+    return numbers.get(last_uri or "", 0), decisions
 
 
 def _move_alias(registry: Registry, decision: Decision) -> None:

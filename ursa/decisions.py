@@ -6,6 +6,7 @@ warning. One is written before the alias is moved; what a kill left
 undone is found and finished by the next (`tasks.releases`).
 """
 
+import contextlib
 import getpass
 import logging
 import re
@@ -220,10 +221,13 @@ def earlier_champions(decisions: Sequence[Decision], champion: str | None) -> li
 
 
 def _readable(root_uri: str, model_name: str, numbers: Sequence[int]) -> list[Decision]:
+    uris = [_record_uri(root_uri, model_name, number) for number in numbers]
+    with contextlib.suppress(ManifestError):
+        return [item for item in storage.load_records(uris, Decision) if item is not None]
     decisions = []
-    for number in numbers:
+    for uri in uris:
         try:
-            found = storage.load_lasting(_record_uri(root_uri, model_name, number), Decision)
+            found = storage.load_lasting(uri, Decision)
         except ManifestError as error:
             logger.warning("a decision is passed over: %s", error)
             continue

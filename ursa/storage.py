@@ -36,7 +36,7 @@ from ursa.errors import (
     StorageConfigurationError,
     StorageError,
 )
-from ursa.texts import secret_of_address, without_user
+from ursa.texts import host_of, secret_of_address, without_user
 
 ANSWER_DEADLINE_S = 30.0
 """Of one request, beside the time that its bytes take; s3fs alone would wait for ever."""
@@ -165,9 +165,11 @@ def local_path(uri: str) -> Path:
     if "\0" in path:
         raise StorageConfigurationError(f"{uri!r} is no name of a file")
     if not is_uri and "://" in uri:
+        shown = repr(uri)
+        if secret_of_address(uri):
+            shown = f"{uri.partition('://')[0]}://{host_of(uri)}/..."
         raise StorageConfigurationError(
-            f"unsupported URI {without_user(repr(uri))}; use s3://bucket/prefix, file:///path or a "
-            "local path"
+            f"unsupported URI {shown}; use s3://bucket/prefix, file:///path or a local path"
         )
     return Path(path)
 

@@ -105,6 +105,8 @@ def _hide_user(found: re.Match[str]) -> str:
 def _names_user(rest: str) -> bool:
     """Whether an address names a user, from what comes after its scheme."""
     host = re.split("[/?#]", rest)[0]
+    if host.startswith("arn:") and "@" not in host:  # of an access point, in place of a bucket
+        return False
     # a slash in a password ends what is read as the host
     return "@" in host or ("@" in rest and _ODD_PORT.search(host) is not None)
 

@@ -249,8 +249,42 @@ def test_a_decision_by_hand_begins_no_second_record(store_uri: str, tmp_path: Pa
         with pytest.raises(ConfigError, match=r"are on record beside .*set URSA_DATA_URI"):
             decide()
     assert champion_of(registry) == "2"
-    (tmp_path / "data").rename(tmp_path / "gone")  # nothing is there to be forgotten
-    assert releases.promote(elsewhere, "1", "a reason") is not None
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")  # has the record too
+    assert releases.rollback(registry._replace(root_uri=str(tmp_path / "copy")), None) is not None
+    (tmp_path / "copy").rename(tmp_path / "gone")  # nothing is there to be forgotten
+    assert releases.promote(elsewhere, "2", "a reason") is not None
+
+
+def test_a_store_that_is_out_of_reach_stops_no_decision(
+    store_uri: str, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(variable, "/gone")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    registry = bare_registry(store_uri, "retired-store", tmp_path)
+    first, second = (add_version(registry, key) for key in "ab")
+    releases.promote(registry, first, "a reason")
+    last_uri = "s3://retired/releases/retired-store/000001.json"
+    registry.client.set_registered_model_tag(registry.name, releases.LAST_TAG, last_uri)
+    assert releases.promote(registry, second, "a reason") is not None
+    assert f"the last decision about retired-store is not here: {last_uri}" in caplog.text
+
+
+@pytest.mark.parametrize("mark", [releases.TAKEDOWN_TAG, releases.DAMAGED_TAG])
+def test_a_pending_decision_on_what_is_marked_since_is_void(
+    store_uri: str, tmp_path: Path, mark: str
+) -> None:
+    registry = bare_registry(store_uri, f"marked-{mark}", tmp_path)
+    first, second = (add_version(registry, key) for key in "ab")
+    releases.promote(registry, first, "a reason")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            releases.promote(registry, second, None)
+    registry.client.set_model_version_tag(registry.name, second, mark, "what is wrong")
+    assert releases.settle(registry) == []
+    assert champion_of(registry) == first
+    assert events(registry)[-1][0] == "voided"
 
 
 def test_an_alias_that_a_person_took_off_stays_off(store_uri: str, tmp_path: Path) -> None:

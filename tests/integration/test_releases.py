@@ -534,13 +534,39 @@ def test_files_that_are_back_make_a_version_whole_again(made: Any) -> None:
     opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
     patient = Patient(opened.uri, opened.root, fix=True, marks={})
     stored.rename(stored.with_name("elsewhere"))
+    report_uri = opened.client.get_model_version(opened.name, "1").tags["ursa.evaluation"]
+    unknown = Path(report_uri).rename(f"{report_uri}.away")  # whether version 1 is any better
+    found = [item for item in patient.leftovers() if opened.name in item.text]
+    assert {item.state for item in found} == {"wrong"}
+    assert opened.champion == "2"
+    unknown.rename(report_uri)
     texts = [item.text for item in patient.leftovers() if opened.name in item.text]
     assert any("all of its files are gone: rolled back to version 1" in text for text in texts)
+    shutil.copytree(stored.with_name("elsewhere"), stored)
+    weights = next(stored.rglob("*.safetensors"))
+    weights.write_bytes(b"")
+    (note,) = (item for item in patient.leftovers() if opened.name in item.text)
+    assert (note.state, f"{weights.name} is missing or differs" in note.text) == ("note", True)
+    shutil.rmtree(stored)
     stored.with_name("elsewhere").rename(stored)
     found = [item for item in patient.leftovers() if opened.name in item.text]
     assert [(item.state, "its files are back" in item.text) for item in found] == [("mended", True)]
     assert list(releases.whole_versions(opened.registry())) == ["2", "1"]
     assert releases.promote(opened.registry(), "2", None) is not None
+
+
+def test_a_damaged_champion_with_none_before_it_gives_way(made: Any) -> None:
+    opened = made("the-only-one")
+    opened.release(opened.good)
+    model_id = opened.client.get_model_version(opened.name, "1").source.rpartition("/")[2]
+    stored = opened.client.get_logged_model(model_id).artifact_location
+    next(storage.local_path(stored).rglob("*.safetensors")).unlink()
+    opened.client.set_tag(opened.context.run.run_id, "ursa.process", f"{socket.gethostname()}:1:0")
+    patient = Patient(opened.uri, opened.root, fix=True, marks={})
+    texts = [item.text for item in patient.leftovers() if opened.name in item.text]
+    assert any("no champion before version 1 is on record" in text for text in texts)
+    _, version = opened.release(opened.good)
+    assert (version.version, version.alias, opened.champion) == ("2", "champion", "2")
 
 
 def test_a_version_that_is_finished_late_is_not_the_challenger(made: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tasks.settings import RuntimeSettings
 from ursa import storage
 from ursa.cli import main
+from ursa.cli.models import refuse_secrets
 from ursa.errors import ConfigError, DataError, StorageError, UrsaError
 from ursa.sources.listing import discover_videos
 from ursa.sources.manifest import read_manifest
@@ -132,12 +133,19 @@ def refusal(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
         ["benchmark", "read", ROOT, "vbench"],
         ["plan", "tiny", "--set", f"visual_tokenizer.directory_uri={ROOT}"],
         ["no-such-command", ROOT],
+        ["schedule", "on", "--source", f"https:/h.test/x?token={CANARY}"],
     ],
 )
 def test_an_argument_with_a_password_is_refused(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     assert refusal(capsys, command).startswith("the address in argument ")
+
+
+def test_texts_may_speak_of_addresses() -> None:
+    refuse_secrets(["promote", "1", "--reason", "see git+ssh://git@github.com/a/b/issues/3"])
+    refuse_secrets(["generate", "a sign that says http://example.com/?code=A1B2C3D4E5F6G7H8"])
+    refuse_secrets(["data", "stats", "s3://arn:aws:s3:us-east-1:1:accesspoint/x/a@b"])
 
 
 @pytest.mark.parametrize("call", [storage.read_bytes, storage.list_files, storage.exists])

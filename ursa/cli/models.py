@@ -13,7 +13,8 @@ from ursa.errors import ConfigError
 from ursa.texts import secret_of_address
 
 _REGISTRY_PREFIX = "models:/"
-_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://\S+")
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/{1,2}(?!/)(\S+)")
+"""Also with one slash, as a path leaves it."""
 
 
 @contextmanager
@@ -112,7 +113,8 @@ def without_secret(address: str, which: str) -> str:
 def refuse_secrets(arguments: Sequence[str]) -> None:
     """Refuse a command line with an address that must not be shown, before anything reads it.
 
-    A path that was made of such an address looks like one no more, and would be shown.
+    A path that was made of such an address looks like one no more, and would be shown. What holds
+    spaces is a text, such as a prompt or a reason.
 
     Args:
         arguments: What stands after `ursa`.
@@ -121,8 +123,10 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
         ConfigError: If one holds a user, a password, a signature or a token; does not show it.
     """
     for number, argument in enumerate(arguments, 1):
-        for address in _ADDRESS.findall(argument):
-            without_secret(address, f"in argument {number}")
+        if re.search(r"\s", argument):
+            continue
+        for scheme, rest in _ADDRESS.findall(argument):
+            without_secret(f"{scheme}://{rest}", f"in argument {number}")
 
 
 def prefect_uri() -> str:

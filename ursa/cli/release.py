@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from typing import Any
 
 from cyclopts import App
 
@@ -86,7 +87,7 @@ def promote(
         print(f"version {version} is champion already")
         return
     before = decision["champion_before"]
-    print(f"champion is version {decision['champion']}" + (f", was {before}" if before else ""))
+    _print_champion(decision, f", was {before}" if before else "")
 
 
 @app.command
@@ -111,7 +112,7 @@ def rollback(*, reason: str | None = None, name: str = _DEFAULT, root: str | Non
         reason=reason,
     )
     before = decision["champion_before"] or f"{decision['version']}, which is gone"
-    print(f"champion is version {decision['champion']}, was {before}")
+    _print_champion(decision, f", was {before}")
 
 
 @app.command
@@ -142,6 +143,12 @@ def history(*, name: str = _DEFAULT, root: str | None = None, as_json: AsJson = 
         print_lines(f"      by {item.decided_by}: {item.reason}")
     if not found:
         print(f"no decision about {name} at {root_uri(root)}")
+
+
+def _print_champion(decision: dict[str, Any], before: str) -> None:
+    print(f"champion is version {decision['champion']}{before}")
+    if decision["champion_now"] != decision["champion"]:
+        print(f"a later decision made version {decision['champion_now']} champion since")
 
 
 def _registry(name: str) -> str:

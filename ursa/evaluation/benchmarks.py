@@ -11,6 +11,7 @@ References:
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -473,6 +474,8 @@ def _vbench(prefix: str, scores: Mapping[str, Sequence[Any]]) -> Measurements:
     groups = []
     for dimension, found in scores.items():
         score = float(found[0])
+        if not math.isfinite(score):
+            raise ValueError(f"{dimension} is {score}")
         videos = found[1] if len(found) > 1 and isinstance(found[1], list) else []
         singles = [
             (Path(item["video_path"]).stem, float(item["video_results"]))

@@ -314,6 +314,7 @@ def test_other_files_are_refused(layout, tmp_path):
     "text",
     [
         "[]",
+        '{"a": [NaN]}',
         "null",
         '{"color": 0.5}',
         '{"color": "0.5"}',
