@@ -96,6 +96,10 @@ def check_room(data_uri: str) -> Iterator[Finding]:
             yield Finding("disk", "wrong", text, advice)
         else:
             yield Finding("disk", "ok", text)
+    if not storage.is_remote(data_uri) and not storage.local_path(data_uri).exists():
+        advice = "the first run makes it; URSA_DATA_URI names another place"
+        yield Finding("store", "note", f"there is no data root {data_uri} yet", advice)
+        return
     try:
         storage.check_store(data_uri)
     except UrsaError as error:

@@ -5,7 +5,7 @@ import shlex
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks import model_registry, reports, tracking
+from tasks import model_registry, releases, reports, tracking
 from tasks.context import RunContext, TrainedModel, lacks_for_now
 from tasks.evaluation import GALLERY
 from tasks.options import announce, step
@@ -272,12 +272,17 @@ def _title(context: RunContext, version: ModelVersion) -> str:
     done = f"registered {version.name} version {version.version}"
     if not version.is_new:
         done = f"nothing changed: version {version.version} is up to date"
-    found = model_registry.registered_version(
-        context.run.tracking_uri, version.name, version.version
-    )
+    uri = context.run.tracking_uri
+    found = model_registry.registered_version(uri, version.name, version.version)
     tags = {} if found is None else found.tags
+    records_uri = tags.get("ursa.dataset_version")
+    if records_uri and not storage.is_below(records_uri, context.data_uri):
+        done = f"{done} (its data are not at {context.data_uri}: {records_uri})"
     if tags.get("ursa.gate_passed") == "false":
-        return f"{done}, which the gate refused: {tags.get('ursa.failed_gates', '')}"
+        with tracking.service(uri) as client:
+            champion = releases.aliases(client, version.name).get(releases.CHAMPION)
+        left = f"champion is still version {champion}" if champion else "there is no champion"
+        return f"{done}, which the gate refused ({left}): {tags.get('ursa.failed_gates', '')}"
     return f"{done} as {version.alias}" if version.alias and version.is_new else done
 
 

@@ -254,9 +254,12 @@ def rollback(
         None,
     )
     if target is None:
+        last_uri = _tags(registry).get(LAST_TAG)
+        is_here = last_uri and storage.is_below(last_uri, registry.root_uri)
+        elsewhere = "" if is_here else ", or set URSA_DATA_URI to the data root of the runs"
         raise ConfigError(
             f"no champion before version {champion} is on record at {registry.root_uri}; name one "
-            f"with {promote_one}, or set URSA_DATA_URI to the data root of the runs"
+            f"with {promote_one}{elsewhere}"
         )
     _ask_for_a_reason(registry, whole[target], reason)
     return _decide(

@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = Path(os.environ.get("URSA_STATE_DIR") or ROOT / ".ursa").resolve()
 BIN = Path(sys.executable).parent
 POOL = "ursa"
+TRAINING_VIEW = "?workflowType=machine_learning"
+"""Of MLflow's pages: not the menu for language-model applications."""
 DEPLOYMENT = "ursa/full-training"
 RETRAINING = "ursa/scheduled-retraining"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
@@ -631,6 +633,8 @@ def status() -> int:
         good = living is not None and (service.health is None or healthy(service))
         missing += not good
         where = service.url if service.port else f"pool {POOL}"
+        if service is mlflow:
+            where = f"{where}/#/experiments{TRAINING_VIEW}"
         word = "up" if good else "not answering" if living else "down"
         say(f"{service.name:8} {word:14} {where}  {service.log}")
     say(f"for the prefect command: export PREFECT_API_URL={prefect.url}/api")
@@ -811,7 +815,7 @@ def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     name, version = tags.get("ursa.model_name", "?"), tags.get("ursa.model_version", "?")
     say(f"\n{flow_run['state'].get('message') or flow_run['state']['name']}")
     say(f"Prefect run     {page}")
-    view = "?workflowType=machine_learning"  # not the menu for language-model applications
+    view = TRAINING_VIEW
     say(f"MLflow run      {tracking}/#/experiments/{experiment}/runs/{tags['run_id']}{view}")
     shown = f"{tracking}/#/models/{urllib.parse.quote(name, safe='')}/versions/{version}{view}"
     say(f"Model version   {shown}")

@@ -162,7 +162,7 @@ def test_promotion_refusal_and_rollback_are_on_record(made: Any, tmp_path: Path)
     assert tags["ursa.comparison"].startswith("against champion version 2 on 12 samples")
     assert tags["ursa.decision"].startswith("refused by ")
     outcome = registration._title(opened.context, version)
-    assert outcome.startswith("registered ursa version 3, which the gate refused: ")
+    assert "version 3, which the gate refused (champion is still version 2): " in outcome
     assert "worse than that of champion version 2" in outcome
 
     with pytest.raises(ConfigError, match=r"the gate refused version 3: .* worse than"):

@@ -144,6 +144,7 @@ def test_an_argument_with_a_password_is_refused(
 
 def test_texts_may_speak_of_addresses() -> None:
     refuse_secrets(["promote", "1", "--reason", "see git+ssh://git@github.com/a/b/issues/3"])
+    refuse_secrets(["evaluate", "models:/ursa@champion", "models:/a:b@champion"])
     refuse_secrets(["generate", "a sign that says http://example.com/?code=A1B2C3D4E5F6G7H8"])
     refuse_secrets(["data", "stats", "s3://arn:aws:s3:us-east-1:1:accesspoint/x/a@b"])
 

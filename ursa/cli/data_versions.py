@@ -24,12 +24,13 @@ def versions(root: str | None = None, *, as_json: AsJson = False) -> None:
     """
     from ursa.data.versions import list_versions
 
-    found = list_versions(root_uri(root))
+    place = root_uri(root)
+    found = list_versions(place)
     if as_json:
         print(json.dumps([version.model_dump(mode="json") for version in found], indent=1))
         return
     if not found:
-        print("no version yet: run the data preparation first")
+        print_lines(f"no version at {place} yet: `make run`, or the data preparation, makes one")
         return
     from ursa.cli.data_tables import print_versions
 
@@ -260,7 +261,10 @@ def choose_version(
     chosen = [version for version in own if number in {None, version.number}]
     if not own:
         if not sources:
-            raise ConfigError("there is no version of a data set yet; a run commits the first")
+            raise ConfigError(
+                "there is no version of a data set at this data root yet; a run commits the first, "
+                "URSA_DATA_URI or the argument names another root"
+            )
         raise ConfigError(f"no version of {source}; there are: {', '.join(sources)}")
     if not chosen:
         numbers = ", ".join(str(version.number) for version in own)

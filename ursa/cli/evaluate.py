@@ -81,7 +81,7 @@ def evaluate(
     if other is not None:
         own = [item for item in versions if item.source_uri == version.source_uri]
         numbers = {item.number: version_conditions(item, config) for item in own}
-        check_conditions(other, numbers, version.number)
+        check_conditions(other, numbers, version.number, version.source_uri)
     check_device(device)
     with model_directory(model) as directory:
         # a path would lose a slash of s3://
@@ -135,7 +135,10 @@ def _read(path: Path) -> "ModelMeasurements":
 
 
 def check_conditions(
-    other: "ModelMeasurements", conditions: Mapping[int, Mapping[str, str]], number: int
+    other: "ModelMeasurements",
+    conditions: Mapping[int, Mapping[str, str]],
+    number: int,
+    source: str,
 ) -> None:
     """Refuse measurements that were made otherwise than those to come.
 
@@ -144,6 +147,7 @@ def check_conditions(
         conditions: Of each version of the data set, by number, as
             `ursa.evaluation.models.version_conditions` returns them.
         number: Of the version that is to be measured.
+        source: Its source.
 
     Raises:
         ConfigError: If they differ.
@@ -160,8 +164,11 @@ def check_conditions(
     def said(name: str, value: str | None) -> str:
         if value is None:
             return "unknown"
-        version = numbers.get(value) if name == DATA else None
-        return value if version is None else f"version {version} ({value})"
+        if name != DATA:
+            return value
+        version = numbers.get(value)
+        other_data = f"another source, or a version that is gone ({value})"
+        return other_data if version is None else f"version {version} ({value})"
 
     differing = [
         f"{name} is {said(name, here[name])} here and {said(name, there.get(name))} there"
@@ -169,7 +176,8 @@ def check_conditions(
     ]
     advice = (
         f"measure that model on version {number} with the settings of this call, `ursa evaluate "
-        f"{shlex.quote(other.model)} ... --data-version {number} --out ...`"
+        f"{shlex.quote(other.model)} ... --source {shlex.quote(source)} --data-version {number} "
+        "--out ...`"
     )
     options = [
         f"--set {shlex.quote(f'{name}={there[name]}')}"

@@ -126,6 +126,8 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
         if re.search(r"\s", argument):
             continue
         for scheme, rest in _ADDRESS.findall(argument):
+            if f"{scheme}:/" == _REGISTRY_PREFIX:  # what stands before @ is a model
+                continue
             without_secret(f"{scheme}://{rest}", f"in argument {number}")
 
 

@@ -166,6 +166,10 @@ def join(*parts: Measurements) -> Measurements:
     )
 
 
+_OF_HELD_OUT = ("real_", "still_")
+"""Begins the names of metrics of held-out clips, which are those of any model."""
+
+
 class Difference(NamedTuple):
     """A metric of a model less that of another, case by case.
 
@@ -196,7 +200,7 @@ def differences(model: Measurements, other: Measurements) -> list[Difference]:
     left = {metric for metrics in left_out(model, other).values() for metric in metrics}
     found = []
     for item in model.measures:
-        if item.metric in left or item.cases is None:
+        if item.metric in left or item.cases is None or item.metric.startswith(_OF_HELD_OUT):
             continue
         group, old = groups[item.cases], before[item.metric]
         change = np.subtract(item.values, old.values)
@@ -222,6 +226,8 @@ def left_out(model: Measurements, other: Measurements) -> dict[str, list[str]]:
     theirs = {group.name: group for group in other.cases}
     found = defaultdict(list)
     for metric in dict.fromkeys((*own, *before)):
+        if metric.startswith(_OF_HELD_OUT):
+            continue
         item, old = own.get(metric), before.get(metric)
         if item is None or old is None:
             found["measured of one of the two"].append(metric)

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 DATA = "data"
 """The condition that says which clips and tokens were measured."""
+_OF_CODES = "_token_accuracy"
+"""Ends the names of metrics of drawn clips that are over codes."""
 SETTINGS = (
     "seed",
     "evaluation.timesteps",
@@ -241,8 +243,8 @@ def measure_model(
         ]
     else:
         missing.append(
-            "losses and use of codes: the visual tokenizer of the model is not that of the data, "
-            "and losses over other codes mean other things"
+            "losses, token accuracies and use of codes: the visual tokenizer of the model is not "
+            "that of the data, and other codes mean other things"
         )
     with ClipReader() as reader:
         parts += [
@@ -250,6 +252,9 @@ def measure_model(
             measure_drawn(pipeline, selected, config, reader.read),
         ]
     measurements = join(*parts)
+    if missing:
+        kept = [item for item in measurements.measures if not item.metric.endswith(_OF_CODES)]
+        measurements = measurements.model_copy(update={"measures": tuple(kept)})
     return ModelMeasurements(
         model=name,
         data_version_uri=version.manifest_uri,

@@ -189,8 +189,9 @@ def test_losses_over_other_codes_are_left_out(trained, tmp_path, capsys):
     assert run(str(other), trained.root, "--json", *trained.changes) == 0
     output = capsys.readouterr()
     found = ModelMeasurements.model_validate_json(output.out)
-    assert found.not_measured[0].startswith("losses and use of codes")
+    assert found.not_measured[0].startswith("losses, token accuracies and use of codes")
     assert "eval/loss" not in found.metrics
+    assert "eval/i2v_later_token_accuracy" not in found.metrics
     assert "eval/i2v_later_psnr" in found.metrics
 
 

@@ -149,8 +149,11 @@ def test_installation_is_as_the_package_says(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_room_and_store(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = list(machine.check_room(str(tmp_path / "new" / "root")))
+    good = list(machine.check_room(str(tmp_path)))
     assert {item.state for item in good} == {"ok"}
+    new = list(machine.check_room(str(tmp_path / "new" / "root")))
+    assert [item.state for item in new if item.area == "store"] == ["note"]
+    assert not (tmp_path / "new").exists(), "a look makes nothing"
     (tmp_path / "file").write_text("")
     bad = list(machine.check_room(str(tmp_path / "file")))
     assert [item.area for item in bad if item.state == "wrong"] == ["store"]
