@@ -501,6 +501,8 @@ def test_an_alias_of_a_version_without_its_files_goes_back(made: Any) -> None:
     assert "was damaged, and still 1 of its files are gone" in found[0].text
     _, version = opened.release(opened.good)  # not up to date: registered anew
     assert (version.version, version.alias) == ("3", "champion")
+    (note,) = (item for item in patient.leftovers() if "was damaged" in item.text)
+    assert note.text.endswith("; version 3 is the same model")
 
 
 def test_a_store_of_files_that_is_away_costs_no_version(made: Any, store_uri: str) -> None:
