@@ -633,11 +633,12 @@ def status() -> int:
         good = living is not None and (service.health is None or healthy(service))
         missing += not good
         where = service.url if service.port else f"pool {POOL}"
-        if service is mlflow:
-            where = f"{where}/#/experiments{TRAINING_VIEW}"
         word = "up" if good else "not answering" if living else "down"
         say(f"{service.name:8} {word:14} {where}  {service.log}")
     say(f"for the prefect command: export PREFECT_API_URL={prefect.url}/api")
+    with contextlib.suppress(OSError, ValueError):  # it is down, or there was no run yet
+        page = f"{mlflow.url}/#/experiments/{experiment_id(mlflow.url)}/runs{TRAINING_VIEW}"
+        say(f"runs in MLflow: {page}")
     return min(missing, 1)
 
 
@@ -791,13 +792,17 @@ def newest_progress(prefect: Service) -> str:
     return f"{found[0]['key']}: {found[0]['description']}" if found else ""
 
 
+def experiment_id(tracking: str) -> str:
+    """Return the id of the experiment of all runs."""
+    query = "api/2.0/mlflow/experiments/get-by-name?experiment_name=ursa"
+    return str(request(f"{tracking}/{query}")["experiment"]["experiment_id"])
+
+
 def report(flow_run: dict[str, Any], page: str, mlflow: Service) -> None:
     """Say where the results of a completed run are; the tracking server holds them as tags."""
     tracking = environment().get("URSA_MLFLOW_TRACKING_URI", mlflow.url).rstrip("/")
     try:
-        experiment = request(
-            f"{tracking}/api/2.0/mlflow/experiments/get-by-name?experiment_name=ursa"
-        )["experiment"]["experiment_id"]
+        experiment = experiment_id(tracking)
     except (OSError, ValueError):  # a tracking server of another kind has no such page
         say(f"\n{flow_run['state'].get('message') or flow_run['state']['name']}\n  Prefect  {page}")
         return

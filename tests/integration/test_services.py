@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 
+from tasks import tracking
 from tests import running_services
 from tests.running_services import SCRIPT, Running, free_port, run_script, service_environment
 
@@ -44,6 +46,12 @@ def test_status_names_all_services(services: Running) -> None:
         ["mlflow", "up"],
         ["worker", "up"],
     ]
+
+
+def test_status_names_the_page_of_the_runs(services: Running) -> None:
+    experiment = tracking._experiment_id(MlflowClient(services.mlflow_url))
+    page = f"{services.mlflow_url}/#/experiments/{experiment}/runs?{tracking.TRAINING_VIEW}"
+    assert services.script("status").stdout.splitlines()[-1] == f"runs in MLflow: {page}"
 
 
 def test_up_again_changes_nothing_and_is_quick(services: Running) -> None:
