@@ -490,5 +490,5 @@ def test_a_server_without_the_deployment_says_how_to_make_it(
     services: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "DEPLOYMENT", "ursa/gone")
-    with pytest.raises(ConfigError, match=r"no deployment ursa/gone; make it with `make up`"):
+    with pytest.raises(ConfigError, match=r"no deployment ursa/gone; make it with `make deploy`"):
         schedules.switch(services.prefect_url, active=True, parameters={})
